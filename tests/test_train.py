@@ -1,0 +1,332 @@
+"""The run: what it computes does not depend on how it is cut into pieces, and it can be stopped and spoiled without loss."""
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ALONE, command, make_rows, read_metrics, tiny_model, weights, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model as models
+import train
+
+
+def run(arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
+
+
+def same_metrics(left, right, tolerance):
+    assert [(row["step"], row["split"]) for row in left] == [(row["step"], row["split"]) for row in right]
+    for a, b in zip(left, right):
+        for name in set(a) - {"tokens_per_second", "split"}:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (name, a["step"], a["split"])
+
+
+# --- one optimizer step is one function of its pairs
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "sft"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch_also_on_the_short_last_window(fit, monkeypatch, loss):
+    """22 rows in windows of 8, 8 and 6; plain gradient descent, so that the weights are the start minus the gradients."""
+    monkeypatch.setattr(train, "make_optimizer", lambda model, lr, device: torch.optim.SGD(model.parameters(), lr=lr))
+    results = {}
+    for micro in (8, 4, 2, 3):
+        out, metrics = fit(loss=loss, micro_batch_size=micro, dtype="float64", eval_share=0, max_grad_norm=1e9, lr=1e-3,
+                           lr_schedule="constant", warmup_steps=0, out=f"micro{micro}")
+        results[micro] = weights(out), metrics
+    for micro in (4, 2, 3):
+        for name, value in results[8][0].items():
+            assert torch.allclose(value, results[micro][0][name], rtol=1e-12, atol=1e-12), name
+        same_metrics(results[8][1], results[micro][1], 1e-9)
+    assert len(results[8][1]) == 3
+
+
+def test_the_gradient_is_that_of_the_mean_loss_over_the_pairs(fit, folder, pairs, monkeypatch):
+    """One step of plain gradient descent, against autograd on full logits and nothing of the loop."""
+    monkeypatch.setattr(train, "make_optimizer", lambda model, lr, device: torch.optim.SGD(model.parameters(), lr=lr))
+    out, metrics = fit(max_steps=1, batch_size=22, shuffle="false", dtype="float64", eval_share=0, max_grad_norm=1e9, lr=0.1,
+                       lr_schedule="constant", warmup_steps=0, beta=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def logp(prompt, answer):
+        prompt, answer = tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+        table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        return sum(table[len(prompt) - 1 + i, token] for i, token in enumerate(answer))
+
+    loss = 0
+    for row in map(json.loads, open(pairs)):
+        h = logp(row["prompt"], row["chosen"]) - logp(row["prompt"], row["rejected"])
+        loss = loss - torch.nn.functional.logsigmoid(0.5 * (h - h.detach())) / 22  # at the start the reference is the policy
+    loss.backward()
+    assert metrics[0]["loss"] == pytest.approx(loss.item(), abs=1e-9)
+    saved = weights(out)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(saved[name], start[name] - 0.1 * parameter.grad, atol=1e-7), name
+
+
+def test_two_processes_end_like_one_at_the_same_global_batch(fit, folder, pairs, tmp_path):
+    """20 rows in windows of 8, 8 and 4, held-out rows of any number, micro-batches of 3: nothing divides evenly."""
+    flags = dict(model=folder, dataset=pairs, output_dir=tmp_path / "two", batch_size=7, micro_batch_size=2, max_length=64, lr=1e-2,
+                 eval_share=0.1, log_every=1, dtype="float64", epochs=3)
+    result = run(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=2))
+    out, metrics = fit(**flags | {"output_dir": tmp_path / "one"}, out="one")
+    assert (tmp_path / "two" / "metrics.jsonl").exists(), result.stderr
+    same_metrics(metrics, read_metrics(tmp_path / "two"), 1e-6)
+    two = weights(tmp_path / "two")
+    assert all(torch.allclose(value, two[name], atol=1e-6) for name, value in weights(tmp_path / "one").items())
+
+
+def test_more_processes_than_pairs_in_the_last_window(fit, folder, tmp_path):
+    """5 rows in windows of 4 and 1: the second process has none in the second step, and weighs nothing."""
+    rows = write_jsonl(tmp_path / "five.jsonl", make_rows(5))
+    flags = dict(model=folder, dataset=rows, batch_size=4, micro_batch_size=2, max_length=64, lr=1e-2, eval_share=0, log_every=1,
+                 dtype="float64")
+    result = run(command(*(f"--{k}={v}" for k, v in flags.items()), f"--output_dir={tmp_path / 'two'}", torchrun=2))
+    _, metrics = fit(**flags, out="one")
+    assert (tmp_path / "two" / "metrics.jsonl").exists(), result.stderr
+    same_metrics(metrics, read_metrics(tmp_path / "two"), 1e-6)
+
+
+def test_training_raises_the_margin_and_the_folder_it_leaves_generates(fit):
+    out, metrics = fit(epochs=8)
+    trained = [row for row in metrics if row["split"] == "train"]
+    assert trained[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and trained[-1]["rewards/margins"] > 1
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = model.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=5)
+    assert ids.shape[1] > len(tokenizer("the cat")["input_ids"])
+
+
+def test_config_json_holds_every_resolved_flag_and_every_logged_step_its_metrics(fit, tmp_path):
+    out, metrics = fit(max_steps=4)
+    flags = json.loads((out / "config.json").read_text())["flags"]
+    assert flags["beta"] == 0.1 and flags["warmup_steps"] == 0 and flags["loss"] == "sigmoid" and flags["epochs"] is None
+    assert set(vars(train.parse_args([])[0])) == set(flags)
+    wanted = {"step", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+              "logps/rejected", "grad_norm", "lr", "tokens_per_second"}
+    assert all(wanted <= set(row) for row in metrics if row["split"] == "train") and metrics[-1]["split"] == "eval"
+
+
+# --- the check before the first step
+
+@pytest.mark.parametrize("loss, value", [("sigmoid", 0.6931), ("hinge", 1.0), ("ipo", 25.0)])
+def test_the_loss_of_real_rows_before_the_first_step_is_its_value_at_zero_margin(fit, capsys, loss, value):
+    fit(loss=loss, max_steps=1)
+    assert f"step-0 check: the loss is {value:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cause", ["dropout", "dtype", "weights"])
+def test_the_step_0_check_stops_a_reference_that_is_not_the_policy(fit, monkeypatch, tokenizer, tmp_path, cause):
+    models.save_model(tiny_model("gpt2", tokenizer), tokenizer, tmp_path / "gpt2")
+    load, calls = train.load_model, []
+
+    def spoiled(*arguments):
+        model = load(*arguments)
+        calls.append(model)
+        if cause == "dropout":
+            model.transformer.drop.p = 0.3
+        elif cause == "dtype" and len(calls) == 2:
+            model.to(torch.bfloat16)
+        elif cause == "weights" and len(calls) == 2:
+            model.transformer.wte.weight.data[5:].mul_(1.1)
+        return model
+
+    monkeypatch.setattr(train, "load_model", spoiled)
+    with pytest.raises(ValueError, match="policy and reference are equal. So they are not: look for another dtype"):
+        fit(model=tmp_path / "gpt2", max_steps=1)
+
+
+def test_the_step_0_check_is_skipped_with_a_line_when_the_reference_differs_on_purpose(fit, tokenizer, tmp_path, capsys):
+    other = tiny_model("llama", tokenizer)
+    other.lm_head.weight.data.mul_(2)
+    models.save_model(other, tokenizer, tmp_path / "other")
+    _, metrics = fit(max_steps=1, ref_model=tmp_path / "other")
+    assert "no step-0 check: --ref_model" in capsys.readouterr().out and metrics[0]["rewards/margins"] != 0
+
+
+def test_a_policy_without_a_trainable_parameter_is_refused(fit, monkeypatch):
+    load = train.load_model
+    monkeypatch.setattr(train, "load_model", lambda *arguments: load(*arguments).requires_grad_(False))
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        fit(max_steps=1)
+
+
+# --- stop and go on
+
+LONG = dict(epochs=40, save_every=5, eval_every=30)  # 120 steps
+
+
+@pytest.fixture
+def uninterrupted(fit):
+    return fit(**LONG, out="whole")
+
+
+def start(folder, pairs, out, torchrun=0):
+    flags = dict(model=folder, dataset=pairs, output_dir=out, batch_size=8, micro_batch_size=3, max_length=64, lr=1e-2, eval_share=0.1,
+                 log_every=1) | LONG
+    return subprocess.Popen(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=torchrun), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_checkpoint(process, out):
+    while not list(out.glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def check_resumed(out, uninterrupted):
+    assert not (out / "model.safetensors").exists()  # it was stopped before its end
+    assert train.main(["--output_dir", str(out), "--resume"], ALONE) is False
+    whole, metrics = uninterrupted
+    resumed = weights(out)
+    assert all(torch.equal(value, resumed[name]) for name, value in weights(whole).items())
+    same_metrics(metrics, read_metrics(out), 0)
+
+
+def test_a_killed_run_that_is_resumed_ends_bit_for_bit_like_one_that_was_not(folder, pairs, tmp_path, uninterrupted):
+    process = start(folder, pairs, tmp_path / "killed")
+    wait_for_checkpoint(process, tmp_path / "killed")
+    process.kill()
+    process.wait()
+    check_resumed(tmp_path / "killed", uninterrupted)
+
+
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(folder, pairs, tmp_path, uninterrupted, torchrun):
+    out = tmp_path / "stopped"
+    process = start(folder, pairs, out, torchrun)
+    wait_for_checkpoint(process, out)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert f"python train.py --output_dir {out} --resume" in stdout and "Traceback" not in (stdout if torchrun else stdout + stderr)
+    if not torchrun:  # with two processes the sums are in another order
+        assert process.returncode == 130
+        check_resumed(out, uninterrupted)
+
+
+def test_only_the_last_checkpoints_are_kept_and_each_is_whole(uninterrupted):
+    out, _ = uninterrupted
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-110", "checkpoint-115"]
+    assert all((path / "state.pt").exists() and weights(path) for path in out.glob("checkpoint-*"))
+    assert not [path for path in out.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+def test_a_half_written_checkpoint_is_not_mistaken_for_one(fit, tmp_path):
+    """What a kill while saving leaves: the folder written aside, and no more."""
+    fit(max_steps=4, save_every=2)
+    (tmp_path / "out" / ".checkpoint").mkdir()
+    (tmp_path / "out" / ".checkpoint" / "state.pt").write_bytes(b"half")
+    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+def test_a_complete_run_resumes_to_nothing_and_is_not_overwritten(fit, capsys):
+    out, _ = fit(max_steps=2)
+    before = weights(out)
+    train.main(["--output_dir", str(out), "--resume"], ALONE)
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(max_steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
+
+
+def test_a_resumed_run_may_not_change_what_it_computes(fit, tmp_path):
+    out, _ = fit(max_steps=4, save_every=2)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({"flags": config["flags"]}))  # as before its end
+    for flag, name in (("--beta=0.2", "beta"), ("--loss=ipo", "loss"), ("--lr=0.5", "lr"), ("--max_steps=9", "max_steps")):
+        with pytest.raises(ValueError, match=f"--{name} .* may not change"):
+            train.main(["--output_dir", str(out), "--resume", flag], ALONE)
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(ValueError, match="--resume needs the --output_dir"):
+        train.parse_args(["--resume"])
+    with pytest.raises(ValueError, match="there is no run in"):
+        train.parse_args(["--resume", "--output_dir", str(tmp_path / "nothing")])
+
+
+# --- bad input
+
+@pytest.mark.parametrize("flags, message", [
+    (["--loss", "sigmod"], "--loss sigmod: there is no such loss; the nearest name is sigmoid"),
+    (["--loss", "hinge", "--label_smoothing", "0.1"], "--label_smoothing is not read by --loss hinge; it is read by sigmoid"),
+    (["--loss", "sft", "--beta", "0.1"], "--beta is not read by --loss sft; it is read by"),
+    (["--loss", "sft", "--ref_model", "x"], "--ref_model: --loss sft has no reference"),
+    (["--betta", "0.1"], "--betta: there is no such flag; the nearest is --beta"),
+    (["--bet", "0.1"], "--bet: there is no such flag; the nearest is --beta"),
+    (["--beta", "0"], "--beta must be > 0 and finite, got 0.0"),
+    (["--beta", "-1"], "--beta must be > 0 and finite, got -1.0"),
+    (["--beta", "nan"], "--beta must be > 0 and finite, got nan"),
+    (["--beta", "x"], "argument --beta: invalid float value: 'x'"),
+    (["--label_smoothing", "0.5"], "--label_smoothing must be in [0, 0.5), got 0.5"),
+    (["--lr", "0"], "argument --lr: must be > 0, got 0"),
+    (["--lr", "nan"], "argument --lr: must be > 0, got nan"),
+    (["--batch_size", "0"], "argument --batch_size: must be >= 1, got 0"),
+    (["--epochs", "1", "--max_steps", "2"], "--epochs 1 and --max_steps 2 both say how long to train"),
+    (["--model", "world", "--dataset", "rows.jsonl"], "--model world knows no words but its own"),
+    (["--max_prompt_length", "16"], "--max_prompt_length 16: leaves an answer no room in --max_length 16"),
+    (["--eval_share", "0.5"], "--eval_share 0.5: the held-out rows are the world's own"),
+    (["--model", "m", "--dataset", "d", "--eval_share", "1"], "--eval_share 1.0: leaves nothing to train on"),
+    (["--model", "m", "--dataset", "d", "--eval_share", "0.1", "--eval_dataset", "e"], "--eval_share 0.1: the held-out rows are e"),
+    (["--shuffle", "maybe"], "argument --shuffle: must be true or false, got maybe"),
+    (["--loss"], "argument --loss: expected one argument"),
+])
+def test_a_wrong_flag_is_named_with_what_is_right(flags, message):
+    with pytest.raises(ValueError) as error:
+        train.parse_args(flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"max_length": 129}, "--max_length 129: the model has 128 positions; pass 128 or less"),
+    ({"model": "/nowhere"}, "/nowhere: no such model folder"),
+    ({"dataset": "/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
+    ({"eval_dataset": "/nowhere.jsonl", "eval_share": None}, "/nowhere.jsonl: no such file"),
+    ({"eval_share": 0.9999}, "holds out all 22 rows"),
+])
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(fit, tmp_path, flags, message):
+    with pytest.raises(ValueError) as error:
+        fit(**flags)
+    assert message in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(fit, tokenizer, tmp_path):
+    small = tiny_model("llama", tokenizer)
+    small.resize_token_embeddings(100)
+    models.save_model(small, tokenizer, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"\d+ tokens in its tokenizer, 100 in its embedding"):
+        fit(model=tmp_path / "small")
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+def test_nan_weights_stop_with_step_rows_and_log_probs_and_save_nothing(fit, tokenizer, tmp_path, loss):
+    broken = tiny_model("llama", tokenizer)
+    broken.model.norm.weight.data[0] = float("nan")
+    models.save_model(broken, tokenizer, tmp_path / "nan")
+    with pytest.raises(FloatingPointError, match=r"step [01]: the loss is nan(.|\n)*pairs.jsonl, row \d+: loss nan, logps/chosen nan"):
+        fit(model=tmp_path / "nan", loss=loss, lr=1e-5)
+    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_a_learning_rate_that_explodes_stops_before_the_weights_are_spoiled(fit, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss is"):
+        fit(lr=1e30, max_steps=20, save_every=1, warmup_steps=0)
+    for checkpoint in train.checkpoints(tmp_path / "out"):
+        assert all(value.isfinite().all() for value in weights(checkpoint).values())
+
+
+def test_an_error_is_one_line_and_exit_status_2(tmp_path):
+    for flags, message in ((["--loss", "sigmod"], "error: --loss sigmod: there is no such loss"),
+                           (["--model", str(tmp_path), "--dataset", "x.jsonl"], "error: ")):
+        result = run(command(*flags), cwd=tmp_path)
+        assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_inside_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(train, "main", lambda *arguments: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        train.run()

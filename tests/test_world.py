@@ -1,0 +1,125 @@
+"""The embedded world: its truth is what it says it is, and the main job reaches it."""
+import json
+import re
+import subprocess
+
+import pytest
+import torch
+from conftest import command, read_metrics
+
+import world
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """`python train.py`, as a new user types it, once for this file."""
+    place = tmp_path_factory.mktemp("world")
+    result = subprocess.run(command(), cwd=place, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return place, result.stdout
+
+
+def test_the_main_job_reaches_the_optimum_and_learns_the_true_reward(home):
+    _, stdout = home
+    share, correlation = (float(re.search(rf"{name} +([\d.]+)", stdout).group(1)) for name in
+                          ("share of the achievable", "correlation of implicit and true reward"))
+    assert share >= 0.95 and correlation >= 0.96
+    assert "share of the achievable" in stdout.splitlines()[-2] and "correlation" in stdout.splitlines()[-1]
+
+
+def test_its_metrics_are_logged_during_training_and_at_the_end(home):
+    rows = [row for row in read_metrics(home[0] / "runs" / "sigmoid") if row["split"] == "world"]
+    assert len(rows) > 4 and rows[-1]["step"] == 512
+    for key in ("reward", "kl", "objective", "optimum", "share", "correlation", "mass"):
+        assert all(f"world/{key}" in row for row in rows)
+    assert rows[0]["world/share"] < rows[-1]["world/share"]
+
+
+def test_the_reference_is_made_once_and_then_reused(home):
+    place, stdout = home
+    kept = re.search(r"kept in (\S+)", stdout).group(1)
+    before = (place / kept / "reference" / "model.safetensors").stat().st_mtime_ns
+    again = subprocess.run(command("--max_steps=2"), cwd=place, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "kept in" not in again.stdout and "runs/sigmoid-2" in again.stdout
+    assert (place / kept / "reference" / "model.safetensors").stat().st_mtime_ns == before
+    assert not list(place.glob("runs/*.*"))
+
+
+def test_two_processes_end_with_the_metrics_of_one(home):
+    place, _ = home
+    for name, processes in (("one", 0), ("two", 2)):
+        subprocess.run(command(f"--output_dir={name}", "--max_steps=48", torchrun=processes), cwd=place, capture_output=True, timeout=300)
+    one, two = read_metrics(place / "one"), read_metrics(place / "two")
+    assert [row["split"] for row in one] == [row["split"] for row in two] and one[-1]["split"] == "world"
+    for a, b in zip(one, two):
+        assert all(a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5) for name in set(a) - {"split", "tokens_per_second"})
+
+
+def test_the_prompts_and_answers_are_words_and_every_answer_is_listed_once():
+    texts = world.answers()
+    assert len(texts) == len(set(texts)) == 512 and " cold dark wild" in texts and "the sea is" in world.prompts()
+    tokenizer = world.make_tokenizer()
+    ids = tokenizer([prompt + text for prompt in world.prompts() for text in texts])["input_ids"]
+    assert {len(row) for row in ids} == {6} and tokenizer.unk_token_id not in {token for row in ids for token in row}
+
+
+def test_the_true_reward_depends_on_the_prompt_and_is_not_additive():
+    """Additive: r(y) = Σ f_i(y_i), which would make r(a b c) − r(a' b c) the same for every b and c."""
+    reward = world.true_reward().view(8, 8, 8, 8)  # thing, first, second, third word
+    swap = reward[:, 0] - reward[:, 1]
+    assert swap.std(dim=(1, 2)).min() > 0.3
+    assert len(set(reward.flatten(1).argmax(-1).tolist())) == 8  # no two things share their best answer
+    assert torch.corrcoef(reward.flatten(1)).fill_diagonal_(0).abs().mean() < 0.5
+    assert torch.allclose(reward.flatten(1).mean(-1), torch.zeros(8, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(reward.flatten(1).std(-1), torch.full((8,), world.STD, dtype=torch.float64))
+
+
+def test_the_chain_and_its_samples_agree():
+    logps = world.chain_logps()
+    assert torch.allclose(logps.exp().sum(-1), torch.ones(8, dtype=torch.float64))
+    things, chosen = world.sample(logps, 80_000, 1, seed=0)
+    counts = torch.zeros(8, 512, dtype=torch.float64).index_put_((things, chosen.squeeze(-1)), torch.ones(80_000, dtype=torch.float64), True)
+    expected = logps.exp() * 10_000
+    chi_squared = ((counts - expected) ** 2 / expected).sum()  # 8 x 511 degrees of freedom: mean 4088, standard deviation 90
+    assert 3600 < chi_squared < 4600
+
+
+def test_labels_follow_bradley_terry():
+    """Among pairs with gap r(y) − r(y'), the better answer is chosen σ(gap) of the time."""
+    reference = world.chain_logps()
+    things, chosen, rejected = world.sample_pairs(reference, 80_000, seed=5)
+    assert (chosen != rejected).all()
+    gap = (world.true_reward()[things, chosen] - world.true_reward()[things, rejected])
+    for low, high in ((0, 0.5), (0.5, 1.5), (1.5, 3), (3, 9)):
+        within = gap.abs().ge(low) & gap.abs().lt(high)
+        right, expected = (gap[within] > 0).double().mean(), gap[within].abs().sigmoid().mean()
+        assert right.item() == pytest.approx(expected.item(), abs=4 * 0.5 / within.sum().item() ** 0.5)
+
+
+def test_the_optimal_policy_has_all_of_the_achievable_and_the_true_reward_as_its_implicit_one():
+    """π* = π_ref exp(r/β) / Z attains J* = β log Z, and β log π*/π_ref = r − β log Z (2305.18290 eqs. 4 and 5)."""
+    reference, beta = world.chain_logps(), 0.7
+    best = (reference + world.true_reward() / beta).log_softmax(-1)
+    values = world.metrics(best, reference, beta)
+    assert values["world/share"] == pytest.approx(1) and values["world/objective"] == pytest.approx(values["world/optimum"])
+    assert values["world/correlation"] == pytest.approx(1) and values["world/mass"] == pytest.approx(1)
+    nudged = world.metrics(best + 0.1 * torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).double(), reference, beta)
+    assert nudged["world/objective"] < values["world/optimum"]
+
+
+def test_the_reference_itself_has_achieved_nothing_at_no_kl():
+    values = world.metrics(world.chain_logps() - 1, world.chain_logps(), 1.0)
+    assert values["world/share"] == pytest.approx(0) and values["world/kl"] == pytest.approx(0)
+    assert values["world/mass"] == pytest.approx(torch.tensor(-1.0).exp().item())  # what is lost to other answers is seen here alone
+    start = (world.chain_logps().exp() * world.true_reward()).sum(-1).mean().item()
+    assert values["world/reward"] == pytest.approx(start)
+
+
+def test_every_row_of_the_files_is_json_with_the_world_own_words(home):
+    place, stdout = home
+    kept = place / re.search(r"kept in (\S+)", stdout).group(1)
+    for name, count, keys in (("sft", 16_384, {"prompt", "chosen"}), ("pairs", 65_536, {"prompt", "chosen", "rejected"}),
+                              ("every", 4_096, {"prompt", "chosen"})):
+        rows = [json.loads(line) for line in open(kept / f"{name}.jsonl")]
+        assert len(rows) == count and all(set(row) == keys for row in rows)
+        assert {row["prompt"] for row in rows} == set(world.prompts()) and {row["chosen"] for row in rows} <= set(world.answers())

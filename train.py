@@ -1,0 +1,599 @@
+"""Train a policy on preferences.
+
+    python train.py                                                    # the embedded world: CPU, no download, a minute
+    python train.py --loss ipo --beta 0.2 --model ./sft-model --dataset pairs.jsonl --output_dir runs/ipo
+    torchrun --nproc_per_node 8 train.py --loss sigmoid --model org/name --dataset org/pairs
+    python train.py --output_dir runs/ipo --resume                     # go on where it stopped
+
+The same loop runs on one core and on many GPUs. `main` is that loop, at the end of the file; what it calls stands above it.
+Bad input is a ValueError with a sentence for the user, in every module; `run` prints it and exits with status 2.
+"""
+import argparse
+import contextlib
+import difflib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+import traceback
+
+import numpy as np
+import torch
+import tqdm
+import transformers
+
+import data
+import world
+from dpo import SequenceLogps, concatenated_inputs, preference_step
+from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
+from model import (Ranks, barrier, broadcast, gather, init_distributed, leave_distributed, load_model, load_tokenizer,
+                   new_model, save_model, sum_over_ranks, sync_gradients, wrap)
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
+FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir"}  # change no weight
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def at_least(low, kind):
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be >= {low}, got {text}")
+        return value
+    return number
+
+
+def above_zero(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+    return value
+
+
+def true_or_false(text):
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text}")
+    return text == "true"
+
+
+def build_parser(loss_name):
+    """Every flag of a run with this loss: those of the trainer, and the loss's own keyword arguments."""
+    loss = LOSSES[loss_name]
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("what to train on what").add_argument
+    add("--loss", default="sigmoid", help=f"one of {', '.join(LOSSES)}")
+    add("--model", default="world", help="policy: a folder, a hub id, or world")
+    if needs_reference(loss):
+        add("--ref_model", help="reference: a folder or hub id (default: what the policy starts from)")
+    add("--dataset", default="world", help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world")
+    add("--eval_dataset", help="held-out rows; without it a share of the prompts is held out")
+    add("--eval_share", type=at_least(0, float), help="share of the prompts to hold out (default 0.05; 0: none)")
+    add("--output_dir", help="default: a new folder below runs/")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of --output_dir, with its flags")
+
+    add = parser.add_argument_group("the optimizer").add_argument
+    add("--batch_size", type=at_least(1, int), default=64, help="pairs per optimizer step, all ranks together")
+    add("--micro_batch_size", type=at_least(1, int), default=4, help="pairs per forward on one rank: less saves memory")
+    add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
+    add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
+    add("--lr", type=above_zero, default=5e-7 if needs_rejected(loss) else 1e-5, help="peak learning rate of AdamW")
+    add("--lr_schedule", choices=SCHEDULES, default="linear", help="what follows the warm-up")
+    add("--warmup_steps", type=at_least(0, int), help="default: a tenth of the steps")
+    add("--max_grad_norm", type=above_zero, default=1.0, help="gradients are clipped to this norm")
+
+    add = parser.add_argument_group("the rows").add_argument
+    add("--max_length", type=at_least(2, int), default=1024, help="tokens of prompt and answer together")
+    add("--max_prompt_length", type=at_least(1, int), help="default: what the answers leave, half of max_length at least")
+    add("--max_completion_length", type=at_least(1, int), help="tokens of an answer with its EOS (default: no own limit)")
+    add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end", help="which end of a long prompt stays")
+    add("--strict", action="store_true", help="a row that would be dropped is an error")
+    add("--shuffle", type=true_or_false, default=True, metavar="true|false", help="false: the order of the file")
+    add("--seed", type=at_least(0, int), default=0, help="of the order of the rows")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
+        help="of the computation; bfloat16: autocast over float32 weights; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
+    add("--eval_every", type=at_least(0, int), default=200, help="steps between evaluations (0: at the end only)")
+    add("--save_every", type=at_least(0, int), default=200, help="steps between checkpoints (0: only when interrupted)")
+    add("--keep_checkpoints", type=at_least(1, int), default=2, help="older ones are removed")
+
+    add = parser.add_argument_group(f"the loss {loss_name}").add_argument
+    for name, default in hyperparameters(loss).items():
+        add(f"--{name}", type=type(default), default=default, help=f"default {default}")
+    return parser
+
+
+def find_loss(name):
+    if name not in LOSSES:
+        near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)
+        raise ValueError(f"--loss {name}: there is no such loss; the nearest name is {near[0]}; all: {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def parse_args(argv):
+    """-> args, loss function, its hyper-parameters. The loss is read first, then the flags that it makes."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    for flag in ("--loss", "--dataset", "--output_dir"):
+        first.add_argument(flag)
+    first.add_argument("--resume", action="store_true")
+    early = first.parse_known_args(argv)[0]
+    saved = read_flags(early.output_dir) if early.resume else {}
+    early.loss = early.loss or saved.get("loss", "sigmoid")
+    loss = find_loss(early.loss)
+    parser = build_parser(early.loss)
+    brings = world.FLAGS if (early.dataset or saved.get("dataset", "world")) == "world" else {}
+    known = vars(parser.parse_args([]))
+    parser.set_defaults(**{name: value for name, value in brings.items() if name in known and name != "epochs"} | saved)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        refuse_flag(unknown[0].split("=")[0], early.loss, known)
+    check_args(args, saved)
+    if not args.max_steps:
+        args.epochs = args.epochs or brings.get("epochs", 1)
+    if not (args.eval_dataset or args.dataset == "world"):
+        args.eval_share = 0.05 if args.eval_share is None else args.eval_share
+    hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
+    check_hyperparameters(loss, hyper)
+    return args, loss, hyper
+
+
+def refuse_flag(flag, loss_name, known):
+    readers = [name for name, loss in LOSSES.items() if flag.removeprefix("--") in hyperparameters(loss)]
+    if flag == "--ref_model":
+        raise ValueError(f"--ref_model: --loss {loss_name} has no reference")
+    if readers:
+        raise ValueError(f"{flag} is not read by --loss {loss_name}; it is read by {', '.join(readers)}")
+    near = difflib.get_close_matches(flag.removeprefix("--"), known, n=1, cutoff=0)
+    raise ValueError(f"{flag}: there is no such flag; the nearest is --{near[0]}")
+
+
+def check_args(args, saved):
+    """What no flag's own type can see."""
+    for name in ["loss", *sorted(saved)] if saved else []:
+        if name not in FREE_ON_RESUME and getattr(args, name, None) != saved[name]:
+            raise ValueError(f"--{name} {getattr(args, name, None)}: the run in {args.output_dir} has {saved[name]}, "
+                             "and may not change when it is resumed")
+    if args.epochs and args.max_steps:
+        raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how long to train: give one")
+    if args.model == "world" and args.dataset != "world":
+        raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own data's; give another --model")
+    if args.max_prompt_length and args.max_prompt_length >= args.max_length:
+        raise ValueError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room in --max_length {args.max_length}")
+    if args.eval_share is not None and (args.eval_share >= 1 or args.eval_dataset or args.dataset == "world"):
+        raise ValueError(f"--eval_share {args.eval_share}: " + ("leaves nothing to train on" if args.eval_share >= 1 else
+                         "the held-out rows are " + (args.eval_dataset or "the world's own")))
+
+
+def check_hyperparameters(loss, hyper):
+    """The loss itself knows the ranges: ask it, on one pair."""
+    try:
+        loss(**{name: torch.ones(1) for name in tensor_arguments(loss)}, **hyper)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Before the loop
+# ------------------------------------------------------------------------------------------------------------------------
+
+def make_world(ranks):
+    """The folder of the embedded world, made first if it is not there: by rank 0 alone, with this same loop."""
+    home = world.folder()
+    if ranks.rank == 0 and not home.exists():
+        print(f"world: its reference policy is trained first, this once, and kept in {home}")
+        aside, threads = home.with_name(f"{home.name}.{os.getpid()}"), torch.get_num_threads()
+        torch.set_num_threads(1)  # sums in one order: the same world, however many threads or ranks come after
+        try:
+            build_world(aside, ranks.device)
+            os.replace(aside, home)
+        finally:
+            torch.set_num_threads(threads)
+            shutil.rmtree(aside, ignore_errors=True)
+    barrier(ranks)
+    return home
+
+
+def build_world(home, device):
+    tokenizer, alone = world.make_tokenizer(), Ranks(0, 1, device)
+    save_model(new_model(tokenizer, **world.MODEL), tokenizer, home / "start")
+    world.write_texts(home)
+    flags = world.SFT_FLAGS | {"model": home / "start", "dataset": home / "sft.jsonl", "output_dir": home / "reference"}
+    if main([f"--{name}={value}" for name, value in flags.items()], alone):
+        raise KeyboardInterrupt
+    reference = SequenceLogps(load_model(str(home / "reference")).to(device))
+    world.write_pairs(home, answer_logps(reference, home, tokenizer, device))
+
+
+@torch.no_grad()
+def answer_logps(model, home, tokenizer, device):
+    """(X, A) log-probs of all answers of the world."""
+    every = data.load_tokens(str(home / "every.jsonl"), tokenizer, ("chosen",), data.Limits())[0]
+    batches = (collate(every[i:i + 1024], tokenizer, device) for i in range(0, len(every), 1024))
+    logps = torch.cat([model(**concatenated_inputs(batch, ("chosen",)))[0] for batch in batches])
+    return logps.view(len(world.THINGS), -1).cpu()
+
+
+def measure(model, home, tokenizer, device, beta):
+    reference = torch.from_numpy(np.load(home / "reference.npy"))
+    return world.metrics(answer_logps(model, home, tokenizer, device), reference, beta)
+
+
+def sum_up(values):
+    """The last lines of a run in the world."""
+    v = {name.removeprefix("world/"): value for name, value in values.items()}
+    return (f"\nexpected true reward {v['reward']:.3f}, KL to the reference {v['kl']:.3f} nats, "
+            f"J = {v['objective']:.3f} of at most {v['optimum']:.3f}\n"
+            f"probability on well-formed answers         {v['mass']:.3f}\n"
+            f"share of the achievable                    {v['share']:.3f}\n"
+            f"correlation of implicit and true reward    {v['correlation']:.3f}")
+
+
+def collate(rows, tokenizer, device):
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked either way
+    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in data.collate(rows, pad).items()}
+
+
+def load_rows(args, tokenizer, sides, home, ranks):
+    """-> training rows and held-out rows (maybe none) as token ids. Rank 0 reads and tokenises, the others find it done."""
+    limits = data.Limits(args.max_length, args.max_prompt_length, args.max_completion_length, args.truncation_mode)
+    specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
+    if args.dataset == "world":
+        specs = {"--dataset": home / "pairs.jsonl", "--eval_dataset": args.eval_dataset or home / "eval.jsonl"}
+    if ranks.rank > 0:
+        barrier(ranks)
+    loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict) for flag, spec in specs.items() if spec}
+    if ranks.rank == 0:
+        barrier(ranks)
+        print("\n".join(f"{flag} {account}" for flag, (_, account) in loaded.items()))
+    rows = loaded["--dataset"][0]
+    if "--eval_dataset" in loaded:
+        return rows, loaded["--eval_dataset"][0]
+    rows, held_out = data.hold_out(rows, args.eval_share)
+    if not len(rows):
+        raise ValueError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, so few are their prompts; lower it")
+    return rows, held_out
+
+
+def choose_folder(args, ranks):
+    """--output_dir, or the first free folder below runs/. A folder that holds a run is only ever continued."""
+    if args.output_dir is None:
+        names = itertools.chain([args.loss], (f"{args.loss}-{i}" for i in itertools.count(2)))
+        args.output_dir = broadcast(next(f"runs/{name}" for name in names if not os.path.exists(f"runs/{name}")), ranks)
+    folder = pathlib.Path(args.output_dir)
+    if not args.resume and (is_complete(folder) or checkpoints(folder)):
+        raise ValueError(f"--output_dir {folder} holds a run already: continue it with --resume, or choose another")
+    return folder
+
+
+def check_model(args, model, tokenizer):
+    """What would otherwise be an index out of range inside the model, at some later row."""
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise ValueError(f"--model {args.model}: {len(tokenizer)} tokens in its tokenizer, {words} in its embedding: not a pair")
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if args.max_length > positions:
+        raise ValueError(f"--max_length {args.max_length}: the model has {positions} positions; pass {positions} or less")
+
+
+def make_optimizer(model, lr, device):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("the policy has no trainable parameter: every one is frozen")
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+
+
+@torch.no_grad()
+def check_start(forward, model, reference, columns):
+    """Before the first update the policy is its reference, so the loss of real rows must be what it is at zero margin: that of
+    the reference beside itself. Anything else would train on a log-ratio that is an error of ours or of the setup."""
+    (found, metrics), (expected, _) = forward(model, columns), forward(reference, columns)
+    stop_if_not_finite(0, {"loss": found.sum().item(), "grad_norm": 0.0}, [(columns["id"], metrics)])
+    worst = (found - expected).abs().argmax()
+    if not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+        raise ValueError(
+            f"before the first step the loss of {columns['id'][worst]} is {found[worst]:.6f}, but {expected[worst]:.6f} where "
+            "policy and reference are equal. So they are not: look for another dtype on one side, dropout left on, an adapter "
+            "on one side, or a reference that is not what the policy starts from (if that is meant, name it with --ref_model)")
+    return expected.mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# In the loop: metrics
+# ------------------------------------------------------------------------------------------------------------------------
+
+def add(totals, metrics, weight=1.0):
+    """Add the pairs of a micro-batch to the sums of its step."""
+    for name, values in metrics.items():
+        totals[name] = totals.get(name, 0) + weight * values.double().sum()
+
+
+def mean_over_ranks(totals, count, ranks):
+    """{metric: sum here} -> {metric: mean over `count` pairs everywhere}: one message, one division."""
+    sums = sum_over_ranks(torch.stack([torch.as_tensor(total) for total in totals.values()]), ranks)
+    return dict(zip(totals, (sums / count).tolist()))
+
+
+def stop_if_not_finite(step, values, seen, ranks=None):
+    """A loss or gradient that is not a number would be in every weight after the next update: name the rows, and stop."""
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+        return
+    rows = [f"{row}: " + ", ".join(f"{name} {value[i]:.6g}" for name, value in metrics.items())
+            for ids, metrics in seen for i, row in enumerate(ids) if not all(value[i].isfinite() for value in metrics.values())]
+    rows = [row for part in (gather(rows, ranks) if ranks else [rows]) for row in part]
+    raise FloatingPointError(
+        f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; nothing of this step was saved\n"
+        + "\n".join(rows[:8] or ["every pair's loss is finite, so it is the backward pass that overflows; try a lower --lr"]))
+
+
+@torch.no_grad()
+def evaluate(forward, model, rows, micro_batch_size, ranks):
+    """Mean metrics over the held-out rows. On the bare model, since ranks may have unequal numbers of batches."""
+    totals, state = {}, {"mean_chosen_length": float(data.column(rows, "chosen_length").mean())}
+    for indices, weight in data.micro_batches(np.arange(len(rows)), micro_batch_size, ranks.rank, ranks.size):
+        add(totals, forward(model, rows[indices], state)[1], weight)
+    return mean_over_ranks(totals, len(rows), ranks)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# In the loop: files. Everything is written aside and renamed.
+# ------------------------------------------------------------------------------------------------------------------------
+
+def write(path, text):
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def read_config(folder):
+    try:
+        return json.loads((pathlib.Path(folder) / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def read_flags(folder):
+    """The flags of the run that --resume continues."""
+    if folder is None:
+        raise ValueError("--resume needs the --output_dir of the run to go on with")
+    if "flags" not in read_config(folder):
+        raise ValueError(f"--resume: there is no run in {folder}")
+    return read_config(folder)["flags"]
+
+
+def is_complete(folder):
+    """The model's own entries join config.json when a run has ended."""
+    return "model_type" in read_config(folder)
+
+
+def checkpoints(folder):
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(folder, step, model, tokenizer, optimizer, scheduler, keep, ranks):
+    """Everything the next step depends on. The order of the rows follows from the seed and the step, and nothing draws random
+    numbers while training, so there is no more state than this."""
+    final = folder / f"checkpoint-{step}"
+    if ranks.rank == 0 and not final.exists():
+        aside = folder / ".checkpoint"
+        shutil.rmtree(aside, ignore_errors=True)
+        save_model(model, tokenizer, aside)
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, aside / "state.pt")
+        os.replace(aside, final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier(ranks)
+
+
+def load_checkpoint(folder, optimizer, scheduler, device):
+    """What save_checkpoint saved beside the model -> the step it was saved after. Runs no code from the file."""
+    state = torch.load(folder / "state.pt", weights_only=True, map_location=device)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
+
+
+class Log:
+    """config.json, metrics.jsonl, the bar and the lines between: on rank 0, and silent elsewhere."""
+
+    def __init__(self, folder, flags, start, steps, ranks):
+        self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
+        self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on, dynamic_ncols=True,
+                             mininterval=0.2 if sys.stderr.isatty() else 5)
+        if self.on:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
+            rows = self.path.read_text().splitlines() if start else []  # a killed run may have torn the last one
+            kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= start]  # others are taken again
+            write(self.path, "".join(row + "\n" for row in kept))
+
+    def row(self, step, split, values):
+        if self.on:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+    def tick(self, values):
+        self.bar.set_postfix_str(brief(values, {"tokens_per_second": "tokens/s"}), refresh=False)
+        self.bar.update()
+
+    def say(self, text):
+        if self.on:
+            self.bar.write(text)
+
+
+BRIEF = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "world/reward": "reward",
+         "world/kl": "KL", "world/objective": "J", "world/optimum": "J*", "world/share": "share",
+         "world/correlation": "correlation", "world/mass": "mass"}
+
+
+def brief(values, more={}):
+    return " ".join(f"{short} {values[name]:.4g}" for name, short in (BRIEF | more).items() if name in values)
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """A list that the first Ctrl-C or SIGTERM is put on, for the loop to see after its step; the second ends the process."""
+    caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, note)
+    yield caught
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------------------------------
+
+def main(argv, ranks):
+    """Train. Returns whether a signal ended it early."""
+    args, loss, hyper = parse_args(argv)
+    say = print if ranks.rank == 0 else lambda text: None
+    home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+    folder = choose_folder(args, ranks)
+    if args.resume and is_complete(folder):
+        say(f"the run in {folder} is complete")
+        return False
+    newest = broadcast(next(reversed(checkpoints(folder)), None) if args.resume else None, ranks)
+
+    # --- the models: policy and reference come through the same door, in the same dtype
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
+    weights = torch.float64 if dtype == "float64" else torch.float32
+    source = str(home / "reference") if args.model == "world" else args.model
+    tokenizer = load_tokenizer(source)
+    model = SequenceLogps(load_model(str(newest or source), weights).to(ranks.device))
+    check_model(args, model.model, tokenizer)
+    reference = None
+    if needs_reference(loss):
+        reference = SequenceLogps(load_model(args.ref_model or source, weights).to(ranks.device)).requires_grad_(False)
+
+    def forward(model, columns, state=None):
+        """Losses (B,) and metrics of some rows: the one way that checking, training and evaluating share."""
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return preference_step(model, reference, collate(columns, tokenizer, ranks.device), loss, hyper, state)
+
+    # --- the rows
+    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
+    rows, held_out = load_rows(args, tokenizer, sides, home, ranks)
+    lengths, tokens = data.column(rows, "chosen_length"), data.column(rows, "tokens")
+    steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
+    args.warmup_steps = steps // 10 if args.warmup_steps is None else args.warmup_steps
+
+    # --- optimizer and schedule, from the start or from where the run stopped
+    optimizer = make_optimizer(model, args.lr, ranks.device)
+    scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
+    start = load_checkpoint(newest, optimizer, scheduler, ranks.device) if newest else 0
+    policy = wrap(model, ranks)
+    say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
+        f"{model.model.num_parameters():,} parameters, {dtype} on {ranks.size} x {ranks.device.type}; {folder}")
+    if start:
+        say(f"resumed after step {start}")
+    elif reference and args.ref_model:
+        say(f"no step-0 check: --ref_model {args.ref_model} is another model on purpose")
+    elif reference:
+        first = rows[data.window(0, len(rows), args.micro_batch_size, args.seed, args.shuffle)]
+        value = check_start(forward, model, reference, first)
+        say(f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference")
+
+    def look():
+        """{split: metrics} on the held-out rows and, in the world, against the truth."""
+        looks = {"eval": evaluate(forward, model, held_out, args.micro_batch_size, ranks)} if len(held_out) else {}
+        if home:
+            looks["world"] = measure(model, home, tokenizer, ranks.device, hyper.get("beta", world.BETA))
+        return looks
+
+    log, since, count = Log(folder, vars(args), start, steps, ranks), time.perf_counter(), 0
+    with caught_signals() as stopped:
+        for step in range(start + 1, steps + 1):
+            # ------------------------------------------------------------------------------------ one training step ---
+            window = data.window(step - 1, len(rows), args.batch_size, args.seed, args.shuffle)  # the pairs of all ranks
+            state = {"mean_chosen_length": float(lengths[window].mean())}
+            totals, seen = {"stop": float(bool(stopped))}, []
+            micro_batches = data.micro_batches(window, args.micro_batch_size, ranks.rank, ranks.size)
+            for i, (indices, weight) in enumerate(micro_batches):
+                columns = rows[indices]
+                sync_gradients(policy, on=i == len(micro_batches) - 1)
+                losses, metrics = forward(policy, columns, state)
+                (weight * losses.sum() * ranks.size / len(window)).backward()  # the window's mean; DDP divides by the ranks
+                add(totals, metrics, weight)
+                seen.append((columns["id"], metrics))
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            values = mean_over_ranks(totals, len(window), ranks)
+            values |= {"grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0]}
+            stop_if_not_finite(step, values, seen, ranks)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            # ---------------------------------------------------------------------------------------------------------
+            stopping, last = values.pop("stop") > 0, step == steps
+            count += int(tokens[window].sum())
+            values["tokens_per_second"] = count / (time.perf_counter() - since)
+            log.tick(values)
+
+            if step % args.log_every == 0 or last:
+                log.row(step, "train", values)
+                since, count = time.perf_counter(), 0
+
+            pause = time.perf_counter()
+            if last or args.eval_every and step % args.eval_every == 0:
+                looks = look()
+                for split, found in looks.items():
+                    log.row(step, split, found)
+                    log.say(f"step {step} {split}: {brief(found)}")
+
+            if not last and (stopping or args.save_every and step % args.save_every == 0):
+                save_checkpoint(folder, step, model.model, tokenizer, optimizer, scheduler, args.keep_checkpoints, ranks)
+                if stopping:
+                    log.bar.close()
+                    say(f"stopped after step {step} of {steps}; to go on: python train.py --output_dir {folder} --resume")
+                    return True
+            since += time.perf_counter() - pause
+
+        log.bar.close()
+        if ranks.rank == 0:
+            save_model(model.model, tokenizer, folder, flags=vars(args))
+            print(f"saved in {folder}" + (sum_up(looks["world"]) if home else ""))
+    return False
+
+
+def run():
+    """main, with errors for people: one sentence and exit status 2; a traceback only where the fault is in the program."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        ranks = init_distributed()
+        stopped = main(sys.argv[1:], ranks)
+        leave_distributed(ranks)
+        sys.exit(130 if stopped else 0)
+    except (ValueError, FloatingPointError) as error:
+        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.parent != pathlib.Path(__file__).parent:
+            raise  # not one of our sentences
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted before the first step: nothing was saved", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()
