@@ -84,20 +84,18 @@ def find_files(spec):
     return [path] if path.is_file() else []
 
 
-def hub_rows(spec):
+def load_hub(spec):
     try:
-        rows = datasets.load_dataset(spec, split="train")
-    except Exception as error:  # the network, the hub and its scripts fail in many ways; all mean the same to the user
-        raise ValueError(f"{spec}: no such file, and not to be had from the hub: {str(error).splitlines()[0]}") from error
-    yield from enumerate(rows, 1)
+        return datasets.load_dataset(spec, split="train")
+    except Exception as error:  # the network and the hub fail in many ways; all mean the same to the user
+        raise ValueError(f"{spec}: no such file, and not to be had from the hub ({str(error).splitlines()[0]})") from error
 
 
 def read_rows(spec):
     """Yield (where, row): the row as a dict, and the name that errors, drops and logs call it by."""
     for source in find_files(spec) or [spec]:
-        reader = hub_rows if source == spec else READERS[source.suffix]
         try:
-            for number, row in reader(source):
+            for number, row in enumerate(load_hub(spec), 1) if source == spec else READERS[source.suffix](source):
                 yield f"{source}, row {number}", row
         except (UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid, json.JSONDecodeError) as error:
             raise ValueError(f"{source}: cannot be read as {source.suffix[1:]} ({error})") from error
@@ -155,15 +153,16 @@ def text_pairs(spec, sides, **key):
 
 def load_text(spec, sides):
     """A data set of {id, prompt, chosen, rejected} strings, read once and kept by `datasets` until the file changes."""
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(spec))  # a list would be shards
-    if sum(size for _, size, _ in stamps) < 20e6:  # done before a bar could be read
+    files = find_files(spec)
+    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)  # no list: that would be shards
+    if files and sum(size for _, size, _ in stamps) < 20e6:  # done before a bar could be read
         datasets.disable_progress_bars()
     else:
         datasets.enable_progress_bars()
     if next(text_pairs(spec, sides), None) is None:
         raise ValueError(f"{spec}: there is no row in it")
     try:
-        options = {"spec": spec, "sides": sides, "stamps": stamps, "code": SOURCE}
+        options = {"spec": spec, "sides": sides, "code": SOURCE, "stamps": stamps or load_hub(spec)._fingerprint}
         return datasets.Dataset.from_generator(text_pairs, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ from None  # ours, with the file and the row in it

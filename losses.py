@@ -1,5 +1,6 @@
 """Losses of offline preference optimisation: each one a pure function, each beside its paper.
 
+    python losses.py                                # a table of them
     from losses import sigmoid                      # use one
     LOSSES["sigmoid"] is sigmoid                    # or look it up by the name that --loss takes
 
@@ -21,6 +22,7 @@ that a reference model is needed, a keyword-only argument is a flag of train.py.
 """
 import functools
 import inspect
+import re
 
 import torch.nn.functional as F
 
@@ -75,8 +77,8 @@ def sigmoid(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_re
             *, beta=0.1, label_smoothing=0.0):
     """DPO: logistic regression on the margin of implicit rewards. With label smoothing it is cDPO.
 
-    Paper      Direct Preference Optimization, Rafailov et al., arXiv:2305.18290v3, eq. 7.
-               cDPO: A note on DPO with noisy preferences, Mitchell 2023 (ericmitchell.ai/cdpo.pdf).
+    Paper      Direct Preference Optimization, arXiv:2305.18290v3, eq. 7
+               cDPO: A note on DPO with noisy preferences, Mitchell 2023, ericmitchell.ai/cdpo.pdf
     Formula    L = −(1−ε) log σ(βh) − ε log σ(−βh)        = −log σ(βh) + ε βh
     Gradient   ∂L/∂w = −β (σ(−βh) − ε) = −∂L/∂l. The weight σ(−βh) is how wrong the pair's implicit order still is. It never
                reaches 0, so without smoothing h grows for ever on pairs that can be told apart; with it the sign turns
@@ -99,8 +101,8 @@ def sigmoid(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_re
 def hinge(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
     """Hinge on the margin of implicit rewards: DPO with a support vector machine's loss in place of logistic regression.
 
-    Paper      Statistical Rejection Sampling Improves Preference Optimization (RSO), Liu et al., arXiv:2309.06657, Sec. 3.1,
-               eq. 10 ("hinge-norm"; its γ is our β). The hinge comes from SLiC-HF, arXiv:2305.10425, which has no reference.
+    Paper      Statistical Rejection Sampling Improves Preference Optimization (RSO), arXiv:2309.06657, Sec. 3.1, eq. 10
+               There it is "hinge-norm", and β is γ. The hinge comes from SLiC-HF, arXiv:2305.10425, which has no reference.
     Formula    L = max(0, 1 − βh)
     Gradient   ∂L/∂w = −β = −∂L/∂l while βh < 1, exactly 0 beyond: a pair with margin enough is left alone.
     Args       four (B,) log-probs; beta > 0 (paper 0.05): 1/β is the margin asked for, in nats.
@@ -117,8 +119,8 @@ def ipo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_reject
         *, beta=0.1):
     """IPO: regress the margin onto a fixed target instead of pushing it to infinity. PER-TOKEN AVERAGES, not sums.
 
-    Paper      A General Theoretical Paradigm to Understand Learning from Human Preferences, Azar et al., arXiv:2310.12036v2,
-               eq. 17. Its τ is our β.
+    Paper      A General Theoretical Paradigm to Understand Learning from Human Preferences, arXiv:2310.12036v2, eq. 17
+               Its τ is our β.
     Formula    L = (h̄ − 1/(2τ))²,   h̄ = (w − w°)/n_w − (l − l°)/n_l
     Gradient   ∂L/∂w = 2 (h̄ − 1/(2τ)) / n_w: grows with the error, and turns against y_w beyond the target; DPO's never turns.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0. β sets the target alone, it does not scale h̄.
@@ -142,7 +144,7 @@ def ipo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_reject
 def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
     """Supervised fine-tuning on the chosen answers: the negative log-likelihood of a token, averaged over the batch's tokens.
 
-    Paper      None of its own; the first stage of the pipeline in arXiv:2305.18290v3, Sec. 3.
+    Paper      Maximum likelihood, the stage before every other here: arXiv:2305.18290v3, Sec. 3
     Formula    L_i = −w_i / n̄,   n̄ = mean of n_w over the batch        so that mean_i L_i = −Σ w_i / Σ n_w
     Gradient   ∂L_i/∂w_i = −1/n̄: every token of the batch pulls with the same strength, those of long answers too.
     Args       policy_chosen_logps (B,), chosen_lengths (B,) >= 1. mean_chosen_length: n̄ of the whole optimizer step, which
@@ -153,3 +155,19 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
     if mean_chosen_length is None:
         mean_chosen_length = chosen_lengths.to(policy_chosen_logps.dtype).mean()
     return -policy_chosen_logps / mean_chosen_length
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+
+def table():
+    """The losses as the lines of a markdown table, read off signatures and pages."""
+    rows = ["| loss | paper | reference | hyper-parameters |", "|---|---|---|---|"]
+    for name, function in LOSSES.items():
+        paper = re.search(r"Paper +(.+)", function.__doc__).group(1)
+        hyper = ", ".join(f"`{key}` {value}" for key, value in hyperparameters(function).items())
+        rows.append(f"| `{name}` | {paper} | {'yes' if needs_reference(function) else 'no'} | {hyper or 'none'} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

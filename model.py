@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ transformers.logging.disable_progress_bar()
 
 def load_pretrained(auto_class, name, **options):
     """auto_class.from_pretrained, whose many ways to fail become one sentence."""
-    local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.isdir(os.path.dirname(name) or "?")
     if local and not os.path.isdir(name):
         raise ValueError(f"{name}: no such model folder")
     try:
@@ -109,7 +108,7 @@ def init_distributed():
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -171,11 +170,13 @@ def main():
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--out", required=True)
     args = parser.parse_args()
+    if os.path.exists(args.out):
+        parser.error(f"--out {args.out} exists already")
     try:
         tokenizer = load_tokenizer(args.tokenizer)
-        model = new_model(tokenizer, args.hidden_size, args.layers, args.seed)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.error(error)
+    model = new_model(tokenizer, args.hidden_size, args.layers, args.seed)
     save_model(model, tokenizer, args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
 

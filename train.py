@@ -47,6 +47,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        told = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)) or "default" in action.help
+        return action.help if told else f"{action.help} (default {action.default})"
+
+
 def at_least(low, kind):
     def number(text):
         value = kind(text)
@@ -72,7 +78,7 @@ def true_or_false(text):
 def build_parser(loss_name):
     """Every flag of a run with this loss: those of the trainer, and the loss's own keyword arguments."""
     loss = LOSSES[loss_name]
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("what to train on what").add_argument
     add("--loss", default="sigmoid", help=f"one of {', '.join(LOSSES)}")
     add("--model", default="world", help="policy: a folder, a hub id, or world")
@@ -113,7 +119,7 @@ def build_parser(loss_name):
 
     add = parser.add_argument_group(f"the loss {loss_name}").add_argument
     for name, default in hyperparameters(loss).items():
-        add(f"--{name}", type=type(default), default=default, help=f"default {default}")
+        add(f"--{name}", type=type(default), default=default, help="see the page of the loss in losses.py")
     return parser
 
 

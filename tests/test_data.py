@@ -243,6 +243,13 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path, tokenizer):
         load_tokens(str(tmp_path / "nowhere.jsonl"), tokenizer, BOTH, Limits())
 
 
+def test_a_data_set_of_the_hub_is_read_like_a_file_and_again_when_it_changes(monkeypatch, tokenizer):
+    import datasets
+    for count in (3, 4):
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(make_rows(count)))
+        assert load_tokens("org/pairs", tokenizer, BOTH, Limits())[0]["id"][count - 1] == f"org/pairs, row {count}"
+
+
 def test_a_changed_file_is_read_again(load):
     assert len(load([row()])[0]) == 1
     assert len(load([row(), row(chosen=" jumped")])[0]) == 2

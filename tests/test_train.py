@@ -110,6 +110,12 @@ def test_config_json_holds_every_resolved_flag_and_every_logged_step_its_metrics
     assert all(wanted <= set(row) for row in metrics if row["split"] == "train") and metrics[-1]["split"] == "eval"
 
 
+def test_bfloat16_trains_and_leaves_float32_weights(fit):
+    out, metrics = fit(epochs=8, dtype="bfloat16")
+    assert metrics[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and metrics[-2]["rewards/margins"] > 1
+    assert {value.dtype for value in weights(out).values()} == {torch.float32}
+
+
 # --- the check before the first step
 
 @pytest.mark.parametrize("loss, value", [("sigmoid", 0.6931), ("hinge", 1.0), ("ipo", 25.0)])

@@ -1,0 +1,68 @@
+"""What the reader is promised of the code as a whole."""
+import ast
+import statistics
+
+import pytest
+from conftest import ROOT
+
+import losses
+import train
+
+ARROWS = {  # file: what of ours it may import
+    "losses": set(), "data": set(), "model": set(), "world": set(), "dpo": {"losses"},
+    "train": {"losses", "dpo", "data", "model", "world"},
+}
+SOURCES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py") if not path.name.startswith("test_")}
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def lengths(tree):
+    """Lines of each function without its docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            page = ast.get_docstring(node, clean=False)
+            yield node.name, node.end_lineno - node.lineno + 1 - (page.count("\n") + 1 if page else 0)
+
+
+def test_imports_run_one_way():
+    assert set(SOURCES) == set(ARROWS)
+    for name, tree in SOURCES.items():
+        assert set(imported(tree)) & set(ARROWS) <= ARROWS[name], name
+
+
+def test_losses_imports_torch_alone():
+    assert set(imported(SOURCES["losses"])) - {"functools", "inspect", "re"} == {"torch"}
+
+
+def test_no_product_file_imports_another_trainer():
+    for name, tree in SOURCES.items():
+        assert not set(imported(tree)) & {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}, name
+
+
+def test_functions_are_short():
+    found = [pair for tree in SOURCES.values() for pair in lengths(tree)]
+    assert [name for name, lines in found if lines > 60] == ["main"]
+    assert statistics.median(lines for _, lines in found) <= 12
+    assert max(lines for _, lines in lengths(SOURCES["losses"])) <= 15 + 3  # the body of a loss, its signature and its decorator
+
+
+def test_the_product_is_small_enough_to_read_in_an_afternoon():
+    assert sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in SOURCES) < 3800
+
+
+def test_the_readme_has_the_table_of_losses_as_the_code_prints_it():
+    assert "\n".join(losses.table()) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_keyword_of_a_loss_is_a_flag_and_shadows_none_of_the_trainer(name):
+    flags = vars(train.build_parser(name).parse_args([]))  # argparse refuses a flag that is there already
+    assert losses.hyperparameters(losses.LOSSES[name]).items() <= flags.items()
+    assert ("ref_model" in flags) == losses.needs_reference(losses.LOSSES[name])
