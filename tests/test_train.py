@@ -3,11 +3,12 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import ALONE, command, make_rows, read_metrics, tiny_model, weights, write_jsonl
+from conftest import ALONE, ROOT, SHARED, command, make_rows, read_metrics, tiny_model, weights, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as models
@@ -80,13 +81,13 @@ def test_two_processes_end_like_one_at_the_same_global_batch(fit, folder, pairs,
     assert all(torch.allclose(value, two[name], atol=1e-6) for name, value in weights(tmp_path / "one").items())
 
 
-def test_more_processes_than_pairs_in_the_last_window(fit, folder, tmp_path):
-    """5 rows in windows of 4 and 1: the second process has none in the second step, and weighs nothing."""
-    rows = write_jsonl(tmp_path / "five.jsonl", make_rows(5))
-    flags = dict(model=folder, dataset=rows, batch_size=4, micro_batch_size=2, max_length=64, lr=1e-2, eval_share=0, log_every=1,
-                 dtype="float64")
+def test_more_processes_than_pairs_in_the_last_window_and_among_the_held_out(fit, folder, tmp_path):
+    """5 rows in windows of 4 and 1, and 1 held out: where the second process has none, it weighs nothing."""
+    rows, held_out = (write_jsonl(tmp_path / f"{count}.jsonl", make_rows(count)) for count in (5, 1))
+    flags = dict(model=folder, dataset=rows, eval_dataset=held_out, batch_size=4, micro_batch_size=2, max_length=64, lr=1e-2,
+                 log_every=1, dtype="float64")
     result = run(command(*(f"--{k}={v}" for k, v in flags.items()), f"--output_dir={tmp_path / 'two'}", torchrun=2))
-    _, metrics = fit(**flags, out="one")
+    _, metrics = fit(**flags, eval_share=None, out="one")
     assert (tmp_path / "two" / "metrics.jsonl").exists(), result.stderr
     same_metrics(metrics, read_metrics(tmp_path / "two"), 1e-6)
 
@@ -185,6 +186,8 @@ def wait_for_checkpoint(process, out):
 
 def check_resumed(out, uninterrupted):
     assert not (out / "model.safetensors").exists()  # it was stopped before its end
+    with open(out / "metrics.jsonl", "a") as file:  # a step after the checkpoint, and a row torn by the kill
+        file.write('{"step": 119, "split": "train", "loss": 0}\n{"step": 12')
     assert train.main(["--output_dir", str(out), "--resume"], ALONE) is False
     whole, metrics = uninterrupted
     resumed = weights(out)
@@ -336,3 +339,28 @@ def test_an_error_inside_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(train, "main", lambda *arguments: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         train.run()
+
+
+# --- real text (minutes)
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="the project's shared data is not here")
+@pytest.mark.parametrize("rows, flags, accuracy", [
+    ("hh_harmless_512.jsonl", {"batch_size": 16, "micro_batch_size": 8}, 0.0),  # 427 rows are too few to tell on new ones
+    ("instructions_600.jsonl", {"batch_size": 32, "micro_batch_size": 16}, 0.7),
+])
+def test_sft_and_then_dpo_on_real_text(tmp_path, rows, flags, accuracy):
+    """A random-weight Llama with GPT-2's tokenizer learns the chosen answers, then to prefer them on prompts it never saw."""
+    arguments = ["new", "--tokenizer", SHARED / "tokenizers" / "gpt2", "--hidden_size", "128", "--layers", "2", "--out", tmp_path / "new"]
+    subprocess.run([sys.executable, ROOT / "model.py", *arguments], check=True)
+    for loss, source, lr in (("sft", "new", 2e-3), ("sigmoid", "sft", 3e-4)):
+        given = flags | dict(loss=loss, model=tmp_path / source, output_dir=tmp_path / loss, dataset=SHARED / "data" / rows, lr=lr,
+                             epochs=3, max_length=256, eval_share=0.15, log_every=1)
+        assert not train.main([f"--{k}={v}" for k, v in given.items()], ALONE)
+    metrics = read_metrics(tmp_path / "sigmoid")
+    margins = [row["rewards/margins"] for row in metrics if row["split"] == "train"]
+    third = len(margins) // 3
+    assert sum(margins[-third:]) / third > sum(margins[:third]) / third + 0.1
+    assert metrics[-1]["split"] == "eval" and metrics[-1]["rewards/accuracies"] > accuracy
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "sigmoid"), AutoTokenizer.from_pretrained(tmp_path / "sigmoid")
+    assert model.generate(**tokenizer("Name a colour.\n", return_tensors="pt"), max_new_tokens=8).shape[1] > 5
