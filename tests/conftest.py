@@ -1,11 +1,14 @@
 """Small things to train, made on the spot. Nothing here is downloaded, and no cache outside the test's own folder is touched."""
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # before `datasets` is imported
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
