@@ -129,6 +129,16 @@ def text_of(row, field, where):
     return value
 
 
+def score_of(row, field, where):
+    value = row.get(field) if isinstance(row, dict) else None
+    try:
+        if math.isfinite(float(value)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{where}: the loss reads the field '{field}', a finite number, and the row has {json.dumps(value, default=str)[:60]}")
+
+
 def split_prompt(chosen, rejected):
     """The prompt inside two dialogues: what they share, cut back so that neither answer loses its beginning. That is to the
     last turn of the assistant, or where turns are not marked, to before the last white space."""
@@ -139,8 +149,9 @@ def split_prompt(chosen, rejected):
     return shared[:space.start()] if space else ""
 
 
-def text_pairs(spec, sides, **key):
-    """Yield {id, prompt, chosen, rejected} for every row. `key` is for the cache alone: what the file and the code were."""
+def text_pairs(spec, sides, scored=False, **key):
+    """Yield {id, prompt, chosen, rejected} for every row, and {chosen,rejected}_score if `scored`. `key` is for the cache alone:
+    what the file and the code were."""
     fields = None
     for where, row in read_rows(spec):
         fields = fields or fields_of(row, where, sides)
@@ -148,21 +159,22 @@ def text_pairs(spec, sides, **key):
         if "prompt" not in text:
             prompt = split_prompt(text["chosen"], text["rejected"])
             text = {"prompt": prompt, **{side: text[side][len(prompt):] for side in sides}}
-        yield {"id": where, **text}
+        scores = {f"{side}_score": score_of(row, f"{side}_score", where) for side in sides} if scored else {}
+        yield {"id": where, **text, **scores}
 
 
-def load_text(spec, sides):
-    """A data set of {id, prompt, chosen, rejected} strings, read once and kept by `datasets` until the file changes."""
+def load_text(spec, sides, scored=False):
+    """A data set of what `text_pairs` yields, read once and kept by `datasets` until the file changes."""
     files = find_files(spec)
     stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)  # no list: that would be shards
     if files and sum(size for _, size, _ in stamps) < 20e6:  # done before a bar could be read
         datasets.disable_progress_bars()
     else:
         datasets.enable_progress_bars()
-    if next(text_pairs(spec, sides), None) is None:
+    if next(text_pairs(spec, sides, scored), None) is None:
         raise ValueError(f"{spec}: there is no row in it")
     try:
-        options = {"spec": spec, "sides": sides, "code": SOURCE, "stamps": stamps or load_hub(spec)._fingerprint}
+        options = {"spec": spec, "sides": sides, "scored": scored, "code": SOURCE, "stamps": stamps or load_hub(spec)._fingerprint}
         return datasets.Dataset.from_generator(text_pairs, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ from None  # ours, with the file and the row in it
@@ -236,16 +248,19 @@ def tokenize(batch, tokenizer, sides, limits):
         row, answers = tokenize_row([batch[side][i] for side in sides], prompt, [w[i] for w in wholes], bos, eos, limits)
         key = int.from_bytes(hashlib.blake2b(batch["prompt"][i].encode(), digest_size=7).digest(), "big")
         rows.append({**row, **{f"{side}_ids": answer for side, answer in zip(sides, answers)}, "prompt_key": key})
-    return {"id": batch["id"], **{name: [row[name] for row in rows] for name in rows[0]}}
+    scores = {name: batch[name] for name in batch if name.endswith("_score")}
+    for i, (better, worse) in enumerate(zip(*scores.values())):
+        rows[i]["problem"] = rows[i]["problem"] or ("" if better > worse else "chosen_score not above rejected_score")
+    return {"id": batch["id"], **scores, **{name: [row[name] for row in rows] for name in rows[0]}}
 
 
-def load_tokens(spec, tokenizer, sides, limits, strict=False):
+def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False):
     """A --dataset -> (rows of token ids fit to train on, a sentence that accounts for all the others).
 
-    Columns: id, prompt_ids, {side}_ids (EOS included), prompt_key (a hash of the prompt, 0 <= key < 2**56).
-    With strict, a row that would be dropped is an error.
+    Columns: id, prompt_ids, {side}_ids (EOS included), prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`,
+    {side}_score. With strict, a row that would be dropped is an error.
     """
-    text = load_text(spec, sides)
+    text = load_text(spec, sides, scored)
     tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     key = datasets.fingerprint.Hasher.hash([text._fingerprint, tokens, tokenizer.special_tokens_map, sides, limits, SOURCE])
     rows = text.map(tokenize, batched=True, remove_columns=text.column_names, new_fingerprint=key, desc="tokenising",
@@ -314,6 +329,8 @@ def collate(rows, pad_token_id):
         batch[f"{side}_input_ids"] = padded([p + a for p, a in pairs], width, pad_token_id)  # (B, T)
         batch[f"{side}_labels"] = padded([[IGNORE] * len(p) + a for p, a in pairs], width, IGNORE)  # (B, T)
         batch[f"{side}_attention_mask"] = padded([[1] * len(p + a) for p, a in pairs], width, 0)  # (B, T)
+        if f"{side}_score" in rows:
+            batch[f"{side}_scores"] = torch.tensor(rows[f"{side}_score"], dtype=torch.float64)  # (B,)
     return batch
 
 

@@ -7,7 +7,7 @@ A batch comes from data.collate: for each side, `chosen` and `rejected`, right-p
 import torch
 import torch.nn.functional as F
 
-from losses import hyperparameters, needs_reference, needs_rejected, tensor_arguments
+from losses import LOSSES, f_divergence_score, hyperparameters, needs_reference, needs_rejected, tensor_arguments
 
 IGNORE = -100  # label of a token that is not scored (prompt, padding): torch's and transformers' own value
 
@@ -18,10 +18,10 @@ def selected_logps(logits, targets):
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def sum_scored(token_logps, scored):
+def sum_scored(token_values, scored):
     """Sum each row's scored tokens: (N,), (B, T) bool -> (B,). Added up along the row, so batch mates play no part."""
-    table = torch.zeros(scored.shape, dtype=token_logps.dtype, device=token_logps.device)
-    return table.masked_scatter(scored, token_logps).sum(-1)
+    table = torch.zeros(scored.shape, dtype=token_values.dtype, device=token_values.device)
+    return table.masked_scatter(scored, token_values).sum(-1)
 
 
 def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
@@ -42,11 +42,22 @@ def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
     return sum_scored(selected_logps(logits[scored], labels[scored]), scored), scored.sum(-1)
 
 
+@torch.no_grad()
+def aligned_logps(logits, token_logps):
+    """How probable each token is beside what the policy would say there itself: log π(y_t) − log Σ_v π(v)², where the sum is the
+    expected probability of a token sampled from it (WPO, arXiv:2406.11827v2, eq. 2). (N, V), (N,) -> (N,), no gradient."""
+    logits = logits.to(token_logps.dtype)
+    return token_logps - (2 * logits.log_softmax(-1)).logsumexp(-1)
+
+
 class SequenceLogps(torch.nn.Module):
     """A causal language model that answers with log-probs: ids in, `get_batch_logps` of them out.
 
     The head runs on the scored positions alone: (N, V) logits in place of (2B, T, V), which for a long prompt is most of the
     memory of a step. It happens inside the root module's forward because that is what DDP and FSDP hook into.
+
+    token_weights (2B, T), optional: each scored token's log-prob is multiplied by its weight before the sum.
+    alignment: also return each row's mean of `aligned_logps`, (2B,), without a graph.
     """
 
     def __init__(self, model):
@@ -54,15 +65,18 @@ class SequenceLogps(torch.nn.Module):
         self.model = model
         self.bare_head = has_bare_head(model)
 
-    def forward(self, input_ids, attention_mask, labels):
-        if not self.bare_head:  # logits that are scaled or capped after the head: only the model itself knows how
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
-            return get_batch_logps(logits, labels)
-        body = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def forward(self, input_ids, attention_mask, labels, token_weights=None, alignment=False):
         labels = labels[:, 1:]
         scored = labels != IGNORE  # (2B, T-1)
-        logits = self.model.get_output_embeddings()(body.last_hidden_state[:, :-1][scored])  # (N, V)
-        return sum_scored(selected_logps(logits, labels[scored]), scored), scored.sum(-1)
+        if self.bare_head:
+            body = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            logits = self.model.get_output_embeddings()(body.last_hidden_state[:, :-1][scored])  # (N, V)
+        else:  # logits that are scaled or capped after the head: only the model itself knows how
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][scored]
+        token_logps, lengths = selected_logps(logits, labels[scored]), scored.sum(-1)  # (N,), (2B,)
+        weighted = token_logps if token_weights is None else token_logps * token_weights[:, 1:][scored]
+        out = sum_scored(weighted, scored), lengths
+        return (*out, sum_scored(aligned_logps(logits, token_logps), scored) / lengths) if alignment else out
 
 
 @torch.no_grad()
@@ -80,47 +94,105 @@ def concatenated_inputs(batch, sides=("chosen", "rejected")):
     return {name: torch.cat([batch[f"{side}_{name}"] for side in sides]) for name in ("input_ids", "attention_mask", "labels")}
 
 
-def concatenated_forward(model, batch, sides=("chosen", "rejected")):
+def concatenated_forward(model, batch, sides=("chosen", "rejected"), ld_alpha=1.0, alignment=False):
     """Both sides in one forward of `model`, a SequenceLogps: one call is half the overhead, and one use of each weight
-    per step is what DDP can synchronise. Returns {chosen,rejected}_logps and {chosen,rejected}_lengths, each (B,)."""
-    logps, lengths = model(**concatenated_inputs(batch, sides))  # (2B,), (2B,)
-    rows = len(logps) // len(sides)
-    named = {f"{side}_logps": part for side, part in zip(sides, logps.split(rows))}
-    return named | {f"{side}_lengths": part for side, part in zip(sides, lengths.split(rows))}
+    per step is what DDP can synchronise. Returns {chosen,rejected}_{logps,lengths} and, if asked for, _alignment: each (B,)."""
+    inputs = concatenated_inputs(batch, sides)
+    if ld_alpha != 1:
+        inputs["token_weights"] = length_weights(inputs["labels"], ld_alpha)
+    values = model(**inputs, alignment=alignment)
+    names = ("logps", "lengths", "alignment")[:len(values)]
+    return {f"{side}_{name}": part for name, value in zip(names, values)
+            for side, part in zip(sides, value.chunk(len(sides)))}
 
 
-def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None):
+def length_weights(labels, ld_alpha):
+    """LD-DPO (arXiv:2409.06411): of two answers the longer one's tokens beyond the length of the shorter count ld_alpha each.
+
+    labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after it. Policy and reference alike, so
+    that equal models have margin 0; TRL 0.18 to 0.28 and LLaMA-Factory weigh the policy's tokens only, and start elsewhere.
+    """
+    rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
+    common = rank[:, -1].view(2, -1).amin(0).repeat(2)[:, None]  # (2B, 1)
+    return torch.where(rank <= common, 1.0, ld_alpha)
+
+
+def check_variants(loss, hyper={}, *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
+    """Refuse what the loss can't be combined with, and say why. The arguments are those of `preference_step`."""
+    asks, parts = tensor_arguments(loss), [LOSSES[name] for name in loss.parts]
+    reading = [part for part in parts if needs_reference(part)]
+    for flag, value in (("reference_free", reference_free), ("f_divergence", f_divergence)):
+        if value and not reading:
+            raise ValueError(f"{flag}: {loss.__name__} has no reference as it is")
+        if value and not all("margin" in part.marks for part in reading):
+            raise ValueError(f"{flag}: {loss.__name__} reads more than a margin, and what it adds to the log-ratios, a constant for "
+                             f"each prompt, would not cancel; it goes with {', '.join(n for n in LOSSES if 'margin' in LOSSES[n].marks)}")
+    if f_divergence and any("average" in part.marks for part in reading):
+        raise ValueError(f"f_divergence: {loss.__name__} averages over tokens, but the link is of the probabilities of whole answers")
+    if f_alpha is not None and not 0 < f_alpha <= 1:
+        raise ValueError(f"f_alpha must be in (0, 1], got {f_alpha}")
+    if f_alpha is not None and f_divergence != "alpha":
+        raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
+    if f_divergence and reference_free:
+        raise ValueError("f_divergence: there is no divergence from a reference with reference_free")
+    if wpo and ("batch" in loss.marks or not needs_rejected(loss)):
+        raise ValueError(f"wpo: a weight belongs to a pair, and the losses of {loss.__name__} do not")
+    if wpo and "mean_chosen_length" in asks and any(hyper.get(name, 1) for name in ("cpo_alpha", "nll_weight")):
+        raise ValueError(f"wpo: {loss.__name__} has a likelihood term, which is no preference and may not be weighted as one")
+    if not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
+    if ld_alpha != 1 and (not needs_rejected(loss) or any("lengths" in name for name in asks)):
+        raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {loss.__name__} " +
+                         ("counts them" if needs_rejected(loss) else "has no pairs"))
+
+
+def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
+                    *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
     """The loss of each pair, and its metrics.
 
     policy, reference   SequenceLogps (or a wrapper of one); reference is only called if the loss asks for it
+    batch               of data.collate, with `chosen_scores` and `rejected_scores` (B,) where the loss asks for them
     loss                a function of losses.LOSSES: it is given the tensors that its signature names and no others
     hyper               its keyword-only arguments, where they are not its defaults
-    batch_state         numbers about the whole optimizer step, of which this batch may be a part (`mean_chosen_length`)
+    batch_state         what is known of the whole optimizer step, of which this batch may be a part: `mean_chosen_length`, `delta`
+    reference_free      zeros for the reference's log-probs, for metrics too; the reference is not called
+    f_divergence        the link in front of the loss, with f_alpha (0.5) if it is "alpha": see losses.f_divergence_score
+    wpo                 each pair's loss times the probability of its answers under the policy, relative to what the policy would say
+                        itself (WPO, arXiv:2406.11827v2, eqs. 1 and 2), detached. The authors' code clamps it at 1, the paper doesn't
+    ld_alpha            see length_weights
     Returns             (B,) losses with a graph, {metric: (B,) tensor} without
     """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    tensors = dict(batch_state or {})
-    if needs_reference(loss):  # first, so that its activations are gone before the policy's exist
+    tensors = batch | (batch_state or {})
+    if needs_reference(loss) and not reference_free:  # first, so that its activations are gone before the policy's exist
         with torch.no_grad():
-            ref = concatenated_forward(reference, batch, sides)
+            ref = concatenated_forward(reference, batch, sides, ld_alpha)
         tensors |= {f"ref_{side}_logps": ref[f"{side}_logps"] for side in sides}
-    out = concatenated_forward(policy, batch, sides)
+    out = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
     tensors |= {f"policy_{side}_logps": out[f"{side}_logps"] for side in sides}
     tensors |= {f"{side}_lengths": out[f"{side}_lengths"] for side in sides}
+    metrics = {f"logps/{side}": out[f"{side}_logps"] for side in sides}
+    for side in sides:
+        policy_logps = tensors[f"policy_{side}_logps"]
+        if f"ref_{side}_logps" not in tensors:
+            tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps)
+        elif f_divergence:  # the score of the log-ratio in place of the policy's log-prob, and zeros in place of the reference's
+            tensors[f"policy_{side}_logps"] = f_divergence_score(
+                policy_logps - tensors[f"ref_{side}_logps"], f_divergence, f_alpha or 0.5)
+            tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps)
     hyper = hyperparameters(loss) | hyper
     losses = loss(**{name: tensors[name] for name in tensor_arguments(loss) if name in tensors}, **hyper)  # (B,)
-    return losses, pair_metrics(losses, tensors, hyper.get("beta"))
+    if wpo:
+        losses = losses * (out["chosen_alignment"] + out["rejected_alignment"]).exp()
+    metrics = {"loss": losses, **metrics, **(rewards(loss, tensors, hyper.get("beta", 1.0)) if needs_rejected(loss) else {})}
+    return losses, {name: value.detach() for name, value in metrics.items()}
 
 
-def pair_metrics(losses, tensors, beta):
-    """{metric: (B,)}. A reward is beta times the log-ratio of policy to reference, in nats; ties do not count as accurate."""
-    metrics = {"loss": losses}
-    for side in ("chosen", "rejected"):
-        if f"policy_{side}_logps" in tensors:
-            metrics[f"logps/{side}"] = tensors[f"policy_{side}_logps"]
-    if "ref_chosen_logps" in tensors:
-        chosen, rejected = (beta * (tensors[f"policy_{side}_logps"] - tensors[f"ref_{side}_logps"])
-                            for side in ("chosen", "rejected"))
-        metrics |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-                    "rewards/accuracies": (chosen > rejected).to(losses.dtype)}
-    return {name: value.detach() for name, value in metrics.items()}
+def rewards(loss, tensors, beta):
+    """{metric: (B,)}: beta times the log-ratio of policy to reference in nats, per token where the loss averages over tokens. A tie
+    does not count as accurate."""
+    chosen, rejected = (beta * (tensors[f"policy_{side}_logps"] - tensors[f"ref_{side}_logps"]) for side in ("chosen", "rejected"))
+    if "average" in loss.marks:
+        chosen, rejected = chosen / tensors["chosen_lengths"], rejected / tensors["rejected_lengths"]
+    return {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype)}

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -29,8 +30,8 @@ import transformers
 
 import data
 import world
-from dpo import SequenceLogps, concatenated_inputs, preference_step
-from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
+from dpo import SequenceLogps, check_variants, concatenated_inputs, preference_step
+from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
 from model import (Ranks, barrier, broadcast, gather, init_distributed, leave_distributed, load_model, load_tokenizer,
                    new_model, save_model, sum_over_ranks, sync_gradients, wrap)
 
@@ -75,12 +76,11 @@ def true_or_false(text):
     return text == "true"
 
 
-def build_parser(loss_name):
+def build_parser(loss):
     """Every flag of a run with this loss: those of the trainer, and the loss's own keyword arguments."""
-    loss = LOSSES[loss_name]
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("what to train on what").add_argument
-    add("--loss", default="sigmoid", help=f"one of {', '.join(LOSSES)}")
+    add("--loss", default="sigmoid", help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world", help="policy: a folder, a hub id, or world")
     if needs_reference(loss):
         add("--ref_model", help="reference: a folder or hub id (default: what the policy starts from)")
@@ -117,17 +117,17 @@ def build_parser(loss_name):
     add("--save_every", type=at_least(0, int), default=200, help="steps between checkpoints (0: only when interrupted)")
     add("--keep_checkpoints", type=at_least(1, int), default=2, help="older ones are removed")
 
-    add = parser.add_argument_group(f"the loss {loss_name}").add_argument
+    add = parser.add_argument_group("variants of a loss, each where it is valid").add_argument
+    add("--reference_free", action="store_true", help="zeros in place of the reference's log-probs")
+    add("--f_divergence", choices=("reverse_kl", "forward_kl", "js", "alpha"), help="f-DPO: losses.f_divergence_score as the link")
+    add("--f_alpha", type=float, help="the alpha of --f_divergence alpha, in (0, 1] (default 0.5)")
+    add("--wpo", action="store_true", help="WPO: weigh a pair by how probable its answers are under the policy")
+    add("--ld_alpha", type=float, default=1.0, help="LD-DPO: weight of the tokens beyond the shorter answer's length, in [0, 1]")
+
+    add = parser.add_argument_group(f"the loss {loss.__name__}").add_argument
     for name, default in hyperparameters(loss).items():
-        add(f"--{name}", type=type(default), default=default, help="see the page of the loss in losses.py")
+        add(f"--{name}", type=float, default=None if default is ... else default, help="see the page of the loss in losses.py")
     return parser
-
-
-def find_loss(name):
-    if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)
-        raise ValueError(f"--loss {name}: there is no such loss; the nearest name is {near[0]}; all: {', '.join(LOSSES)}")
-    return LOSSES[name]
 
 
 def parse_args(argv):
@@ -139,21 +139,21 @@ def parse_args(argv):
     early = first.parse_known_args(argv)[0]
     saved = read_flags(early.output_dir) if early.resume else {}
     early.loss = early.loss or saved.get("loss", "sigmoid")
-    loss = find_loss(early.loss)
-    parser = build_parser(early.loss)
-    brings = world.FLAGS if (early.dataset or saved.get("dataset", "world")) == "world" else {}
+    loss = find(early.loss)
+    parser = build_parser(loss)
+    brings = world.flags(early.loss) if (early.dataset or saved.get("dataset", "world")) == "world" else {}
     known = vars(parser.parse_args([]))
     parser.set_defaults(**{name: value for name, value in brings.items() if name in known and name != "epochs"} | saved)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_flag(unknown[0].split("=")[0], early.loss, known)
     check_args(args, saved)
+    hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
+    check_loss(args, loss, hyper)
     if not args.max_steps:
         args.epochs = args.epochs or brings.get("epochs", 1)
     if not (args.eval_dataset or args.dataset == "world"):
         args.eval_share = 0.05 if args.eval_share is None else args.eval_share
-    hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
-    check_hyperparameters(loss, hyper)
     return args, loss, hyper
 
 
@@ -184,10 +184,21 @@ def check_args(args, saved):
                          "the held-out rows are " + (args.eval_dataset or "the world's own")))
 
 
-def check_hyperparameters(loss, hyper):
-    """The loss itself knows the ranges: ask it, on one pair."""
+def variants(args):
+    """The arguments of dpo.preference_step that change any loss."""
+    return {name: getattr(args, name) for name in ("reference_free", "f_divergence", "f_alpha", "wpo", "ld_alpha")}
+
+
+def check_loss(args, loss, hyper):
+    """The loss and its variants know what they can be: ask them, the loss on one pair."""
+    for name, default in hyperparameters(loss).items():
+        if default is ... and hyper[name] is None:
+            raise ValueError(f"--{name}: the parts of --loss {args.loss} have different defaults for it; say which value all shall have")
+    if args.reference_free and getattr(args, "ref_model", None):
+        raise ValueError(f"--ref_model {args.ref_model}: is not read with --reference_free")
     try:
-        loss(**{name: torch.ones(1) for name in tensor_arguments(loss)}, **hyper)
+        check_variants(loss, hyper, **variants(args))
+        loss(**{name: torch.full((1,), 1.0 + ("chosen" in name)) for name in tensor_arguments(loss)}, **hyper)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
 
@@ -254,15 +265,18 @@ def collate(rows, tokenizer, device):
             for name, value in data.collate(rows, pad).items()}
 
 
-def load_rows(args, tokenizer, sides, home, ranks):
+def load_rows(args, loss, tokenizer, home, ranks):
     """-> training rows and held-out rows (maybe none) as token ids. Rank 0 reads and tokenises, the others find it done."""
+    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
+    scored = "chosen_scores" in tensor_arguments(loss)
     limits = data.Limits(args.max_length, args.max_prompt_length, args.max_completion_length, args.truncation_mode)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
         specs = {"--dataset": home / "pairs.jsonl", "--eval_dataset": args.eval_dataset or home / "eval.jsonl"}
     if ranks.rank > 0:
         barrier(ranks)
-    loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict) for flag, spec in specs.items() if spec}
+    loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict, scored)
+              for flag, spec in specs.items() if spec}
     if ranks.rank == 0:
         barrier(ranks)
         print("\n".join(f"{flag} {account}" for flag, (_, account) in loaded.items()))
@@ -278,7 +292,8 @@ def load_rows(args, tokenizer, sides, home, ranks):
 def choose_folder(args, ranks):
     """--output_dir, or the first free folder below runs/. A folder that holds a run is only ever continued."""
     if args.output_dir is None:
-        names = itertools.chain([args.loss], (f"{args.loss}-{i}" for i in itertools.count(2)))
+        name = re.sub("[:,]", "+", args.loss)
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         args.output_dir = broadcast(next(f"runs/{name}" for name in names if not os.path.exists(f"runs/{name}")), ranks)
     folder = pathlib.Path(args.output_dir)
     if not args.resume and (is_complete(folder) or checkpoints(folder)):
@@ -347,9 +362,9 @@ def stop_if_not_finite(step, values, seen, ranks=None):
 
 
 @torch.no_grad()
-def evaluate(forward, model, rows, micro_batch_size, ranks):
+def evaluate(forward, model, rows, micro_batch_size, delta, ranks):
     """Mean metrics over the held-out rows. On the bare model, since ranks may have unequal numbers of batches."""
-    totals, state = {}, {"mean_chosen_length": float(data.column(rows, "chosen_length").mean())}
+    totals, state = {}, {"mean_chosen_length": float(data.column(rows, "chosen_length").mean()), "delta": delta}
     for indices, weight in data.micro_batches(np.arange(len(rows)), micro_batch_size, ranks.rank, ranks.size):
         add(totals, forward(model, rows[indices], state)[1], weight)
     return mean_over_ranks(totals, len(rows), ranks)
@@ -391,7 +406,7 @@ def checkpoints(folder):
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(folder, step, model, tokenizer, optimizer, scheduler, keep, ranks):
+def save_checkpoint(folder, step, model, tokenizer, optimizer, scheduler, delta, keep, ranks):
     """Everything the next step depends on. The order of the rows follows from the seed and the step, and nothing draws random
     numbers while training, so there is no more state than this."""
     final = folder / f"checkpoint-{step}"
@@ -399,7 +414,8 @@ def save_checkpoint(folder, step, model, tokenizer, optimizer, scheduler, keep, 
         aside = folder / ".checkpoint"
         shutil.rmtree(aside, ignore_errors=True)
         save_model(model, tokenizer, aside)
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, aside / "state.pt")
+        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "delta": delta}
+        torch.save(state, aside / "state.pt")
         os.replace(aside, final)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -407,11 +423,11 @@ def save_checkpoint(folder, step, model, tokenizer, optimizer, scheduler, keep, 
 
 
 def load_checkpoint(folder, optimizer, scheduler, device):
-    """What save_checkpoint saved beside the model -> the step it was saved after. Runs no code from the file."""
+    """What save_checkpoint saved beside the model -> the step it was saved after, and delta. Runs no code from the file."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location=device)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    return state["step"]
+    return state["step"], state["delta"]
 
 
 class Log:
@@ -490,17 +506,17 @@ def main(argv, ranks):
     model = SequenceLogps(load_model(str(newest or source), weights).to(ranks.device))
     check_model(args, model.model, tokenizer)
     reference = None
-    if needs_reference(loss):
+    if needs_reference(loss) and not args.reference_free:
         reference = SequenceLogps(load_model(args.ref_model or source, weights).to(ranks.device)).requires_grad_(False)
 
     def forward(model, columns, state=None):
         """Losses (B,) and metrics of some rows: the one way that checking, training and evaluating share."""
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return preference_step(model, reference, collate(columns, tokenizer, ranks.device), loss, hyper, state)
+            batch = collate(columns, tokenizer, ranks.device)
+            return preference_step(model, reference, batch, loss, hyper, state, **variants(args))
 
     # --- the rows
-    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    rows, held_out = load_rows(args, tokenizer, sides, home, ranks)
+    rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     lengths, tokens = data.column(rows, "chosen_length"), data.column(rows, "tokens")
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     args.warmup_steps = steps // 10 if args.warmup_steps is None else args.warmup_steps
@@ -508,10 +524,12 @@ def main(argv, ranks):
     # --- optimizer and schedule, from the start or from where the run stopped
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
-    start = load_checkpoint(newest, optimizer, scheduler, ranks.device) if newest else 0
+    start, delta = load_checkpoint(newest, optimizer, scheduler, ranks.device) if newest else (0, 0.0)
     policy = wrap(model, ranks)
     say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
         f"{model.model.num_parameters():,} parameters, {dtype} on {ranks.size} x {ranks.device.type}; {folder}")
+    if "batch" in loss.marks:
+        say(f"{args.loss} compares pairs with each other: here those of one micro-batch, {args.micro_batch_size} pairs")
     if start:
         say(f"resumed after step {start}")
     elif reference and args.ref_model:
@@ -523,9 +541,10 @@ def main(argv, ranks):
 
     def look():
         """{split: metrics} on the held-out rows and, in the world, against the truth."""
-        looks = {"eval": evaluate(forward, model, held_out, args.micro_batch_size, ranks)} if len(held_out) else {}
+        looks = {"eval": evaluate(forward, model, held_out, args.micro_batch_size, delta, ranks)} if len(held_out) else {}
         if home:
-            looks["world"] = measure(model, home, tokenizer, ranks.device, hyper.get("beta", world.BETA))
+            beta = hyper["beta"] if needs_reference(loss) and "average" not in loss.marks else world.BETA
+            looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
         return looks
 
     log, since, count = Log(folder, vars(args), start, steps, ranks), time.perf_counter(), 0
@@ -533,7 +552,7 @@ def main(argv, ranks):
         for step in range(start + 1, steps + 1):
             # ------------------------------------------------------------------------------------ one training step ---
             window = data.window(step - 1, len(rows), args.batch_size, args.seed, args.shuffle)  # the pairs of all ranks
-            state = {"mean_chosen_length": float(lengths[window].mean())}
+            state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
             totals, seen = {"stop": float(bool(stopped))}, []
             micro_batches = data.micro_batches(window, args.micro_batch_size, ranks.rank, ranks.size)
             for i, (indices, weight) in enumerate(micro_batches):
@@ -547,6 +566,8 @@ def main(argv, ranks):
             values = mean_over_ranks(totals, len(window), ranks)
             values |= {"grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0]}
             stop_if_not_finite(step, values, seen, ranks)
+            if "delta" in tensor_arguments(loss):
+                values["delta"], delta = delta, update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -568,7 +589,7 @@ def main(argv, ranks):
                     log.say(f"step {step} {split}: {brief(found)}")
 
             if not last and (stopping or args.save_every and step % args.save_every == 0):
-                save_checkpoint(folder, step, model.model, tokenizer, optimizer, scheduler, args.keep_checkpoints, ranks)
+                save_checkpoint(folder, step, model.model, tokenizer, optimizer, scheduler, delta, args.keep_checkpoints, ranks)
                 if stopping:
                     log.bar.close()
                     say(f"stopped after step {step} of {steps}; to go on: python train.py --output_dir {folder} --resume")

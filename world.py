@@ -29,6 +29,11 @@ COUNTS = {"sft": 16_384, "pairs": 65_536, "eval": 4_096}  # rows
 COMMON = dict(batch_size=256, micro_batch_size=128, lr_schedule="cosine", warmup_steps=20, max_length=16, dtype="float32")
 SFT_FLAGS = COMMON | dict(loss="sft", lr=3e-3, epochs=4, eval_share=0.0)
 FLAGS = COMMON | dict(lr=2e-3, epochs=2, beta=BETA, eval_every=64)  # the defaults of train.py here
+OWN_FLAGS = {}  # of single losses, where BETA is not sensible
+
+
+def flags(loss):
+    return FLAGS | OWN_FLAGS.get(loss, {})
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -88,13 +93,16 @@ def sample(logps, count, answers_each, seed):
 
 
 def sample_pairs(logps, count, seed):
-    """Pairs of answers from the policy, labelled by Bradley-Terry -> indices of things, chosen, rejected, (count,) each."""
+    """Pairs of answers from the policy, labelled by Bradley-Terry -> indices of things, of chosen and of rejected answers,
+    (count,) each, and their scores, (count, 2), the chosen one's first.
+
+    A score is the true reward plus Gumbel noise, and the higher score is chosen: the difference of two such noises is logistic,
+    so y beats y' with probability σ(r(y) − r(y')). `odpo` reads the scores."""
     things, both = sample(logps, count, 2, seed)
-    reward = true_reward()[things[:, None], both]  # (count, 2)
-    coins = torch.rand(count, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    swap = coins >= (reward[:, 0] - reward[:, 1]).sigmoid()
-    chosen, rejected = torch.where(swap[:, None], both.flip(-1), both).T
-    return things, chosen, rejected
+    uniform = torch.rand((count, 2), generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    scores, order = (true_reward()[things[:, None], both] - (-uniform.log()).log()).sort(-1, descending=True)
+    chosen, rejected = both.gather(-1, order).T
+    return things, chosen, rejected, scores
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -132,12 +140,14 @@ def folder():
     return pathlib.Path("runs") / f"world-{hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]}"
 
 
-def write_rows(path, things, **sides):
+def write_rows(path, things, scores=(), **sides):
     """One JSON line per row, answers given by index."""
     texts, questions = answers(), prompts()
     with open(path, "w") as file:
-        for thing, *indices in zip(things.tolist(), *(side.tolist() for side in sides.values())):
-            file.write(json.dumps({"prompt": questions[thing], **{side: texts[i] for side, i in zip(sides, indices)}}) + "\n")
+        for i, thing in enumerate(things.tolist()):
+            row = {"prompt": questions[thing], **{side: texts[indices[i]] for side, indices in sides.items()}}
+            row |= {f"{side}_score": scores[i][k].item() for k, side in enumerate(sides)} if len(scores) else {}
+            file.write(json.dumps(row) + "\n")
 
 
 def write_texts(home):
@@ -152,5 +162,5 @@ def write_pairs(home, reference):
     """What the policy is trained and tested on; reference (X, A) are the trained reference's log-probs."""
     np.save(home / "reference.npy", reference.numpy())
     for seed, name in ((4, "pairs"), (6, "eval")):
-        things, chosen, rejected = sample_pairs(reference.double(), COUNTS[name], seed)
-        write_rows(home / f"{name}.jsonl", things, chosen=chosen, rejected=rejected)
+        things, chosen, rejected, scores = sample_pairs(reference.double(), COUNTS[name], seed)
+        write_rows(home / f"{name}.jsonl", things, scores, chosen=chosen, rejected=rejected)
