@@ -117,7 +117,12 @@ def length_weights(labels, ld_alpha):
     return torch.where(rank <= common, 1.0, ld_alpha)
 
 
-def check_variants(loss, hyper={}, *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
+def has_likelihood(loss, hyper):
+    weights = [name for name in hyperparameters(loss) if name in ("cpo_alpha", "nll_weight")]
+    return "mean_chosen_length" in tensor_arguments(loss) and (not weights or any(hyper[name] for name in weights))
+
+
+def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
     """Refuse what the loss can't be combined with, and say why. The arguments are those of `preference_step`."""
     asks, parts = tensor_arguments(loss), [LOSSES[name] for name in loss.parts]
     reading = [part for part in parts if needs_reference(part)]
@@ -137,7 +142,7 @@ def check_variants(loss, hyper={}, *, reference_free=False, f_divergence=None, f
         raise ValueError("f_divergence: there is no divergence from a reference with reference_free")
     if wpo and ("batch" in loss.marks or not needs_rejected(loss)):
         raise ValueError(f"wpo: a weight belongs to a pair, and the losses of {loss.__name__} do not")
-    if wpo and "mean_chosen_length" in asks and any(hyper.get(name, 1) for name in ("cpo_alpha", "nll_weight")):
+    if wpo and any(has_likelihood(part, hyper) for part in parts):
         raise ValueError(f"wpo: {loss.__name__} has a likelihood term, which is no preference and may not be weighted as one")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")

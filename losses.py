@@ -94,11 +94,11 @@ def find(spec):
         name, _, weight = part.strip().partition(":")
         if name not in LOSSES:
             near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)
-            raise ValueError(f"loss {name!r}: there is no such loss; the nearest name is {near[0]}; all: {', '.join(LOSSES)}")
+            raise ValueError(f"loss {name}: there is no such loss; the nearest name is {near[0]}; all: {', '.join(LOSSES)}")
         if not re.fullmatch(r"\d*\.?\d+", weight or "1") or float(weight or "1") == 0:
-            raise ValueError(f"loss {spec!r}: the weight of {name} must be a number > 0, got {weight!r}")
+            raise ValueError(f"loss {spec}: the weight of {name} must be a number > 0, got {weight!r}")
         if name in weights:
-            raise ValueError(f"loss {spec!r} names {name} twice")
+            raise ValueError(f"loss {spec}: names {name} twice")
         weights[name] = float(weight or "1")
     return combine(weights) if len(weights) > 1 or set(weights.values()) != {1.0} else LOSSES[name]
 
@@ -111,22 +111,29 @@ def combine(weights):
     `sigmoid:0.8,bco_pair:0.2,sft:1` is MPO (arXiv:2411.10442, Sec. 4.1, eq. 3); `sigmoid,sft` with a reference of zeros is CPO.
     """
     functions = {name: LOSSES[name] for name in weights}
-    every = [p for f in functions.values() for p in inspect.signature(f).parameters.values()]
-    merged = {}
-    for p in sorted(every, key=lambda p: (p.kind, p.default is not p.empty and p.kind is not p.KEYWORD_ONLY)):
-        same = p.name not in merged or merged[p.name].default == p.default
-        merged[p.name] = p if same else p.replace(default=...)
 
     def total(**named):
-        parts = ((weight, functions[name], inspect.signature(functions[name]).parameters) for name, weight in weights.items())
-        return sum(weight * f(**{k: v for k, v in named.items() if k in wanted}) for weight, f, wanted in parts)
+        named = hyperparameters(total) | named
+        if undecided := [name for name, value in named.items() if value is ...]:
+            raise ValueError(f"{undecided[0]} must be given: it has different defaults in the parts of {total.__name__}")
+        wanted = {name: inspect.signature(f).parameters for name, f in functions.items()}
+        return sum(weights[name] * f(**{k: v for k, v in named.items() if k in wanted[name]}) for name, f in functions.items())
 
-    pairwise = [f for f in functions.values() if needs_rejected(f)]
-    total.__signature__ = inspect.Signature(list(merged.values()))
+    pairwise = [f.marks - {"batch"} for f in functions.values() if needs_rejected(f)]
+    total.__signature__ = merged_signature(functions.values())
     total.__name__, total.parts = ",".join(f"{name}:{weight:g}" for name, weight in weights.items()), weights
-    total.marks = set.intersection(*(f.marks for f in pairwise)) - {"batch"} if pairwise else set()
-    total.marks |= {"batch"} & set().union(*(f.marks for f in functions.values()))
+    total.marks = set.intersection(*pairwise) if pairwise else set()
+    total.marks |= {mark for f in functions.values() for mark in f.marks & {"batch"}}
     return total
+
+
+def merged_signature(functions):
+    """The parameters of all, each once: tensors, then tensors with defaults, then hyper-parameters."""
+    every = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    merged = {}
+    for p in sorted(every, key=lambda p: (p.kind, p.kind is not p.KEYWORD_ONLY and p.default is not p.empty)):
+        merged[p.name] = p.replace(default=...) if p.name in merged and merged[p.name].default != p.default else p
+    return inspect.Signature(list(merged.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -654,7 +661,8 @@ def orpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_le
     Args       two (B,) log-probs < 0, two (B,) lengths >= 1; mean_chosen_length: see `sft`; beta > 0, the paper's λ (0.1 for
                Mistral, 0.2 for Llama 2, 0.25 for Phi-2); nll_weight >= 0, 1 in the paper, 0 leaves the odds-ratio term alone
     Elsewhere  The authors and TRL count the prompt in the likelihood; we score answers only, everywhere. log(1 − eˣ) by way of
-               log1p(−exp(x)) is −inf at x ≈ 0 in fp32 (TRL 0.13, Liger); here it is expm1, held one ulp below probability 1.
+               log1p(−exp(x)) is −inf at x ≈ 0 in fp32 (TRL 0.13, Liger); here it is expm1, and goes on as a straight line within
+               one ulp of probability 1.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be > 0 and finite, got {beta}")
@@ -663,8 +671,8 @@ def orpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_le
     if mean_chosen_length is None:
         mean_chosen_length = chosen_lengths.to(policy_chosen_logps.dtype).mean()
     x = torch.stack([policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths])  # (2, B)
-    x = x + (x.clamp(max=-torch.finfo(x.dtype).eps) - x).detach()  # the value stops there, the gradient does not
-    log_odds_chosen, log_odds_rejected = x - torch.log(-torch.expm1(x))
+    cap = x.clamp(max=-torch.finfo(x.dtype).eps)
+    log_odds_chosen, log_odds_rejected = cap - torch.log(-torch.expm1(cap)) - (x - cap) / torch.expm1(cap)
     return beta * F.softplus(log_odds_rejected - log_odds_chosen) - nll_weight * policy_chosen_logps / mean_chosen_length
 
 
@@ -770,24 +778,18 @@ def curve(function, h):
 
 def plot(path):
     """Every margin loss and its slope, each in a panel of its own scale, since the betas differ by a factor of 100."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     drawn = [function for function in LOSSES.values() if "margin" in function.marks]
-    figure, panels = pyplot.subplots(-(-len(drawn) // 3), 3, figsize=(12, 2.8 * -(-len(drawn) // 3)), layout="constrained")
-    for panel in panels.flat[len(drawn):]:
-        panel.axis("off")
-    for function, panel in zip(drawn, panels.flat):
-        beta = hyperparameters(function)["beta"]
+    figure = Figure(figsize=(12, 2.8 * -(-len(drawn) // 3)), layout="constrained")
+    for place, function in enumerate(drawn, 1):
+        panel, beta = figure.add_subplot(-(-len(drawn) // 3), 3, place), hyperparameters(function)["beta"]
         z = torch.linspace(-6, 6, 601, dtype=torch.float64)  # βh
         value, slope = curve(function, z / beta)
-        panel.plot(z, value, color="tab:blue", label="L")
-        panel.plot(z, slope / beta, color="tab:red", linestyle="--", label="∂L/∂(βh)")
-        panel.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        panel.plot(z, value, "tab:blue", z, slope / beta, "tab:red")
+        panel.grid(color="0.9")
         panel.set_title(", ".join([function.__name__, *(f"{k} {v:g}" for k, v in hyperparameters(function).items())]), fontsize=9)
         panel.set_xlabel("βh̄" if "average" in function.marks else "βh")
-    panels.flat[0].legend()
+    figure.axes[0].legend(["L", "∂L/∂(βh)"])
     figure.savefig(path, dpi=120)
 
 

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        told = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)) or "default" in action.help
+        told = any(action.default is nothing for nothing in (None, False, ..., argparse.SUPPRESS)) or "default" in action.help
         return action.help if told else f"{action.help} (default {action.default})"
 
 
@@ -126,7 +126,7 @@ def build_parser(loss):
 
     add = parser.add_argument_group(f"the loss {loss.__name__}").add_argument
     for name, default in hyperparameters(loss).items():
-        add(f"--{name}", type=float, default=None if default is ... else default, help="see the page of the loss in losses.py")
+        add(f"--{name}", type=float, default=default, help="see the page of the loss in losses.py")
     return parser
 
 
@@ -139,7 +139,10 @@ def parse_args(argv):
     early = first.parse_known_args(argv)[0]
     saved = read_flags(early.output_dir) if early.resume else {}
     early.loss = early.loss or saved.get("loss", "sigmoid")
-    loss = find(early.loss)
+    try:
+        loss = find(early.loss)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     parser = build_parser(loss)
     brings = world.flags(early.loss) if (early.dataset or saved.get("dataset", "world")) == "world" else {}
     known = vars(parser.parse_args([]))
@@ -191,9 +194,6 @@ def variants(args):
 
 def check_loss(args, loss, hyper):
     """The loss and its variants know what they can be: ask them, the loss on one pair."""
-    for name, default in hyperparameters(loss).items():
-        if default is ... and hyper[name] is None:
-            raise ValueError(f"--{name}: the parts of --loss {args.loss} have different defaults for it; say which value all shall have")
     if args.reference_free and getattr(args, "ref_model", None):
         raise ValueError(f"--ref_model {args.ref_model}: is not read with --reference_free")
     try:

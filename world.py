@@ -29,7 +29,11 @@ COUNTS = {"sft": 16_384, "pairs": 65_536, "eval": 4_096}  # rows
 COMMON = dict(batch_size=256, micro_batch_size=128, lr_schedule="cosine", warmup_steps=20, max_length=16, dtype="float32")
 SFT_FLAGS = COMMON | dict(loss="sft", lr=3e-3, epochs=4, eval_share=0.0)
 FLAGS = COMMON | dict(lr=2e-3, epochs=2, beta=BETA, eval_every=64)  # the defaults of train.py here
-OWN_FLAGS = {}  # of single losses, where BETA is not sensible
+OWN_FLAGS = {  # of single losses: averages are over 4 tokens, and some betas are no scale of a log-ratio but set its target
+    "ipo": dict(beta=0.5), "sigmoid_norm": dict(beta=4.0), "simpo": dict(beta=4.0, gamma=0.0), "alphapo": dict(beta=4.0),
+    "sppo_hard": dict(beta=0.25), "cal_dpo": dict(beta=0.25), "nca_pair": dict(beta=0.3), "dpop": dict(dpop_lambda=1.0),
+    "apo_down": dict(lr=5e-4, epochs=1),
+}
 
 
 def flags(loss):

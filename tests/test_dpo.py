@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 import data
 import dpo
-from dpo import IGNORE, SequenceLogps, concatenated_forward, concatenated_inputs, get_batch_logps, preference_step
-from losses import ipo, sft, sigmoid
+from dpo import (IGNORE, SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, get_batch_logps,
+                 preference_step)
+from losses import LOSSES, f_divergence_score, find, hinge, hyperparameters, ipo, needs_reference, odpo, sft, sigmoid, simpo
 
 
 def rows_of(*rows):
@@ -149,3 +150,152 @@ def test_rewards_are_beta_times_the_log_ratio_and_ties_are_not_accurate(model, t
 
 def test_both_modules_ignore_the_same_label():
     assert dpo.IGNORE == data.IGNORE == torch.nn.CrossEntropyLoss().ignore_index
+
+
+# --- variants of a loss
+
+@pytest.fixture(scope="module")
+def other(tokenizer):
+    """Another model, so that no margin is 0."""
+    model = tiny_model("llama", tokenizer).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    return SequenceLogps(model)
+
+
+BATCH = data.collate(rows_of(*ROWS), 1)
+
+
+def token_tables(model):
+    """[(chosen, rejected)] of (n, V) log-probs at each scored position, and the scored tokens: by hand, from full logits."""
+    for prompt, *answers in ROWS:
+        tables = []
+        for answer in answers:
+            logits = model.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+            tables.append((logits.log_softmax(-1), torch.tensor(answer)))
+        yield tables
+
+
+def grads(losses, model):
+    return torch.autograd.grad(losses.sum(), [p for p in model.parameters()], allow_unused=True)
+
+
+def test_a_reference_free_loss_has_zeros_for_its_reference_and_calls_none(model):
+    losses, metrics = preference_step(model, None, BATCH, sigmoid, {"beta": 0.3}, reference_free=True)
+    policy = concatenated_forward(model, BATCH)
+    chosen, rejected = policy["chosen_logps"], policy["rejected_logps"]
+    assert torch.allclose(losses, torch.nn.functional.softplus(-0.3 * (chosen - rejected)))
+    assert torch.allclose(metrics["rewards/chosen"], 0.3 * chosen)  # which other trainers go on measuring from the reference
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not needs_reference(LOSSES[name])])
+def test_a_loss_without_reference_calls_none(model, name):
+    losses, metrics = preference_step(model, None, BATCH, LOSSES[name])
+    assert losses.shape == (3,) and ("rewards/margins" in metrics) == (name != "sft")
+
+
+def test_rewards_are_per_token_where_the_loss_averages(model):
+    policy = concatenated_forward(model, BATCH)
+    averages = [policy[f"{side}_logps"] / policy[f"{side}_lengths"] for side in ("chosen", "rejected")]
+    metrics = preference_step(model, None, BATCH, simpo, {"beta": 2.0})[1]
+    assert torch.allclose(metrics["rewards/chosen"], 2 * averages[0])
+    assert metrics["rewards/accuracies"].tolist() == [float(w > l) for w, l in zip(*averages)]
+
+
+def test_an_f_divergence_stands_in_front_of_the_loss_and_in_the_rewards(model, other):
+    losses, metrics = preference_step(model, other, BATCH, hinge, {"beta": 0.3}, f_divergence="js")
+    policy, reference = concatenated_forward(model, BATCH), concatenated_forward(other, BATCH)
+    scores = [f_divergence_score(policy[f"{side}_logps"] - reference[f"{side}_logps"], "js") for side in ("chosen", "rejected")]
+    assert torch.allclose(losses, torch.relu(1 - 0.3 * (scores[0] - scores[1])))
+    assert torch.allclose(metrics["rewards/chosen"], 0.3 * scores[0])
+    assert torch.allclose(metrics["logps/chosen"], policy["chosen_logps"])
+
+
+def test_reverse_kl_is_the_loss_itself_and_alpha_takes_its_flag(model, other):
+    plain = preference_step(model, other, BATCH, sigmoid)[0]
+    assert torch.allclose(preference_step(model, other, BATCH, sigmoid, f_divergence="reverse_kl")[0], plain)
+    one, forward = (preference_step(model, other, BATCH, sigmoid, **f)[0] for f in
+                    (dict(f_divergence="alpha", f_alpha=1.0), dict(f_divergence="forward_kl")))
+    assert torch.allclose(one, forward) and not torch.allclose(one, plain)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "simpo"])
+def test_wpo_weighs_a_pair_by_eq_2_and_sends_no_gradient_through_the_weight(model, other, name):
+    """2406.11827 eq. 2: w(y) = exp(mean over tokens of log π(y_t) − log Σ_v π(v)²), and the pair's weight is w(y_w) w(y_l)."""
+    losses, _ = preference_step(model, other, BATCH, LOSSES[name], wpo=True)
+    plain, _ = preference_step(model, other, BATCH, LOSSES[name])
+    weights = []
+    for tables in token_tables(model):
+        means = [(table.gather(-1, ids[:, None])[:, 0] - table.exp().square().sum(-1).log()).mean() for table, ids in tables]
+        weights.append(sum(means).exp().item())
+    weights = torch.tensor(weights, dtype=torch.float64)
+    assert torch.allclose(losses, weights * plain)
+    for found, expected in zip(grads(losses, model), grads(weights * plain, model)):
+        assert found is expected is None or torch.allclose(found, expected, atol=1e-12)
+
+
+def test_wpo_gives_a_policy_that_is_sure_of_both_answers_weight_1_and_the_paper_has_no_clamp():
+    sure = dpo.aligned_logps(torch.tensor([[50.0, 0, 0]]), torch.tensor([0.0]))
+    assert sure.item() == pytest.approx(0)
+    peaked = torch.tensor([[0.9, 0.1]]).log()
+    assert dpo.aligned_logps(peaked, peaked[:, 0]).exp().item() == pytest.approx(0.9 / 0.82) and 0.9 / 0.82 > 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_ld_dpo_weighs_the_tokens_beyond_the_common_length_for_policy_and_reference_alike(model, other, alpha):
+    found = preference_step(model, other, BATCH, sigmoid, {"beta": 0.3}, ld_alpha=alpha)[0]
+    for loss, *both in zip(found, token_tables(model), token_tables(other)):
+        ratios = []
+        for (table, ids), (ref, _) in zip(*both):
+            ratio = (table - ref).gather(-1, ids[:, None])[:, 0]
+            common = min(len(tokens) for _, tokens in both[0])
+            ratios.append(ratio[:common].sum() + alpha * ratio[common:].sum())
+        assert loss.item() == pytest.approx(torch.nn.functional.softplus(-0.3 * (ratios[0] - ratios[1])).item())
+    at_start = preference_step(model, model, BATCH, sigmoid, ld_alpha=alpha)[0]
+    assert torch.allclose(at_start, torch.full_like(at_start, math.log(2)))
+
+
+def test_ld_dpo_of_equal_lengths_or_with_alpha_1_is_dpo(model, other):
+    equal = data.collate(rows_of(([5, 6], [7, 8, 0], [9, 10, 0])), 1)
+    assert torch.equal(preference_step(model, other, equal, sigmoid, ld_alpha=0.0)[0], preference_step(model, other, equal, sigmoid)[0])
+    assert torch.equal(preference_step(model, other, BATCH, sigmoid, ld_alpha=1.0)[0], preference_step(model, other, BATCH, sigmoid)[0])
+
+
+def test_scores_reach_the_loss_that_asks_for_them(model, other):
+    rows = rows_of(*ROWS) | {"chosen_score": [1.0, 5.0, 0.5], "rejected_score": [0.0, 2.0, 0.25]}
+    found = preference_step(model, other, data.collate(rows, 1), odpo, {"beta": 0.3})[1]
+    plain = preference_step(model, other, BATCH, sigmoid, {"beta": 0.3})[1]
+    offset = torch.tensor([1.0, 3.0, 0.25], dtype=torch.float64).log()
+    assert torch.allclose(found["loss"], torch.nn.functional.softplus(offset - plain["rewards/margins"]))
+
+
+@pytest.mark.parametrize("spec, variant, reason", [
+    ("nca_pair", dict(reference_free=True), "reference_free: nca_pair reads more than a margin"),
+    ("sigmoid,bco_pair", dict(reference_free=True), "reads more than a margin"),
+    ("aot", dict(f_divergence="js"), "f_divergence: aot reads more than a margin"),
+    ("chipo", dict(f_divergence="js"), "f_divergence: chipo reads more than a margin"),
+    ("ipo", dict(f_divergence="js"), "f_divergence: ipo averages over tokens"),
+    ("simpo", dict(reference_free=True), "reference_free: simpo has no reference as it is"),
+    ("sft", dict(f_divergence="js"), "f_divergence: sft has no reference as it is"),
+    ("sigmoid", dict(f_divergence="js", reference_free=True), "no divergence from a reference"),
+    ("sigmoid", dict(f_alpha=0.5), "f_alpha: is read by the f_divergence alpha alone"),
+    ("sigmoid", dict(f_divergence="alpha", f_alpha=0.0), r"f_alpha must be in \(0, 1\], got 0.0"),
+    ("aot", dict(wpo=True), "wpo: a weight belongs to a pair"), ("kto_pair", dict(wpo=True), "wpo: a weight belongs to a pair"),
+    ("sft", dict(wpo=True), "wpo: a weight belongs to a pair"),
+    ("sigmoid,sft", dict(wpo=True), "has a likelihood term"), ("orpo", dict(wpo=True), "has a likelihood term"),
+    ("ipo", dict(ld_alpha=0.5), "ld_alpha: it weighs the tokens of a pair, but ipo counts them"),
+    ("sigmoid,sft", dict(ld_alpha=0.5), "counts them"), ("sft", dict(ld_alpha=0.5), "has no pairs"),
+    ("sigmoid", dict(ld_alpha=1.5), r"ld_alpha must be in \[0, 1\], got 1.5"),
+])
+def test_a_variant_is_refused_with_its_reason_where_it_is_not_valid(spec, variant, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_variants(find(spec), hyperparameters(find(spec)), **variant)
+
+
+@pytest.mark.parametrize("spec, variant", [
+    ("hinge", dict(reference_free=True)), ("ipo", dict(reference_free=True)), ("sigmoid,sft", dict(reference_free=True)),
+    ("exo_pair", dict(f_divergence="forward_kl")), ("rdpo,sft", dict(f_divergence="alpha", f_alpha=0.3)), ("simpo", dict(wpo=True)),
+    ("ipo", dict(wpo=True)), ("nca_pair", dict(ld_alpha=0.0)), ("sigmoid", dict(wpo=True, ld_alpha=0.5, f_divergence="js"))])
+def test_a_variant_is_allowed_where_it_is_valid(spec, variant):
+    check_variants(find(spec), hyperparameters(find(spec)), **variant)
