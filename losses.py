@@ -352,7 +352,7 @@ def nca_pair(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     Gradient   ∂L/∂w = −β (1 − (3/2) σ(r_w)), ∂L/∂l = (β/2) σ(r_l): each side is moved by its own reward alone, and y_w is drawn
                to the finite r_w = log 2, so its likelihood is held up.
     Args       four (B,) log-probs; beta > 0 (0.1 or 0.01 in the paper's experiments)
-    Elsewhere  The same in the authors' code and TRL. Dropping the middle term gives `bco_pair` with delta = 0.
+    Elsewhere  The same in the authors' code and TRL. `bco_pair` with delta = 0 counts y_w as no noise at all and y_l as all of it.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be > 0 and finite, got {beta}")
@@ -380,8 +380,8 @@ def bco_pair(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def update_delta(delta, chosen_reward, rejected_reward, decay=0.9):
-    """The δ of the next step: an exponential moving average of ½ (mean r_w + mean r_l), as in BCO's eq. 7. The paper's text does
-    not give the decay; 0.9 remembers about ten steps. train.py feeds it the means over all pairs of a step, after the step."""
+    """The δ of the next step: an exponential moving average of ½ (mean r_w + mean r_l), as in BCO's eq. 7. The decay is our choice,
+    we found none stated; 0.9 remembers about ten steps. train.py feeds it the means over all pairs of a step, after the step."""
     return decay * delta + (1 - decay) * (chosen_reward + rejected_reward) / 2
 
 

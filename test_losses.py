@@ -444,10 +444,10 @@ def test_bco_delta_is_an_exponential_moving_average_of_the_mean_of_both_sides():
     assert update_delta(1.0, 0.0, 0.0, decay=0.9) == pytest.approx(0.9) and update_delta(0.0, 2.0, 4.0, decay=0.5) == pytest.approx(1.5)
 
 
-def test_bco_without_delta_is_nca_without_its_middle_term():
+def test_nca_is_bco_without_delta_in_which_each_answer_is_half_of_the_noise():
     a, b, beta = tensor(3.0), tensor(-2.0), 0.1
-    rest = 0.5 * F.softplus(beta * a) - 0.5 * F.softplus(beta * b)
-    assert torch.allclose(of(nca_pair, a, b, beta=beta) - of(bco_pair, a, b, beta=beta), rest)
+    moved = 0.5 * F.softplus(beta * a) - 0.5 * F.softplus(beta * b)
+    assert torch.allclose(of(nca_pair, a, b, beta=beta) - of(bco_pair, a, b, beta=beta), moved)
 
 
 def test_sppo_is_0_at_log_ratios_of_plus_and_minus_half_eta():

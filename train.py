@@ -543,7 +543,7 @@ def main(argv, ranks):
         """{split: metrics} on the held-out rows and, in the world, against the truth."""
         looks = {"eval": evaluate(forward, model, held_out, args.micro_batch_size, delta, ranks)} if len(held_out) else {}
         if home:
-            beta = hyper["beta"] if needs_reference(loss) and "average" not in loss.marks else world.BETA
+            beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA  # else it is no weight of the KL
             looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
         return looks
 

@@ -17,10 +17,10 @@ BOTH = ("chosen", "rejected")
 @pytest.fixture
 def load(tokenizer, tmp_path):
     """Write rows to a file and load them -> kept rows, the account of the others."""
-    def run(rows, name="rows.jsonl", sides=BOTH, limits=Limits(), tokenizer=tokenizer, strict=False):
+    def run(rows, name="rows.jsonl", sides=BOTH, limits=Limits(), tokenizer=tokenizer, strict=False, scored=False):
         path = tmp_path / name
         path.write_text(rows, encoding="utf-8") if isinstance(rows, str) else write_jsonl(path, rows)
-        return load_tokens(str(path), tokenizer, sides, limits, strict)
+        return load_tokens(str(path), tokenizer, sides, limits, strict, scored)
     return run
 
 
@@ -181,6 +181,29 @@ def test_strict_makes_them_errors(load):
 
 def test_sft_keeps_a_row_whose_answers_are_equal(load):
     assert len(load([row(chosen=" ran")], sides=("chosen",))[0]) == 1
+
+
+def test_scores_come_along_for_the_loss_that_reads_them_from_json_and_csv(load):
+    rows = [row(), row(chosen=" slept")]
+    for r, (better, worse) in zip(rows, ((2, -0.5), (1e9 + 1e-6, 1e9))):
+        r |= {"chosen_score": better, "rejected_score": worse}
+    from_json = load(rows, scored=True)[0]
+    batch = collate(from_json[[0, 1]], 0)
+    assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6] and batch["rejected_scores"].tolist() == [-0.5, 1e9]
+    csv = "prompt,chosen,rejected,chosen_score,rejected_score\n" + "".join(",".join(map(str, r.values())) + "\n" for r in rows)
+    assert load(csv, "rows.csv", scored=True)[0].remove_columns("id")[:] == from_json.remove_columns("id")[:]
+    assert "chosen_score" not in load(rows)[0].column_names
+
+
+def test_a_score_that_contradicts_the_preference_drops_the_row_and_one_that_is_no_number_is_an_error(load):
+    rows = [row() | {"chosen_score": 1, "rejected_score": 0}, row() | {"chosen_score": 1, "rejected_score": 1.0}]
+    kept, account = load(rows, scored=True)
+    assert len(kept) == 1 and "1 dropped (chosen_score not above rejected_score: " in account and "row 2" in account
+    for bad in (None, "high", float("nan"), float("inf"), [1]):
+        with pytest.raises(ValueError, match="row 1: the loss reads the field 'chosen_score', a finite number"):
+            load([rows[0] | {"chosen_score": bad}], scored=True)
+    with pytest.raises(ValueError, match="row 1: the loss reads the field 'chosen_score'"):
+        load([row()], scored=True)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the project's shared data is not here")

@@ -1,5 +1,6 @@
 """The run: what it computes does not depend on how it is cut into pieces, and it can be stopped and spoiled without loss."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as models
 import train
+from losses import find, hyperparameters
 
 
 def run(arguments, **options):
@@ -28,13 +30,13 @@ def same_metrics(left, right, tolerance):
 
 # --- one optimizer step is one function of its pairs
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "sft"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "sft", "orpo", "sigmoid:0.8,bco_pair:0.2,sft:1"])
 def test_accumulation_gives_the_gradient_of_the_whole_batch_also_on_the_short_last_window(fit, monkeypatch, loss):
     """22 rows in windows of 8, 8 and 6; plain gradient descent, so that the weights are the start minus the gradients."""
     monkeypatch.setattr(train, "make_optimizer", lambda model, lr, device: torch.optim.SGD(model.parameters(), lr=lr))
     results = {}
     for micro in (8, 4, 2, 3):
-        out, metrics = fit(loss=loss, micro_batch_size=micro, dtype="float64", eval_share=0, max_grad_norm=1e9, lr=1e-3,
+        out, metrics = fit(loss=loss, beta=0.1 if "beta" in hyperparameters(find(loss)) else None, micro_batch_size=micro, dtype="float64", eval_share=0, max_grad_norm=1e9, lr=1e-3,
                            lr_schedule="constant", warmup_steps=0, out=f"micro{micro}")
         results[micro] = weights(out), metrics
     for micro in (4, 2, 3):
@@ -90,6 +92,21 @@ def test_more_processes_than_pairs_in_the_last_window_and_among_the_held_out(fit
     _, metrics = fit(**flags, eval_share=None, out="one")
     assert (tmp_path / "two" / "metrics.jsonl").exists(), result.stderr
     same_metrics(metrics, read_metrics(tmp_path / "two"), 1e-6)
+
+
+def test_odpo_reads_the_scores_of_the_file(fit, tmp_path):
+    rows = [row | {"chosen_score": i + 2.0, "rejected_score": 1.0} for i, row in enumerate(make_rows(8))]
+    _, metrics = fit(loss="odpo", dataset=write_jsonl(tmp_path / "scored.jsonl", rows), max_steps=1, eval_share=0, odpo_alpha=0.5)
+    expected = sum(math.log1p(math.exp(0.5 * math.log(i + 1))) for i in range(8)) / 8
+    assert metrics[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reference_free_run_loads_no_reference_and_a_sum_names_its_folder(fit, monkeypatch, tmp_path, folder, pairs):
+    loaded = []
+    monkeypatch.setattr(train, "load_model", lambda *given: loaded.append(given) or models.load_model(*given))
+    monkeypatch.chdir(tmp_path)
+    train.main([f"--model={folder}", f"--dataset={pairs}", "--loss=sigmoid:0.5,sft", "--reference_free", "--max_length=64", "--max_steps=1"], ALONE)
+    assert len(loaded) == 1 and (tmp_path / "runs" / "sigmoid+0.5+sft" / "model.safetensors").exists()
 
 
 def test_training_raises_the_margin_and_the_folder_it_leaves_generates(fit):
@@ -195,6 +212,21 @@ def check_resumed(out, uninterrupted):
     same_metrics(metrics, read_metrics(out), 0)
 
 
+def test_the_running_shift_of_bco_goes_on_where_it_stopped(fit, tmp_path):
+    """δ follows ½ (mean r_w + mean r_l) of the steps before, by eq. 7's moving average, and a checkpoint holds it."""
+    _, whole = fit(loss="bco_pair", max_steps=6, out="whole")
+    delta = 0.0
+    for row in (row for row in whole if row["split"] == "train"):
+        assert row["delta"] == pytest.approx(delta, abs=1e-12)
+        delta = 0.9 * delta + 0.05 * (row["rewards/chosen"] + row["rewards/rejected"])
+    assert delta != 0
+    out, _ = fit(loss="bco_pair", max_steps=6, save_every=3, out="half")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({"flags": config["flags"]}))  # as if it had been killed after its checkpoint
+    train.main(["--output_dir", str(out), "--resume"], ALONE)
+    same_metrics(whole, read_metrics(out), 0)
+
+
 def test_a_killed_run_that_is_resumed_ends_bit_for_bit_like_one_that_was_not(folder, pairs, tmp_path, uninterrupted):
     process = start(folder, pairs, tmp_path / "killed")
     wait_for_checkpoint(process, tmp_path / "killed")
@@ -264,6 +296,15 @@ def test_resume_needs_a_run(tmp_path):
     (["--loss", "hinge", "--label_smoothing", "0.1"], "--label_smoothing is not read by --loss hinge; it is read by sigmoid"),
     (["--loss", "sft", "--beta", "0.1"], "--beta is not read by --loss sft; it is read by"),
     (["--loss", "sft", "--ref_model", "x"], "--ref_model: --loss sft has no reference"),
+    (["--loss", "sigmoid,sppo_hard", "--model", "m", "--dataset", "d"], "--beta must be given: it has different defaults in the parts"),
+    (["--loss", "sigmoid:-1,sft"], "--loss sigmoid:-1,sft: the weight of sigmoid must be a number > 0, got '-1'"),
+    (["--loss", "hinge,sft", "--gamma", "1"], "--gamma is not read by --loss hinge,sft; it is read by simpo, alphapo"),
+    (["--loss", "simpo", "--reference_free"], "--reference_free: simpo has no reference as it is"),
+    (["--loss", "nca_pair", "--f_divergence", "js"], "--f_divergence: nca_pair reads more than a margin"),
+    (["--f_divergence", "js", "--f_alpha", "0.5"], "--f_alpha: is read by the f_divergence alpha alone, got js"),
+    (["--loss", "sigmoid", "--reference_free", "--ref_model", "x"], "--ref_model x: is not read with --reference_free"),
+    (["--loss", "aot", "--wpo"], "--wpo: a weight belongs to a pair"),
+    (["--loss", "sigmoid", "--ld_alpha", "2"], "--ld_alpha must be in [0, 1], got 2.0"),
     (["--betta", "0.1"], "--betta: there is no such flag; the nearest is --beta"),
     (["--bet", "0.1"], "--bet: there is no such flag; the nearest is --beta"),
     (["--beta", "0"], "--beta must be > 0 and finite, got 0.0"),

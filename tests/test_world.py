@@ -3,11 +3,13 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from conftest import command, read_metrics
 
 import world
+from losses import LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +89,8 @@ def test_the_chain_and_its_samples_agree():
 def test_labels_follow_bradley_terry():
     """Among pairs with gap r(y) − r(y'), the better answer is chosen σ(gap) of the time."""
     reference = world.chain_logps()
-    things, chosen, rejected = world.sample_pairs(reference, 80_000, seed=5)
-    assert (chosen != rejected).all()
+    things, chosen, rejected, scores = world.sample_pairs(reference, 80_000, seed=5)
+    assert (chosen != rejected).all() and (scores[:, 0] > scores[:, 1]).all()
     gap = (world.true_reward()[things, chosen] - world.true_reward()[things, rejected])
     for low, high in ((0, 0.5), (0.5, 1.5), (1.5, 3), (3, 9)):
         within = gap.abs().ge(low) & gap.abs().lt(high)
@@ -118,8 +120,34 @@ def test_the_reference_itself_has_achieved_nothing_at_no_kl():
 def test_every_row_of_the_files_is_json_with_the_world_own_words(home):
     place, stdout = home
     kept = place / re.search(r"kept in (\S+)", stdout).group(1)
-    for name, count, keys in (("sft", 16_384, {"prompt", "chosen"}), ("pairs", 65_536, {"prompt", "chosen", "rejected"}),
+    for name, count, keys in (("sft", 16_384, {"prompt", "chosen"}), ("pairs", 65_536, {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}),
                               ("every", 4_096, {"prompt", "chosen"})):
         rows = [json.loads(line) for line in open(kept / f"{name}.jsonl")]
         assert len(rows) == count and all(set(row) == keys for row in rows)
         assert {row["prompt"] for row in rows} == set(world.prompts()) and {row["chosen"] for row in rows} <= set(world.answers())
+
+
+# --- every loss trains here (`pytest -m slow`, about half a minute each)
+
+RISES = {  # how far above the reference's expected true reward, at least: some four fifths of what the README says each reached
+}
+
+
+def test_every_loss_has_its_experiment():
+    assert set(RISES) == {name for name, loss in LOSSES.items() if name == loss.__name__}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", RISES)
+def test_every_loss_raises_the_expected_true_reward(home, loss):
+    """And `sft`, whose aim is another one, lowers its loss: the negative log-likelihood of a chosen token."""
+    place, stdout = home
+    result = subprocess.run(command(f"--loss={loss}", f"--output_dir={loss}"), cwd=place, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    reference = torch.from_numpy(np.load(place / re.search(r"kept in (\S+)", stdout).group(1) / "reference.npy"))
+    rows = read_metrics(place / loss)
+    assert rows[-1]["split"] == "world"
+    assert rows[-1]["world/reward"] - world.metrics(reference, reference, 1.0)["world/reward"] >= RISES[loss]
+    if loss == "sft":
+        first, *_, last = (row["loss"] for row in rows if row["split"] == "eval")
+        assert last < first < rows[0]["loss"]
