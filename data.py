@@ -1,15 +1,19 @@
-"""Rows of text -> token ids -> batches, and an account of what was cut or dropped on the way.
+"""Rows of text -> token ids -> batches, and a report of what was cut or dropped on the way.
 
-A row becomes a prompt and its answers. Each answer is scored from its first token to its end-of-sequence token; the prompt and
-the padding are never scored. What can go wrong in between is settled here once:
+    python data.py FILE --model M          # what training with this tokenizer would see: counts, lengths, two rows as token ids
+
+A row becomes a prompt and its answers. Each answer is scored from its first token to the token that ends it; the prompt and the
+padding are never scored. What can go wrong in between is settled here once:
 
     boundary     prompt, prompt + chosen and prompt + rejected are tokenised whole, and the answers begin where the three stop
                  agreeing: a tokenizer that merges across the boundary cannot make the two answers see different prompts
-    BOS          at most one, in front, if the tokenizer puts one there itself
-    EOS          ends an answer that really ended; an answer that is cut loses it with the rest of its tail
+    BOS          at most one, in front: where the tokenizer puts one before a text, or the chat template writes it
+    EOS          ends an answer that really ended, unless its chat template ended it with another special token; an answer that
+                 is cut loses it with the rest of its tail
     truncation   the oldest tokens of the prompt go first, the same for both answers; then the tails of the answers
     drops        rows that cannot teach anything (an empty answer, chosen equal to rejected) are counted and named
 """
+import argparse
 import csv
 import functools
 import hashlib
@@ -25,13 +29,14 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
+import transformers
 
 IGNORE = -100  # label of a token that is not scored: torch's ignore_index, and dpo.IGNORE
 SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()  # caches made by other code are not ours
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# Files -> rows of text
+# Files -> rows
 # ------------------------------------------------------------------------------------------------------------------------
 
 def json_rows(path):
@@ -69,63 +74,119 @@ def parquet_rows(path):
 READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
-def find_files(spec):
-    """The files that a --dataset names, or [] where it names none and must be a data set of the hub."""
-    path = pathlib.Path(spec)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS)
-        if not files:
-            raise ValueError(f"{spec}: no {', '.join(READERS)} file in this folder")
-        return files
+class Source(NamedTuple):
+    """One part of a --dataset: a file, a folder of files, a folder of `save_to_disk`, or a data set of the hub."""
+    name: str
+    split: str | None = None
+    share: float | None = None
+
+
+def sources(spec):
+    """`NAME[:SPLIT][:SHARE]`, or several with commas between; a path that exists is itself, whatever it looks like."""
+    found = []
+    for part in [spec] if os.path.exists(spec) else spec.split(","):
+        name, *more = [part] if os.path.exists(part) else part.strip().split(":")
+        share = more.pop() if more and re.fullmatch(r"\d*\.?\d+", more[-1]) else None
+        if len(more) > 1 or not name or share is not None and float(share) == 0:
+            raise ValueError(f"{part}: a data set is NAME, NAME:SPLIT or NAME:SPLIT:SHARE, with a share above 0")
+        found.append(Source(name, more[0] if more else None, None if share is None else float(share)))
+    if len({source.share is None for source in found}) > 1:
+        raise ValueError(f"{spec}: give every part a share, or none")
+    return found
+
+
+def find_files(source):
+    """The files that a source names, or [] where it is a saved data set or one of the hub."""
+    path = pathlib.Path(source.name)
+    files = sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path] if path.is_file() else []
+    if is_saved(path):
+        return []
+    if path.is_dir() and not files:
+        raise ValueError(f"{path}: no {', '.join(READERS)} file in this folder")
     if path.is_file() and path.suffix not in READERS:
-        raise ValueError(f"{spec}: not a kind of file that is read; those are {', '.join(READERS)}")
-    if not path.exists() and (path.suffix in READERS or path.is_absolute() or spec.startswith(".")):
-        raise ValueError(f"{spec}: no such file")
-    return [path] if path.is_file() else []
+        raise ValueError(f"{path}: not a kind of file that is read; those are {', '.join(READERS)}")
+    if not path.exists() and (path.suffix in READERS or path.is_absolute() or source.name.startswith(".")):
+        raise ValueError(f"{path}: no such file")
+    if files and source.split:
+        raise ValueError(f"{source.name}:{source.split}: a file has no splits")
+    return files
 
 
-def load_hub(spec):
+def is_saved(path):
+    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def load_set(source):
+    """A folder of `save_to_disk`, or a data set of the hub."""
+    split = source.split or "train"
     try:
-        return datasets.load_dataset(spec, split="train")
-    except Exception as error:  # the network and the hub fail in many ways; all mean the same to the user
-        raise ValueError(f"{spec}: no such file, and not to be had from the hub ({str(error).splitlines()[0]})") from error
+        if not is_saved(pathlib.Path(source.name)):
+            return datasets.load_dataset(source.name, split=split)
+        saved = datasets.load_from_disk(source.name)
+    except Exception as error:  # the network, the hub and old files fail in many ways; all mean the same to the user
+        raise ValueError(f"{source.name}: no such file, and not to be had from the hub ({str(error).splitlines()[0]})") from error
+    if isinstance(saved, datasets.DatasetDict) and split not in saved or isinstance(saved, datasets.Dataset) and source.split:
+        splits = ", ".join(saved) if isinstance(saved, datasets.DatasetDict) else "none"
+        raise ValueError(f"{source.name}: there is no split {split} in this folder; there are {splits}")
+    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
 
 
-def read_rows(spec):
+def read_rows(source):
     """Yield (where, row): the row as a dict, and the name that errors, drops and logs call it by."""
-    for source in find_files(spec) or [spec]:
+    files = find_files(source)
+    if not files:
+        yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(load_set(source), 1))
+    for path in files:
         try:
-            for number, row in enumerate(load_hub(spec), 1) if source == spec else READERS[source.suffix](source):
-                yield f"{source}, row {number}", row
+            yield from ((f"{path}, row {number}", row) for number, row in READERS[path.suffix](path))
         except (UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid, json.JSONDecodeError) as error:
-            raise ValueError(f"{source}: cannot be read as {source.suffix[1:]} ({error})") from error
+            raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# Rows of text -> prompt, chosen, rejected
+# Rows -> prompt and answers, as text or as messages
 # ------------------------------------------------------------------------------------------------------------------------
 
 TURN = "\n\nAssistant:"  # what comes before an answer in HH-RLHF and the sets made like it
 
 
+def rename(row, columns, where):
+    """--columns: our names for theirs."""
+    missing = [theirs for theirs in columns.values() if not isinstance(row, dict) or theirs not in row]
+    if missing:
+        raise ValueError(f"{where}: --columns names {missing[0]!r}; the row has {', '.join(map(repr, row))}")
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return others | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
 def fields_of(row, where, sides):
-    """The format of a file, read off its first row: which columns hold text that we need."""
+    """Which columns we need of a file, read off its first row."""
     keys = set(row) if isinstance(row, dict) else set()
-    for fields in (("prompt", *sides), ("chosen", "rejected")):
-        if keys.issuperset(fields):
+    for fields in (("prompt", *sides), sides, ("chosen", "rejected")):
+        if keys.issuperset(fields) and (len(fields) > 1 or isinstance(row[fields[0]], list)):
             return fields
     raise ValueError(f"{where}: needs the fields {', '.join(('prompt', *sides))}, or chosen and rejected with the prompt "
-                     f"inside both; it has {', '.join(map(repr, sorted(keys))) or 'no fields at all'}")
+                     f"inside both (--columns gives others these names); it has "
+                     f"{', '.join(map(repr, sorted(keys))) or 'no fields at all'}")
 
 
-def text_of(row, field, where):
+def value_of(row, field, where):
+    """A text, or a list of messages {"role": ..., "content": ...} with nothing else in them."""
     value = row.get(field) if isinstance(row, dict) else None
     if value is None:
         raise ValueError(f"{where}: the field '{field}' is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: the field '{field}' holds {json.dumps(value, default=str)[:60]}, which is not text")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        for message in value:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise ValueError(f"{where}: the field '{field}' holds the message {json.dumps(message, default=str)[:80]}; "
+                                 "a message has a role and a content, both text")
+        value = [{"role": message["role"], "content": message["content"]} for message in value]
+    elif not isinstance(value, str):
+        raise ValueError(f"{where}: the field '{field}' holds {json.dumps(value, default=str)[:60]}, which is not text and no "
+                         "list of messages")
+    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
     return value
 
 
@@ -149,48 +210,79 @@ def split_prompt(chosen, rejected):
     return shared[:space.start()] if space else ""
 
 
-def text_pairs(spec, sides, scored=False, **key):
-    """Yield {id, prompt, chosen, rejected} for every row, and {chosen,rejected}_score if `scored`. `key` is for the cache alone:
-    what the file and the code were."""
+def split_messages(dialogues):
+    """The prompt inside dialogues that are lists of messages: what all share, cut back so that each goes on with a turn of the
+    assistant."""
+    length = min(map(len, dialogues))
+    while length and (any(dialogue[:length] != dialogues[0][:length] for dialogue in dialogues) or
+                      any(len(dialogue) == length or dialogue[length]["role"] != "assistant" for dialogue in dialogues)):
+        length -= 1
+    return dialogues[0][:length]
+
+
+def split_row(prompt, answers, where):
+    """Prompt (None: inside the answers) and answers of any of the formats -> prompt and answers, all text or all messages."""
+    if all(isinstance(part, str) for part in (prompt or "", *answers)):
+        if prompt is None:
+            prompt = split_prompt(*answers)
+            answers = [answer[len(prompt):] for answer in answers]
+        return prompt, answers
+    if prompt is None and any(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{where}: one of chosen and rejected is a text, the other a list of messages; without a prompt, both must be lists")
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer for answer in answers]
+    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole dialogues, prompt and all
+        prompt = split_messages(answers)
+        answers = [answer[len(prompt):] for answer in answers]
+    return prompt, answers
+
+
+def examples(source, sides, scored=False, columns=(), **key):
+    """Yield {id, chat, prompt, chosen, rejected} for every row, messages as JSON where `chat`, and {chosen,rejected}_score if
+    `scored`. `key` is for the cache alone: what the file and the code were."""
     fields = None
-    for where, row in read_rows(spec):
+    for where, row in read_rows(Source(*source)):
+        row = rename(row, dict(columns), where) if columns else row
         fields = fields or fields_of(row, where, sides)
-        text = {field: text_of(row, field, where) for field in fields}
-        if "prompt" not in text:
-            prompt = split_prompt(text["chosen"], text["rejected"])
-            text = {"prompt": prompt, **{side: text[side][len(prompt):] for side in sides}}
+        values = {field: value_of(row, field, where) for field in fields}
+        prompt, answers = split_row(values.get("prompt"), [values[field] for field in fields if field != "prompt"], where)
+        chat = not isinstance(prompt, str)
+        parts = [json.dumps(part) if chat else part for part in (prompt, *answers)]
         scores = {f"{side}_score": score_of(row, f"{side}_score", where) for side in sides} if scored else {}
-        yield {"id": where, **text, **scores}
+        name = where + (f" (id {row['id']})" if row.get("id") is not None else "")
+        yield {"id": name, "chat": chat, **dict(zip(("prompt", *sides), parts)), **scores}
 
 
-def load_text(spec, sides, scored=False):
-    """A data set of what `text_pairs` yields, read once and kept by `datasets` until the file changes."""
-    files = find_files(spec)
+def load_text(source, sides, scored=False, columns=()):
+    """A data set of what `examples` yields, read once and kept by `datasets` until the file changes."""
+    files = find_files(source)
     stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)  # no list: that would be shards
     if files and sum(size for _, size, _ in stamps) < 20e6:  # done before a bar could be read
         datasets.disable_progress_bars()
     else:
         datasets.enable_progress_bars()
-    if next(text_pairs(spec, sides, scored), None) is None:
-        raise ValueError(f"{spec}: there is no row in it")
+    given = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns}
+    if next(examples(**given), None) is None:
+        raise ValueError(f"{source.name}: there is no row in it")
     try:
-        options = {"spec": spec, "sides": sides, "scored": scored, "code": SOURCE, "stamps": stamps or load_hub(spec)._fingerprint}
-        return datasets.Dataset.from_generator(text_pairs, gen_kwargs=options)
+        return datasets.Dataset.from_generator(
+            examples, gen_kwargs=given | {"code": SOURCE, "stamps": stamps or load_set(source)._fingerprint})
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ from None  # ours, with the file and the row in it
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# Text -> token ids
+# Prompt and answers -> token ids
 # ------------------------------------------------------------------------------------------------------------------------
 
 class Limits(NamedTuple):
     """Most tokens of a whole row, of its prompt and of an answer with its EOS. A prompt limit of None leaves the prompt what
-    the longer answer does not need, and half of max_length at least."""
+    the longer answer does not need, and half of max_length at least. `overlong`: cut such a row, drop it, or stop."""
     max_length: int = 1024
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     truncation_mode: str = "keep_end"
+    overlong: str = "cut"
 
 
 def fit(prompt, answers, limits, front=0):
@@ -213,13 +305,33 @@ def special_tokens(tokenizer):
     return begins if begins == [tokenizer.bos_token_id] else [], [tokenizer.eos_token_id]
 
 
+def render(prompt, answers, tokenizer, where):
+    """Messages -> the text of the prompt and of each whole dialogue, by the tokenizer's own chat template. The template's white
+    space after the token that ends the last turn goes: a model that says this token has stopped."""
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{where}: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template FILE")
+    try:
+        start, *wholes = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=messages is prompt)
+                          for messages in (prompt, *(prompt + answer for answer in answers)))
+    except Exception as error:  # a template is a foreign program, and its errors are of any kind
+        raise ValueError(f"{where}: the chat template fails on this row: {error}") from error
+    return start, [whole.rstrip() if ends_itself(whole, tokenizer) else whole for whole in wholes]
+
+
+def ends_itself(text, tokenizer):
+    """Is the last thing in it, but for white space, a special token: EOS, or what the chat template has for the end of a turn?"""
+    return text.rstrip().endswith(tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special))
+
+
 def tokenize_row(texts, prompt, wholes, bos, eos, limits):
-    """One row: its answers as text, the ids of its prompt, the ids of prompt + answer for each answer."""
+    """One row: its answers as text, the ids of its prompt, the ids of prompt + answer for each answer, and what to put before and
+    after: [BOS] or [], and for each answer [EOS] or []."""
     start = len(os.path.commonprefix([prompt, *wholes]))
     front = [] if wholes[0][:1] == bos else bos
     answers = [whole[start:] for whole in wholes]
-    ended = [answer if answer[-1:] == eos else answer + eos for answer in answers]
+    ended = [answer if answer[-1:] == end else answer + end for answer, end in zip(answers, eos)]
     short_prompt, short = fit(front + wholes[0][:start], ended, limits, len(bos))
+    prompt_cut, answers_cut = len(short_prompt) < len(front) + start, sum(map(len, short)) < sum(map(len, ended))
     problem = ""
     if any(not text.strip() for text in texts) or not all(answers):
         problem = "empty answer"
@@ -227,57 +339,92 @@ def tokenize_row(texts, prompt, wholes, bos, eos, limits):
         problem = "no prompt"
     elif len(texts) == 2 and texts[0] == texts[1]:
         problem = "chosen equals rejected"
+    elif limits.overlong != "cut" and (prompt_cut or answers_cut):
+        problem = "too long"
     elif len(short) == 2 and short[0] == short[1]:
         problem = "chosen equals rejected once cut"
-    return {"prompt_ids": short_prompt, "problem": problem, "prompt_cut": len(short_prompt) < len(front) + start,
-            "answers_cut": sum(map(len, short)) < sum(map(len, ended)), "chosen_length": len(short[0]),
+    return {"prompt_ids": short_prompt, "problem": problem, "prompt_cut": prompt_cut, "answers_cut": answers_cut,
+            "merged": start < len(prompt), "prompt_length": len(short_prompt), "chosen_length": len(short[0]),
             "tokens": len(short_prompt) + sum(map(len, short))}, short
 
 
 def tokenize(batch, tokenizer, sides, limits):
-    """The function that Dataset.map runs over a batch of {column: list of strings}."""
-    bos, eos = special_tokens(tokenizer)
+    """The function that Dataset.map runs over a batch of {column: list}."""
+    (bos, eos), rows = special_tokens(tokenizer), []
+    texts = [[batch[side][i] for side in sides] for i in range(len(batch["id"]))]  # of the answers, for each row
+    prompts, wholes = list(batch["prompt"]), [[batch["prompt"][i] + text for text in row] for i, row in enumerate(texts)]
+    for i in np.flatnonzero(batch["chat"]):
+        prompt, answers = json.loads(batch["prompt"][i]), [json.loads(text) for text in texts[i]]
+        texts[i] = ["".join(message["content"] for message in answer) for answer in answers]
+        prompts[i], wholes[i] = render(prompt, answers, tokenizer, batch["id"][i])
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    prompts = encode(batch["prompt"])
-    wholes = [encode([p + a for p, a in zip(batch["prompt"], batch[side])]) for side in sides]  # one encode call per side
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row, answers = tokenize_row([batch[side][i] for side in sides], prompt, [w[i] for w in wholes], bos, eos, limits)
-        key = int.from_bytes(hashlib.blake2b(batch["prompt"][i].encode(), digest_size=7).digest(), "big")
-        rows.append({**row, **{f"{side}_ids": answer for side, answer in zip(sides, answers)}, "prompt_key": key})
+    prompt_ids, whole_ids = encode(prompts), [encode(list(side)) for side in zip(*wholes)]  # one call per side: it runs in parallel
+    for i, chat in enumerate(batch["chat"]):
+        ids = [side[i] for side in whole_ids]
+        front = bos if not chat else ids[0][:1] if ids[0][:1] == [tokenizer.bos_token_id] else []  # a template writes its own
+        end = [[] if chat and ends_itself(whole, tokenizer) else eos for whole in wholes[i]]
+        row, answers = tokenize_row(texts[i], prompt_ids[i], ids, front, end, limits)
+        row["repeats"] = bool(prompts[i].strip()) and not chat and all(text.startswith(prompts[i]) for text in texts[i])
+        row["prompt_key"] = int.from_bytes(hashlib.blake2b(batch["prompt"][i].encode(), digest_size=7).digest(), "big")
+        rows.append(row | {f"{side}_ids": answer for side, answer in zip(sides, answers)})
     scores = {name: batch[name] for name in batch if name.endswith("_score")}
-    for i, (better, worse) in enumerate(zip(*scores.values())):
-        rows[i]["problem"] = rows[i]["problem"] or ("" if better > worse else "chosen_score not above rejected_score")
+    for row, (better, worse) in zip(rows, zip(*scores.values())):
+        row["problem"] = row["problem"] or ("" if better > worse else "chosen_score not above rejected_score")
     return {"id": batch["id"], **scores, **{name: [row[name] for row in rows] for name in rows[0]}}
 
 
-def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False):
-    """A --dataset -> (rows of token ids fit to train on, a sentence that accounts for all the others).
+def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False, columns=()):
+    """A --dataset -> (rows of token ids fit to train on, an account of all rows that `describe` puts into words).
 
-    Columns: id, prompt_ids, {side}_ids (EOS included), prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`,
-    {side}_score. With strict, a row that would be dropped is an error.
+    Columns of a row: id, prompt_ids, {side}_ids (what ends it included), prompt_length, chosen_length, tokens (of the prompt and all
+    answers), prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`, {side}_score. `columns` are pairs (our name, the
+    file's name). With strict, a row that would be dropped is an error, and so is a long one with limits.overlong "error".
     """
-    text = load_text(spec, sides, scored)
-    tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    key = datasets.fingerprint.Hasher.hash([text._fingerprint, tokens, tokenizer.special_tokens_map, sides, limits, SOURCE])
-    rows = text.map(tokenize, batched=True, remove_columns=text.column_names, new_fingerprint=key, desc="tokenising",
-                    fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+    parts, account = [], {"data": spec, "rows": 0, "dropped": {}, "noted": {}}
+    template, backend = tokenizer.chat_template, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    for source in sources(spec):
+        text = load_text(source, sides, scored, columns)
+        key = datasets.fingerprint.Hasher.hash([text._fingerprint, backend, template, tokenizer.special_tokens_map, sides, limits, SOURCE])
+        rows = text.map(tokenize, batched=True, remove_columns=text.column_names, new_fingerprint=key, desc="tokenising",
+                        fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        parts.append(keep(rows, account, strict, limits.overlong))
+    rows = datasets.concatenate_datasets(mixture(parts, [source.share for source in sources(spec)]))
+    if not len(rows):
+        raise ValueError(f"{spec}: none of its {account['rows']} rows can be used ({name_rows(account['dropped'])})")
+    account["kept"] = len(rows)
+    return rows.remove_columns(["problem", "prompt_cut", "answers_cut", "merged", "repeats"]), account
+
+
+def keep(rows, account, strict, overlong):
+    """The rows without a problem. Those with one, and those of which one should know, go into the account."""
     problems = column(rows, "problem")
-    dropped = {problem: np.flatnonzero(problems == problem) for problem in sorted(set(problems) - {""})}
-    named = [f"{problem}: {name_rows(rows, found)}" for problem, found in dropped.items()]
-    kept = rows.select(np.flatnonzero(problems == ""))
-    if named and strict:
-        raise ValueError("; ".join(named) + ". Mend these rows, or leave out --strict to drop them")
-    if not len(kept):
-        raise ValueError(f"{spec}: none of its {len(rows)} rows can be used ({'; '.join(named)})")
-    account = f"{spec}: {len(kept)} of {len(rows)} rows kept"
-    account += f", {len(rows) - len(kept)} dropped ({'; '.join(named)})" if named else ""
-    for cut, what in (("prompt_cut", "prompts"), ("answers_cut", "rows' answers")):
-        account += f", {column(kept, cut).sum()} {what} cut"
-    return kept.remove_columns(["problem", "prompt_cut", "answers_cut"]), account
+    groups = {("dropped", str(problem)): problems == problem for problem in sorted(set(problems) - {""})}
+    for name, note in (("prompt_cut", "prompt cut"), ("answers_cut", "answers cut"), ("repeats", "prompt repeated inside both answers"),
+                       ("merged", "tokens merged across the end of the prompt")):
+        groups["noted", note] = column(rows, name) & (problems == "")
+    for (kind, name), members in groups.items():
+        if members.any():
+            entry, found = account[kind].setdefault(name, {"count": 0, "first": []}), np.flatnonzero(members)
+            entry["first"] += [rows[int(i)]["id"] for i in found[:3 - len(entry["first"])]]
+            entry["count"] += len(found)
+    account["rows"] += len(rows)
+    fatal = {name: entry for name, entry in account["dropped"].items() if strict or name == "too long" and overlong == "error"}
+    if fatal:
+        raise ValueError(f"{name_rows(fatal)}. Mend these rows, or leave out " +
+                         ("--strict to drop them" if strict else "--overlong error to cut them"))
+    return rows.select(np.flatnonzero(problems == ""))
+
+
+def mixture(parts, shares):
+    """As many rows as there can be when each part has its share of them and no row comes twice. Without shares: all."""
+    if shares[0] is None:
+        return parts
+    total = min(len(part) / share for part, share in zip(parts, shares))
+    takes = [min(len(part), round(total * share)) for part, share in zip(parts, shares)]
+    return [part.select(np.sort(np.random.default_rng(0).permutation(len(part))[:take])) for part, take in zip(parts, takes)]
 
 
 def column(rows, name):
@@ -285,16 +432,75 @@ def column(rows, name):
     return rows.select_columns([name]).with_format("numpy")[:][name]
 
 
-def name_rows(rows, found, most=3):
-    names = ", ".join(rows[int(i)]["id"] for i in found[:most])
-    return names + (f" and {len(found) - most} more" if len(found) > most else "")
-
-
 def hold_out(rows, share):
     """Split off about `share` of the prompts -> (rest, held out). By a hash of the prompt: no prompt is on both sides, and a
     prompt is on the same side in every run."""
     held = column(rows, "prompt_key") < share * 2**56
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The report
+# ------------------------------------------------------------------------------------------------------------------------
+
+def name_rows(groups):
+    """{reason: {count, first}} -> a sentence."""
+    return "; ".join(f"{name}: {', '.join(entry['first'])}" + (f" and {entry['count'] - 3} more" if entry["count"] > 3 else "")
+                     for name, entry in groups.items())
+
+
+def describe(account):
+    dropped = sum(entry["count"] for entry in account["dropped"].values())
+    lines = [f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
+             + (f", {dropped} dropped ({name_rows(account['dropped'])})" if dropped else "")]
+    lines += [f"  {entry['count']} rows: {name_rows({name: entry})}" for name, entry in account["noted"].items()]
+    return "\n".join(lines)
+
+
+def statistics(rows, held_out=None):
+    """What should be known of token ids before training on them."""
+    prompt, chosen, tokens, keys = (column(rows, name) for name in ("prompt_length", "chosen_length", "tokens", "prompt_key"))
+    parts = {"prompt": prompt, "chosen": chosen}
+    pairs = "rejected_ids" in rows.column_names
+    if pairs:
+        parts["rejected"] = tokens - prompt - chosen
+    found = {"lengths": {name: {"mean": float(part.mean()), "median": float(np.median(part)), "95th":
+             float(np.percentile(part, 95)), "max": int(part.max())} for name, part in parts.items()}}
+    if pairs:
+        found["chosen_longer"] = float((chosen > parts["rejected"]).mean())
+        found["rejected_longer"] = float((chosen < parts["rejected"]).mean())
+    found["rows_that_share_their_prompt"] = len(keys) - len(np.unique(keys))
+    if held_out is not None and len(held_out):
+        found["prompts_in_both"] = len(np.intersect1d(keys, column(held_out, "prompt_key")))
+    found["tokens_per_epoch"] = int(tokens.sum())
+    found["tokens_per_epoch_prompt_once_for_each_answer"] = int((tokens + prompt).sum() if pairs else tokens.sum())
+    return found
+
+
+def describe_statistics(found):
+    lines = [f"  {name:8} tokens: mean {part['mean']:.0f}, median {part['median']:.0f}, 95th percentile {part['95th']:.0f}, max {part['max']}"
+             for name, part in found["lengths"].items()]
+    if "chosen_longer" in found:
+        lines.append(f"  chosen is the longer answer in {found['chosen_longer']:.0%} of the pairs, rejected in {found['rejected_longer']:.0%}")
+    lines.append(f"  {found['rows_that_share_their_prompt']} rows have a prompt that an earlier row has too" + (
+        f"; {found['prompts_in_both']} prompts are both trained and held out" if "prompts_in_both" in found else ""))
+    lines.append(f"  {found['tokens_per_epoch']:,} tokens an epoch, each prompt once; "
+                 f"{found['tokens_per_epoch_prompt_once_for_each_answer']:,} with the prompt before each answer")
+    return "\n".join(lines)
+
+
+def show(rows, tokenizer, count=2, most=None):
+    """The first rows as the model sees them: the prompt, then in brackets the scored tokens, parted by bars. `most`: characters of a
+    part that are shown, its end of a prompt, its beginning and end of an answer."""
+    lines = []
+    for row in (rows[i] for i in range(min(count, len(rows)))):
+        prompt = tokenizer.decode(row["prompt_ids"])
+        lines += [row["id"], "  prompt   " + ("… " if most and len(prompt) > most else "") + repr(prompt[-most:] if most else prompt)]
+        for side in (side for side in ("chosen", "rejected") if f"{side}_ids" in row):
+            text = "|".join(repr(tokenizer.decode([token]))[1:-1] for token in row[f"{side}_ids"])
+            short = f"{text[:most // 2]} … {text[-most // 2:]}" if most and len(text) > most else text
+            lines.append(f"  {side:8} [{short}]")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -336,3 +542,76 @@ def collate(rows, pad_token_id):
 
 def padded(rows, width, value):
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# python data.py
+# ------------------------------------------------------------------------------------------------------------------------
+
+def at_least(low, kind):
+    """The type of a flag that is a number."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be >= {low}, got {text}")
+        return value
+    return number
+
+
+def add_flags(add):
+    """The flags that say which tokens a row becomes."""
+    add("--max_length", type=at_least(2, int), default=1024, help="tokens of prompt and answer together")
+    add("--max_prompt_length", type=at_least(1, int), help="default: what the answers leave, half of max_length at least")
+    add("--max_completion_length", type=at_least(1, int), help="tokens of an answer with its EOS (default: no own limit)")
+    add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end", help="which end of a long prompt stays")
+    add("--overlong", choices=("cut", "drop", "error"), default="cut", help="what becomes of a row beyond these lengths")
+    add("--columns", help="names of the file's columns, such as prompt=instruction,chosen=output")
+    add("--chat_template", help="a file with a chat template (jinja) in place of the tokenizer's own")
+    add("--strict", action="store_true", help="a row that would be dropped is an error")
+
+
+def read_flags(args):
+    """-> limits, columns."""
+    if args.max_prompt_length and args.max_prompt_length >= args.max_length:
+        raise ValueError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room in --max_length {args.max_length}")
+    if args.chat_template and not os.path.isfile(args.chat_template):
+        raise ValueError(f"--chat_template {args.chat_template}: no such file")
+    columns = tuple(tuple(pair.split("=", 1)) for pair in args.columns.split(",")) if args.columns else ()
+    ours = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
+    if wrong := [pair for pair in columns if len(pair) < 2 or pair[0] not in ours or not pair[1]]:
+        raise ValueError(f"--columns {'='.join(wrong[0])}: write OURS=THEIRS, where OURS is one of {', '.join(ours)}")
+    limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length, args.truncation_mode, args.overlong)
+    return limits, columns
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="what train.py takes as --dataset")
+    parser.add_argument("--model", required=True, help="a folder or hub id with the tokenizer")
+    parser.add_argument("--eval_dataset", help="held-out rows, to count the prompts that both have")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    add_flags(parser.add_argument)
+    args = parser.parse_args(argv)
+    limits, columns = read_flags(args)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {args.model}: no tokenizer there ({str(error).splitlines()[0]})") from error
+    if args.chat_template:
+        tokenizer.chat_template = pathlib.Path(args.chat_template).read_text(encoding="utf-8")
+    specs = [args.dataset] + ([args.eval_dataset] if args.eval_dataset else [])
+    loaded = [load_tokens(spec, tokenizer, ("chosen", "rejected"), limits, args.strict, columns=columns) for spec in specs]
+    found = [statistics(rows, loaded[1][0] if i == 0 and len(loaded) > 1 else None) for i, (rows, _) in enumerate(loaded)]
+    if args.json:
+        print(json.dumps([account | numbers for (_, account), numbers in zip(loaded, found)], indent=2))
+    else:
+        print("\n".join(f"{describe(account)}\n{describe_statistics(numbers)}" for (_, account), numbers in zip(loaded, found)))
+        print("\nAs the model sees them, scored tokens in brackets:\n" + show(loaded[0][0], tokenizer))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

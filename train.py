@@ -30,6 +30,7 @@ import transformers
 
 import data
 import world
+from data import at_least
 from dpo import SequenceLogps, check_variants, concatenated_inputs, preference_step
 from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
 from model import (Ranks, barrier, broadcast, gather, init_distributed, leave_distributed, load_model, load_tokenizer,
@@ -54,15 +55,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if told else f"{action.help} (default {action.default})"
 
 
-def at_least(low, kind):
-    def number(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be >= {low}, got {text}")
-        return value
-    return number
-
-
 def above_zero(text):
     value = float(text)
     if not 0 < value < math.inf:
@@ -84,7 +76,8 @@ def build_parser(loss):
     add("--model", default="world", help="policy: a folder, a hub id, or world")
     if needs_reference(loss):
         add("--ref_model", help="reference: a folder or hub id (default: what the policy starts from)")
-    add("--dataset", default="world", help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world")
+    add("--dataset", default="world", help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
+        "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out")
     add("--eval_dataset", help="held-out rows; without it a share of the prompts is held out")
     add("--eval_share", type=at_least(0, float), help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="default: a new folder below runs/")
@@ -101,11 +94,7 @@ def build_parser(loss):
     add("--max_grad_norm", type=above_zero, default=1.0, help="gradients are clipped to this norm")
 
     add = parser.add_argument_group("the rows").add_argument
-    add("--max_length", type=at_least(2, int), default=1024, help="tokens of prompt and answer together")
-    add("--max_prompt_length", type=at_least(1, int), help="default: what the answers leave, half of max_length at least")
-    add("--max_completion_length", type=at_least(1, int), help="tokens of an answer with its EOS (default: no own limit)")
-    add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end", help="which end of a long prompt stays")
-    add("--strict", action="store_true", help="a row that would be dropped is an error")
+    data.add_flags(add)
     add("--shuffle", type=true_or_false, default=True, metavar="true|false", help="false: the order of the file")
     add("--seed", type=at_least(0, int), default=0, help="of the order of the rows")
 
@@ -180,8 +169,7 @@ def check_args(args, saved):
         raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how long to train: give one")
     if args.model == "world" and args.dataset != "world":
         raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own data's; give another --model")
-    if args.max_prompt_length and args.max_prompt_length >= args.max_length:
-        raise ValueError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room in --max_length {args.max_length}")
+    data.read_flags(args)
     if args.eval_share is not None and (args.eval_share >= 1 or args.eval_dataset or args.dataset == "world"):
         raise ValueError(f"--eval_share {args.eval_share}: " + ("leaves nothing to train on" if args.eval_share >= 1 else
                          "the held-out rows are " + (args.eval_dataset or "the world's own")))
@@ -269,23 +257,23 @@ def load_rows(args, loss, tokenizer, home, ranks):
     """-> training rows and held-out rows (maybe none) as token ids. Rank 0 reads and tokenises, the others find it done."""
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
     scored = "chosen_scores" in tensor_arguments(loss)
-    limits = data.Limits(args.max_length, args.max_prompt_length, args.max_completion_length, args.truncation_mode)
+    limits, columns = data.read_flags(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
         specs = {"--dataset": home / "pairs.jsonl", "--eval_dataset": args.eval_dataset or home / "eval.jsonl"}
     if ranks.rank > 0:
         barrier(ranks)
-    loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict, scored)
+    loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict, scored, columns)
               for flag, spec in specs.items() if spec}
-    if ranks.rank == 0:
-        barrier(ranks)
-        print("\n".join(f"{flag} {account}" for flag, (_, account) in loaded.items()))
     rows = loaded["--dataset"][0]
-    if "--eval_dataset" in loaded:
-        return rows, loaded["--eval_dataset"][0]
-    rows, held_out = data.hold_out(rows, args.eval_share)
+    rows, held_out = (rows, loaded["--eval_dataset"][0]) if "--eval_dataset" in loaded else data.hold_out(rows, args.eval_share)
     if not len(rows):
         raise ValueError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, so few are their prompts; lower it")
+    if ranks.rank == 0:
+        barrier(ranks)
+        print("\n".join(f"{flag} {data.describe(account)}" for flag, (_, account) in loaded.items()))
+        print(data.describe_statistics(data.statistics(rows, held_out)))
+        print(data.show(rows, tokenizer, most=300))
     return rows, held_out
 
 
@@ -503,6 +491,8 @@ def main(argv, ranks):
     weights = torch.float64 if dtype == "float64" else torch.float32
     source = str(home / "reference") if args.model == "world" else args.model
     tokenizer = load_tokenizer(source)
+    if args.chat_template:
+        tokenizer.chat_template = pathlib.Path(args.chat_template).read_text(encoding="utf-8")
     model = SequenceLogps(load_model(str(newest or source), weights).to(ranks.device))
     check_model(args, model.model, tokenizer)
     reference = None

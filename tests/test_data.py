@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import IGNORE, Limits, collate, fit, hold_out, load_tokens, micro_batches, split_prompt, window
+from data import IGNORE, Limits, collate, describe, fit, hold_out, load_tokens, micro_batches, split_prompt, window
 
 BOTH = ("chosen", "rejected")
 
@@ -17,10 +17,11 @@ BOTH = ("chosen", "rejected")
 @pytest.fixture
 def load(tokenizer, tmp_path):
     """Write rows to a file and load them -> kept rows, the account of the others."""
-    def run(rows, name="rows.jsonl", sides=BOTH, limits=Limits(), tokenizer=tokenizer, strict=False, scored=False):
+    def run(rows, name="rows.jsonl", sides=BOTH, limits=Limits(), tokenizer=tokenizer, strict=False, scored=False, columns=()):
         path = tmp_path / name
         path.write_text(rows, encoding="utf-8") if isinstance(rows, str) else write_jsonl(path, rows)
-        return load_tokens(str(path), tokenizer, sides, limits, strict, scored)
+        rows, account = load_tokens(str(path), tokenizer, sides, limits, strict, scored, columns)
+        return rows, describe(account)
     return run
 
 
@@ -158,7 +159,7 @@ def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(loa
     long = "x" * 10_000 + " end"
     kept, account = load([row(long)], limits=Limits(max_length=64))
     tokens = kept[0]
-    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>" and "1 prompts cut" in account
+    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>" and "1 rows: prompt cut" in account
     assert tokenizer.decode(tokens["prompt_ids"]).endswith("x end")
     assert len(tokens["prompt_ids"]) + max(len(tokens[f"{side}_ids"]) for side in BOTH) == 64
 
@@ -211,7 +212,7 @@ def test_real_dialogues_split_where_their_last_answer_begins():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     path = SHARED / "data" / "hh_harmless_512.jsonl"
     kept, account = load_tokens(str(path), tokenizer, BOTH, Limits(max_length=4096))
-    assert "511 of 512 rows kept, 1 dropped (empty answer: " in account and "row 87)" in account
+    assert "511 of 512 rows kept, 1 dropped (empty answer: " in describe(account) and "row 87)" in describe(account)
     texts = [json.loads(line) for line in open(path)]
     for tokens in kept:
         prompt = tokenizer.decode(tokens["prompt_ids"])
