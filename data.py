@@ -244,6 +244,8 @@ def examples(source, sides, scored=False, columns=(), **key):
     for where, row in read_rows(Source(*source)):
         row = rename(row, dict(columns), where) if columns else row
         fields = fields or fields_of(row, where, sides)
+        if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:
+            raise ValueError(f"{where}: has a prompt, and the first row of its file had none: which is meant?")
         values = {field: value_of(row, field, where) for field in fields}
         prompt, answers = split_row(values.get("prompt"), [values[field] for field in fields if field != "prompt"], where)
         chat = not isinstance(prompt, str)
@@ -257,7 +259,8 @@ def load_text(source, sides, scored=False, columns=()):
     """A data set of what `examples` yields, read once and kept by `datasets` until the file changes."""
     files = find_files(source)
     stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)  # no list: that would be shards
-    if files and sum(size for _, size, _ in stamps) < 20e6:  # done before a bar could be read
+    sizes = [path.stat().st_size for path in files or pathlib.Path(source.name).rglob("*")]  # of a hub's set unknown
+    if sizes and sum(sizes) < 20e6:  # done before a bar could be read
         datasets.disable_progress_bars()
     else:
         datasets.enable_progress_bars()
@@ -312,7 +315,7 @@ def render(prompt, answers, tokenizer, where):
         raise ValueError(f"{where}: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template FILE")
     try:
         start, *wholes = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=messages is prompt)
-                          for messages in (prompt, *(prompt + answer for answer in answers)))
+                          if messages else "" for messages in (prompt, *(prompt + answer for answer in answers)))
     except Exception as error:  # a template is a foreign program, and its errors are of any kind
         raise ValueError(f"{where}: the chat template fails on this row: {error}") from error
     return start, [whole.rstrip() if ends_itself(whole, tokenizer) else whole for whole in wholes]

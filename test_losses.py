@@ -631,6 +631,13 @@ def test_alphapo_shapes_the_reward_by_a_power_of_the_average_token_probability()
     assert torch.allclose(call("alphapo", pairs, beta=2.0, gamma=0.3, alphapo_alpha=alpha), -F.logsigmoid(2.0 * (score[0] - score[1]) - 0.3))
 
 
+def test_alphapo_still_raises_the_chosen_answer_where_both_are_so_improbable_that_the_power_overflows():
+    pairs = {"policy_chosen_logps": torch.tensor([-1e4 - 5]), "policy_rejected_logps": torch.tensor([-1e4]),
+             "chosen_lengths": torch.ones(1), "rejected_lengths": torch.ones(1)}
+    dw, dl = gradients(alphapo, pairs)
+    assert call("alphapo", pairs) > call("alphapo", pairs | {"policy_chosen_logps": torch.tensor([-1e4 - 1])}) and dw < 0 < dl
+
+
 def test_orpo_is_the_log_of_one_plus_the_odds_ratio():
     pairs, lam = random_pairs(), 0.3
     p, q = (x.exp() for x in averages(pairs))

@@ -328,3 +328,328 @@ def test_a_batch_is_padded_on_the_right_and_scores_answers_alone():
     assert batch["chosen_labels"].tolist() == [[IGNORE, IGNORE, 8, 0, IGNORE, IGNORE], [IGNORE, 9, 9, 0, IGNORE, IGNORE]]
     assert batch["rejected_input_ids"].tolist() == [[5, 6, 1, 2, 3, 0], [7, 0, 4, 4, 4, 4]]
     assert torch.equal(batch["rejected_attention_mask"], torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]]))
+
+
+# --- conversations
+
+IDENTITY = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def chat_tokenizer(tokenizer, template, **special):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    chat = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", **special)
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat.chat_template = template
+    return chat
+
+
+def every_format(text):
+    """The same pair in each shape that a file may have."""
+    user, chosen, rejected = turn("user", text["prompt"]), turn("assistant", text["chosen"]), turn("assistant", text["rejected"])
+    yield {"prompt": [user], "chosen": [chosen], "rejected": [rejected]}
+    yield {"prompt": [user], "chosen": text["chosen"], "rejected": text["rejected"]}
+    yield {"prompt": text["prompt"], "chosen": [chosen], "rejected": [rejected]}
+    yield {"chosen": [user, chosen], "rejected": [user, rejected]}
+    yield {"prompt": text["prompt"], "chosen": [user, chosen], "rejected": [user, rejected], "messages": [user, chosen]}  # UltraFeedback
+    yield {"prompt": [user], "chosen": [user, chosen], "rejected": [user, rejected]}
+
+
+def test_strings_and_messages_through_an_identity_template_give_the_same_tokens_in_every_format(load, tokenizer):
+    chat, texts = chat_tokenizer(tokenizer, IDENTITY), [row(), row("who? 漢字", " me 🙂", " you")]
+    expected = load(texts, tokenizer=chat)[0].remove_columns(["id", "prompt_key"])[:]
+    for i, rows in enumerate(zip(*map(every_format, texts))):
+        assert load(list(rows), name=f"{i}.jsonl", tokenizer=chat)[0].remove_columns(["id", "prompt_key"])[:] == expected, rows[0]
+
+
+def test_messages_come_alike_from_json_and_parquet(load, tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+    rows, chat = [next(every_format(row())), next(every_format(row(chosen=" slept")))], chat_tokenizer(tokenizer, CHATML)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = load_tokens(str(tmp_path / "rows.parquet"), chat, BOTH, Limits())[0].remove_columns("id")[:]
+    assert found == load(rows, tokenizer=chat)[0].remove_columns("id")[:]
+
+
+def test_the_template_writes_the_prompt_and_the_end_of_the_turn_is_scored_and_nothing_after_it(load, tokenizer):
+    """ChatML ends a turn with <|im_end|> and a line break: no EOS is glued on, and the line break, which nobody generates, goes."""
+    chat = chat_tokenizer(tokenizer, CHATML)
+    history = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "a cat?")]
+    rows = [{"chosen": history + [turn("assistant", "sat")], "rejected": history + [turn("assistant", "ran")]},
+            {"prompt": history, "chosen": [turn("assistant", "sat")], "rejected": [turn("assistant", "ran")]}]
+    for i, one in enumerate(rows):
+        tokens = load([one], name=f"{i}.jsonl", tokenizer=chat)[0][0]
+        prompt = chat.decode(tokens["prompt_ids"])
+        assert prompt == ("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+                          "<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n")
+        assert chat.decode(tokens["chosen_ids"]) == "sat<|im_end|>" and chat.decode(tokens["rejected_ids"]) == "ran<|im_end|>"
+
+
+def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, CHATML)
+    kept, account = load([{"prompt": [turn("user", "hi")], "chosen": "sat on a mat", "rejected": "ran"}], tokenizer=chat,
+                         limits=Limits(max_completion_length=3))
+    end = chat.convert_tokens_to_ids("<|im_end|>")
+    assert end not in kept[0]["chosen_ids"] and len(kept[0]["chosen_ids"]) == 3 and "1 rows: answers cut" in account
+
+
+def test_the_bos_of_a_template_stands_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
+    bos = bos_tokenizer(tokenizer)
+    bos.chat_template = "{{ bos_token }}" + IDENTITY
+    rows = [{"prompt": [turn("user", "x" * 200)], "chosen": " sat", "rejected": " ran"}]
+    tokens = load(rows, tokenizer=bos, limits=Limits(max_length=32))[0][0]
+    assert tokens["prompt_ids"][0] == bos.bos_token_id and tokens["prompt_ids"].count(bos.bos_token_id) == 1
+
+
+def test_dialogues_part_where_the_assistant_goes_on_even_if_the_answers_begin_with_the_same_turns(load, tokenizer):
+    """A common first sentence is part of both answers; a common first turn of them is part of the prompt."""
+    chat = chat_tokenizer(tokenizer, CHATML)
+    start = [turn("user", "hi"), turn("assistant", "hello")]
+    rows = [{"chosen": start + [turn("user", "why?"), turn("assistant", "so. yes")],
+             "rejected": start + [turn("user", "why?"), turn("assistant", "so. no")]},
+            {"chosen": [turn("user", "hi"), turn("assistant", "hello")], "rejected": [turn("user", "hi"), turn("assistant", "hello")]}]
+    kept, account = load(rows, tokenizer=chat)
+    assert chat.decode(kept[0]["chosen_ids"]) == "so. yes<|im_end|>" and chat.decode(kept[0]["rejected_ids"]) == "so. no<|im_end|>"
+    assert "1 dropped (chosen equals rejected: " in account
+
+
+def test_dialogues_that_share_nothing_have_no_prompt_and_are_dropped(load, tokenizer):
+    rows = [{"chosen": [turn("user", "hi"), turn("assistant", "a")], "rejected": [turn("user", "ho"), turn("assistant", "a")]},
+            {"chosen": [turn("user", "hi"), turn("assistant", "a")], "rejected": [turn("user", "hi"), turn("assistant", "b")]}]
+    kept, account = load(rows, tokenizer=chat_tokenizer(tokenizer, CHATML))
+    assert len(kept) == 1 and "1 dropped (no prompt: " in account
+
+
+def test_a_file_may_not_change_its_format(load):
+    with pytest.raises(ValueError, match="row 2: has a prompt, and the first row of its file had none"):
+        load([{"chosen": "a b", "rejected": "a c"}, row()])
+
+
+def test_sft_takes_the_last_turn_of_a_dialogue(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, CHATML)
+    dialogue = [turn("user", "hi"), turn("assistant", "hello"), turn("user", "bye"), turn("assistant", "see you")]
+    kept = load([{"chosen": dialogue}], sides=("chosen",), tokenizer=chat)[0]
+    assert chat.decode(kept[0]["chosen_ids"]) == "see you<|im_end|>" and chat.decode(kept[0]["prompt_ids"]).count("<|im_end|>") == 3
+
+
+def test_no_chat_template_is_an_error_that_says_how_to_pass_one(load):
+    with pytest.raises(ValueError, match="row 1: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template"):
+        load([next(every_format(row()))])
+
+
+def test_a_template_that_refuses_a_row_is_an_error_that_names_it(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, "{{ raise_exception('no system turns here') }}")
+    with pytest.raises(ValueError, match="row 1: the chat template fails on this row: no system turns here"):
+        load([next(every_format(row()))], tokenizer=chat)
+
+
+@pytest.mark.parametrize("value, message", [
+    ([], "holds \\[\\], which is not text and no list of messages"), ([turn("user", "a"), "b"], "which is not text and no list"),
+    ([{"from": "human", "value": "hi"}], "a message has a role and a content, both text"),
+    ([turn("user", None)], "a message has a role and a content"), ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
+    ([turn("user", "\ud83d")], "half of a surrogate pair")])
+def test_what_is_no_message_is_refused_with_file_row_and_field(load, value, message):
+    with pytest.raises(ValueError, match=rf"rows.jsonl, row 2: the field 'prompt' {message}" if "holds" in message else message):
+        load(json.dumps(row()) + "\n" + json.dumps(row() | {"prompt": value}))
+
+
+# --- boundaries, for every kind of tokenizer
+
+def trained(model, trainer, pre_tokenizer, decoder):
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    corpus = [" ".join(row.values()) for row in make_rows(300)]
+    backend.train_from_iterator(corpus, trainer(vocab_size=400, special_tokens=["<eos>", "<unk>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+def tokenizers_of_every_kind():
+    from tokenizers import trainers
+    return {
+        "byte-level": trained(models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+        "metaspace": trained(models.Unigram(), lambda **o: trainers.UnigramTrainer(unk_token="<unk>", **o), pre_tokenizers.Metaspace(), decoders.Metaspace()),
+        "wordpiece": trained(models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()),
+        "merging": merging_tokenizer(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "wordpiece", "merging"])
+def test_prompt_and_answer_ids_together_are_the_ids_of_the_text_and_the_prompt_is_the_same_for_both(load, kind):
+    """enc(a + b) = enc(a)' + rest, with the same enc(a)' for both answers: 200 random rows, cut at any character."""
+    tokenizer, generator = tokenizers_of_every_kind()[kind], np.random.default_rng(0)
+    alphabet = "abcdx" if kind == "merging" else "the cat sat on a mat. é漢🙂e\u0301\n"
+    texts = ["".join(generator.choice(list(alphabet), generator.integers(3, 30))) for _ in range(400)]
+    rows = []
+    for one, two in zip(texts[::2], texts[1::2]):
+        at = int(generator.integers(1, len(one) - 1))
+        rows.append({"prompt": one[:at], "chosen": one[at:], "rejected": two})
+    kept, _ = load(rows, tokenizer=tokenizer)
+    assert len(kept) > 100
+    for tokens in kept:
+        text = rows[int(tokens["id"].split("row ")[1]) - 1]
+        for side in BOTH:
+            assert tokens[f"{side}_ids"][-1] == tokenizer.eos_token_id
+            whole = tokenizer(text["prompt"] + text[side], add_special_tokens=False)["input_ids"]
+            assert tokens["prompt_ids"] + tokens[f"{side}_ids"][:-1] == whole
+        alone = tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]
+        assert alone[:len(tokens["prompt_ids"])] == tokens["prompt_ids"]
+
+
+def test_rows_whose_tokens_merge_across_the_boundary_are_counted_and_named(load):
+    kept, account = load([row("ab", "cd", "xd"), row("ax", "cd", "xd")], tokenizer=merging_tokenizer())
+    assert len(kept) == 2 and "1 rows: tokens merged across the end of the prompt: " in account and "row 1" in account
+
+
+def test_a_prompt_repeated_inside_both_answers_is_counted_and_named(load):
+    _, account = load([row(), row("a cat", "a cat sat", "a cat ran"), row("a cat", "a cat sat", " ran")])
+    assert "1 rows: prompt repeated inside both answers: " in account and "row 2" in account
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u3000"])
+def test_an_answer_that_is_only_white_space_is_dropped(load, blank):
+    kept, account = load([row(), row(rejected=blank)])
+    assert len(kept) == 1 and "1 dropped (empty answer: " in account
+
+
+# --- long rows
+
+def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
+    rows, short = [row(), row("a cat " * 40)], dict(max_length=32)
+    kept, account = load(rows, limits=Limits(**short))
+    assert len(kept) == 2 and "1 rows: prompt cut: " in account
+    kept, account = load(rows, limits=Limits(**short, overlong="drop"))
+    assert len(kept) == 1 and "1 dropped (too long: " in account and "row 2)" in account
+    with pytest.raises(ValueError, match="too long: .*row 2. Mend these rows, or leave out --overlong error"):
+        load(rows, limits=Limits(**short, overlong="error"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_limits_leave_a_row_without_scored_tokens_or_with_two_prompts(load, seed):
+    generator = np.random.default_rng(seed)
+    length = int(generator.integers(2, 12))
+    limits = Limits(length, *(int(generator.integers(1, high)) if generator.random() < 0.7 and high > 1 else None for high in (length, 9)),
+                    truncation_mode=str(generator.choice(["keep_end", "keep_start"])))
+    kept, _ = load(make_rows(40, seed) + [row("x" * 10_000)], limits=limits)
+    for tokens in kept:
+        assert all(0 < len(tokens[f"{side}_ids"]) <= limits.max_length - len(tokens["prompt_ids"]) for side in BOTH)
+        assert all(len(tokens[f"{side}_ids"]) <= (limits.max_completion_length or 99) for side in BOTH) and tokens["prompt_ids"]
+
+
+# --- several parts
+
+def test_columns_under_other_names(load):
+    renamed = [{"question": "a cat", "good": " sat", "bad": " ran", "prompt": 7, "id": "x1"}]
+    columns = (("prompt", "question"), ("chosen", "good"), ("rejected", "bad"))
+    found, expected = load(renamed, columns=columns)[0], load([row()])[0]
+    assert found.remove_columns("id")[:] == expected.remove_columns("id")[:] and found[0]["id"].endswith("rows.jsonl, row 1 (id x1)")
+    with pytest.raises(ValueError, match="row 1: --columns names 'nice'; the row has 'question', 'good', 'bad', 'prompt', 'id'"):
+        load(renamed, columns=(("chosen", "nice"),))
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path, tokenizer):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", make_rows(n, seed=i)) for i, n in enumerate((3, 2))]
+    rows, account = load_tokens(",".join(paths), tokenizer, BOTH, Limits())
+    assert list(rows["id"]) == [f"{paths[0]}, row {i}" for i in (1, 2, 3)] + [f"{paths[1]}, row {i}" for i in (1, 2)]
+    assert account["rows"] == account["kept"] == 5
+
+
+def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", make_rows(n)) for name, n in (("a", 70), ("b", 100)))
+    rows, account = load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())
+    names = list(rows["id"])
+    assert len(names) == len(set(names)) == 100 and sum(name.startswith(a) for name in names) == 70 and account["kept"] == 100
+    assert names == list(load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())[0]["id"])
+    assert len(load_tokens(f"{a}:1,{b}:1", tokenizer, BOTH, Limits())[0]) == 140
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("{a}:0.5,{a}", "give every part a share, or none"), ("{a}:0", "with a share above 0"), ("{a}:x:y:1", "a data set is NAME, NAME:SPLIT"),
+    ("{a}:test", "a file has no splits"), (",{a}", "a data set is NAME"), ("{a},./nowhere.jsonl", "nowhere.jsonl: no such file")])
+def test_a_wrong_data_set_name_is_refused(tmp_path, tokenizer, spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokens(spec.format(a=write_jsonl(tmp_path / "a.jsonl", make_rows(3))), tokenizer, BOTH, Limits())
+
+
+def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
+    import datasets
+    parts = {"train": datasets.Dataset.from_list(make_rows(4)), "test": datasets.Dataset.from_list(make_rows(3, seed=1))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    parts["test"].save_to_disk(tmp_path / "one")
+    assert len(load_tokens(f"{tmp_path}/both", tokenizer, BOTH, Limits())[0]) == 4
+    assert len(load_tokens(f"{tmp_path}/both:test", tokenizer, BOTH, Limits())[0]) == 3
+    assert load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())[0][0]["id"] == f"{tmp_path}/one, row 1"
+    for spec in ("both:dev", "one:test"):
+        with pytest.raises(ValueError, match="there is no split"):
+            load_tokens(f"{tmp_path}/{spec}", tokenizer, BOTH, Limits())
+
+
+# --- the report
+
+def test_the_statistics_of_three_rows_counted_by_hand(load):
+    tokenizer = merging_tokenizer()  # one token per letter
+    rows, _ = load([row("aa", "d", "xx"), row("aa", "dd", "x"), row("aaaa", "ddd", "xxx")], tokenizer=tokenizer)
+    held, _ = load([row("aa", "d", "x"), row("x", "d", "a")], name="held.jsonl", tokenizer=tokenizer)
+    found = data.statistics(rows, held)
+    assert found["lengths"]["prompt"] == {"mean": pytest.approx(8 / 3), "median": 2.0, "95th": pytest.approx(3.8), "max": 4}
+    assert found["lengths"]["chosen"]["max"] == 4 and found["lengths"]["rejected"]["mean"] == pytest.approx(3)  # with EOS
+    assert found["chosen_longer"] == pytest.approx(1 / 3) and found["rejected_longer"] == pytest.approx(1 / 3)
+    assert found["rows_that_share_their_prompt"] == 1 and found["prompts_in_both"] == 1
+    assert found["tokens_per_epoch"] == 8 + 9 + 9 and found["tokens_per_epoch_prompt_once_for_each_answer"] == 16 + 9 + 9
+
+
+def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_marked(load):
+    tokenizer = merging_tokenizer()
+    shown = data.show(load([row("aa", "d", "bcx")], tokenizer=tokenizer)[0], tokenizer)
+    assert shown.splitlines()[1:] == ["  prompt   'aa'", "  chosen   [d|<eos>]", "  rejected [bc|x|<eos>]"]
+
+
+def run_report(*arguments):
+    import subprocess
+    import sys
+    from conftest import ROOT
+    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+def test_python_data_py_reports_every_kind_of_file_without_a_word_from_a_library(folder, tmp_path):
+    import csv
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+    rows = make_rows(9) + [row("x" * 9000)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    with open(tmp_path / "c.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "e")
+    (tmp_path / "template").write_text(CHATML)
+    write_jsonl(tmp_path / "f.jsonl", [list(every_format(r))[3] for r in rows])
+    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet", "e", "f.jsonl"):
+        result = run_report(tmp_path / name, "--model", folder, *(["--chat_template", tmp_path / "template"] if name[0] == "f" else []))
+        assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
+        assert "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout and "scored tokens in brackets" in result.stdout
+
+
+def test_the_report_is_json_for_machines_and_counts_prompts_that_train_and_eval_share(folder, tmp_path):
+    path, held = write_jsonl(tmp_path / "a.jsonl", make_rows(9)), write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2] + [row(rejected=" ")])
+    result = run_report(path, "--model", folder, "--eval_dataset", held, "--json")
+    report, other = json.loads(result.stdout)
+    assert report["kept"] == report["rows"] == 9 and report["prompts_in_both"] == 2 and report["lengths"]["prompt"]["max"] > 0
+    assert other["dropped"]["empty answer"]["count"] == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["nowhere.jsonl", "--model", "{folder}"], "nowhere.jsonl: no such file"), (["{pairs}", "--model", "/nowhere"], "--model /nowhere: no tokenizer there"),
+    (["{pairs}", "--model", "{folder}", "--columns", "prompt"], "--columns prompt: write OURS=THEIRS"),
+    (["{pairs}", "--model", "{folder}", "--columns", "answer=chosen"], "OURS is one of prompt, chosen"),
+    (["{pairs}", "--model", "{folder}", "--chat_template", "nowhere"], "--chat_template nowhere: no such file")])
+def test_an_error_of_the_report_is_one_line_and_exit_status_2(folder, pairs, flags, message):
+    result = run_report(*(flag.format(folder=folder, pairs=pairs) for flag in flags))
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -109,6 +109,19 @@ def test_a_reference_free_run_loads_no_reference_and_a_sum_names_its_folder(fit,
     assert len(loaded) == 1 and (tmp_path / "runs" / "sigmoid+0.5+sft" / "model.safetensors").exists()
 
 
+def test_a_run_on_messages_under_other_names_reports_them_first_and_keeps_the_template(fit, tmp_path, capsys):
+    turn = lambda role, content: {"role": role, "content": content}
+    rows = [{"q": [turn("user", row["prompt"])], "a": [turn("assistant", row["chosen"])], "b": row["rejected"]} for row in make_rows(12)]
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    out, _ = fit(dataset=write_jsonl(tmp_path / "chat.jsonl", rows), columns="prompt=q,chosen=a,rejected=b", chat_template=template,
+                 max_steps=1, eval_share=None, eval_dataset=tmp_path / "chat.jsonl")
+    said = capsys.readouterr().out
+    assert "12 of 12 rows kept" in said and "12 prompts are both trained and held out" in said and "tokens an epoch, each prompt once" in said
+    assert "\\nassistant:'" in said and "chosen   [" in said
+    assert AutoTokenizer.from_pretrained(out).chat_template == template.read_text()
+
+
 def test_training_raises_the_margin_and_the_folder_it_leaves_generates(fit):
     out, metrics = fit(epochs=8)
     trained = [row for row in metrics if row["split"] == "train"]
@@ -323,6 +336,9 @@ def test_resume_needs_a_run(tmp_path):
     (["--model", "m", "--dataset", "d", "--eval_share", "0.1", "--eval_dataset", "e"], "--eval_share 0.1: the held-out rows are e"),
     (["--shuffle", "maybe"], "argument --shuffle: must be true or false, got maybe"),
     (["--loss"], "argument --loss: expected one argument"),
+    (["--columns", "prompt:q"], "--columns prompt:q: write OURS=THEIRS"),
+    (["--chat_template", "/nowhere"], "--chat_template /nowhere: no such file"),
+    (["--overlong", "squeeze"], "argument --overlong: invalid choice: 'squeeze'"),
 ])
 def test_a_wrong_flag_is_named_with_what_is_right(flags, message):
     with pytest.raises(ValueError) as error:

@@ -1,9 +1,13 @@
 """Agreement with TRL, where it is installed: its trainers' own methods, on the same logits. Known differences are stated as such."""
+import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import datasets
 import pytest
 import torch
+from conftest import SHARED
+from transformers import AutoTokenizer
 
 import data
 import dpo
@@ -107,3 +111,25 @@ def test_cpo_simpo_and_orpo_equal_trl():
     assert torch.allclose(sigmoid(w, l, zero, zero, beta=2.0, label_smoothing=0.1), CPOTrainer.cpo_loss(trainer, w, l)[0])
     expected = -ORPOTrainer.odds_ratio_loss(trainer, w / n_w, l / n_l)[0]  # theirs is to be subtracted
     assert torch.allclose(orpo(w, l, n_w, n_l, beta=2.0, nll_weight=0.0), expected, rtol=1e-5)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the project's shared data is not here")
+@pytest.mark.parametrize("name", ["hh_harmless_512", "instructions_600"])
+def test_prompt_and_answer_ids_equal_those_of_trl_except_where_it_moves_the_beginning_of_answers_into_the_prompt(name):
+    """Real rows, GPT-2's tokenizer. Where a prompt inside both answers must be found, TRL takes all that the two share, so answers that
+    begin alike lose their beginning; we cut back to the turn. These rows are counted, and as whole sequences they are equal too."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
+    rows, _ = data.load_tokens(str(SHARED / "data" / f"{name}.jsonl"), tokenizer, ("chosen", "rejected"), data.Limits(max_length=4096))
+    texts = datasets.Dataset.from_list([json.loads(line) for line in open(SHARED / "data" / f"{name}.jsonl")])
+    settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_end")
+    theirs = trl.DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), texts, tokenizer, settings, "train")
+    differing = 0
+    for row in rows:
+        other = theirs[int(row["id"].split("row ")[1]) - 1]
+        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
+        if any(row[part] != other[part] for part in parts):
+            differing += 1
+            assert len(other["prompt_ids"]) > len(row["prompt_ids"])
+        assert all(row["prompt_ids"] + row[part] == other["prompt_ids"] + other[part] for part in parts[1:])
+    begin_alike = sum(row["chosen_ids"][0] == row["rejected_ids"][0] for row in rows)
+    assert differing == (0 if "prompt" in texts.column_names else begin_alike)
