@@ -42,7 +42,7 @@ SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()  # cach
 def json_rows(path):
     """JSON lines, numbered as the lines of the file, or one JSON list, numbered from 1."""
     with open(path, encoding="utf-8-sig") as file:
-        if path.suffix == ".json" and file.read(1) == "[":
+        if path.suffix.lower() == ".json" and file.read(4096).lstrip()[:1] == "[":
             file.seek(0)
             yield from enumerate(json.load(file), 1)
             return
@@ -51,16 +51,20 @@ def json_rows(path):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    reason = f"{error.msg}, column {error.colno}"
-                    raise ValueError(f"{path}, row {number}: not a whole JSON object ({reason})") from None
+                except UnicodeDecodeError:
+                    raise
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, row {number}: not a whole JSON object ({error})") from None
 
 
 def csv_rows(path):
     """Every value is text, as it stands in the file: no guessing that "NA" is missing or "42" a number."""
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 1):
+        reader = csv.DictReader(file, strict=True)  # or an open quote would swallow all rows after it
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise ValueError(f"{path}: its header names a column twice")
+        for number, row in enumerate(reader, 1):
             if None in row:
                 raise ValueError(f"{path}, row {number}: more cells than the header names; text with commas must be quoted")
             yield number, row
@@ -87,7 +91,7 @@ def sources(spec):
     for part in [spec] if os.path.exists(spec) else spec.split(","):
         name, *more = [part] if os.path.exists(part) else part.strip().split(":")
         share = more.pop() if more and re.fullmatch(r"\d*\.?\d+", more[-1]) else None
-        if len(more) > 1 or not name or share is not None and float(share) == 0:
+        if len(more) > 1 or not name or share is not None and not 0 < float(share) < math.inf:
             raise ValueError(f"{part}: a data set is NAME, NAME:SPLIT or NAME:SPLIT:SHARE, with a share above 0")
         found.append(Source(name, more[0] if more else None, None if share is None else float(share)))
     if len({source.share is None for source in found}) > 1:
@@ -98,14 +102,15 @@ def sources(spec):
 def find_files(source):
     """The files that a source names, or [] where it is a saved data set or one of the hub."""
     path = pathlib.Path(source.name)
-    files = sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS) if path.is_dir() else (
+        [path] if path.is_file() else [])
     if is_saved(path):
         return []
     if path.is_dir() and not files:
         raise ValueError(f"{path}: no {', '.join(READERS)} file in this folder")
-    if path.is_file() and path.suffix not in READERS:
+    if path.is_file() and path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: not a kind of file that is read; those are {', '.join(READERS)}")
-    if not path.exists() and (path.suffix in READERS or path.is_absolute() or source.name.startswith(".")):
+    if not path.exists() and (path.suffix.lower() in READERS or path.is_absolute() or source.name.startswith(".")):
         raise ValueError(f"{path}: no such file")
     if files and source.split:
         raise ValueError(f"{source.name}:{source.split}: a file has no splits")
@@ -138,8 +143,8 @@ def read_rows(source):
         yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(load_set(source), 1))
     for path in files:
         try:
-            yield from ((f"{path}, row {number}", row) for number, row in READERS[path.suffix](path))
-        except (UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid, json.JSONDecodeError) as error:
+            yield from ((f"{path}, row {number}", row) for number, row in READERS[path.suffix.lower()](path))
+        except (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
 
 
@@ -177,6 +182,8 @@ def value_of(row, field, where):
         raise ValueError(f"{where}: the field '{field}' is missing")
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         for message in value:
+            if unread := [key for key in ("tool_calls", "function_call", "reasoning_content", "thinking") if message.get(key)]:
+                raise ValueError(f"{where}: the field '{field}' holds a message with {unread[0]}, which is not read; write it into the content")
             if not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise ValueError(f"{where}: the field '{field}' holds the message {json.dumps(message, default=str)[:80]}; "
                                  "a message has a role and a content, both text")
@@ -184,10 +191,14 @@ def value_of(row, field, where):
     elif not isinstance(value, str):
         raise ValueError(f"{where}: the field '{field}' holds {json.dumps(value, default=str)[:60]}, which is not text and no "
                          "list of messages")
-    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
-        if any("\ud800" <= c <= "\udfff" for c in text):
+    for text in [value] if isinstance(value, str) else [message[key] for message in value for key in message]:
+        if not is_unicode(text):
             raise ValueError(f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
     return value
+
+
+def is_unicode(text):
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def score_of(row, field, where):
@@ -195,7 +206,7 @@ def score_of(row, field, where):
     try:
         if math.isfinite(float(value)):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{where}: the loss reads the field '{field}', a finite number, and the row has {json.dumps(value, default=str)[:60]}")
 
@@ -223,24 +234,28 @@ def split_messages(dialogues):
 def split_row(prompt, answers, where):
     """Prompt (None: inside the answers) and answers of any of the formats -> prompt and answers, all text or all messages."""
     if all(isinstance(part, str) for part in (prompt or "", *answers)):
+        if prompt is None and len(answers) == 1:
+            raise ValueError(f"{where}: one text without a prompt: nobody knows where its answer begins")
         if prompt is None:
             prompt = split_prompt(*answers)
             answers = [answer[len(prompt):] for answer in answers]
         return prompt, answers
     if prompt is None and any(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}: one of chosen and rejected is a text, the other a list of messages; without a prompt, both must be lists")
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer for answer in answers]
-    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole dialogues, prompt and all
-        prompt = split_messages(answers)
-        answers = [answer[len(prompt):] for answer in answers]
-    return prompt, answers
+    if prompt is not None and all(answer[0]["role"] in ("assistant", "tool") for answer in answers):
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, answers
+    shared = prompt if isinstance(prompt, list) else split_messages(answers)  # whole dialogues, prompt and all
+    if any(answer[:len(shared)] != shared for answer in answers) or (
+            isinstance(prompt, str) and prompt.strip() not in [message["content"].strip() for message in shared]):
+        raise ValueError(f"{where}: the answers begin neither with a turn of the assistant nor with the prompt")
+    return shared, [answer[len(shared):] for answer in answers]
 
 
 def examples(source, sides, scored=False, columns=(), **key):
     """Yield {id, chat, prompt, chosen, rejected} for every row, messages as JSON where `chat`, and {chosen,rejected}_score if
     `scored`. `key` is for the cache alone: what the file and the code were."""
-    fields = None
+    fields = chat = None
     for where, row in read_rows(Source(*source)):
         row = rename(row, dict(columns), where) if columns else row
         fields = fields or fields_of(row, where, sides)
@@ -248,17 +263,21 @@ def examples(source, sides, scored=False, columns=(), **key):
             raise ValueError(f"{where}: has a prompt, and the first row of its file had none: which is meant?")
         values = {field: value_of(row, field, where) for field in fields}
         prompt, answers = split_row(values.get("prompt"), [values[field] for field in fields if field != "prompt"], where)
+        if chat not in (None, not isinstance(prompt, str)):
+            raise ValueError(f"{where}: some rows of this file are texts, others are messages")
+        if unread := [name for name in ("system", "tools") if row.get(name)]:
+            raise ValueError(f"{where}: the column '{unread[0]}' is not read; write it into the prompt, or take it out")
         chat = not isinstance(prompt, str)
         parts = [json.dumps(part) if chat else part for part in (prompt, *answers)]
         scores = {f"{side}_score": score_of(row, f"{side}_score", where) for side in sides} if scored else {}
-        name = where + (f" (id {row['id']})" if row.get("id") is not None else "")
+        name = where + (f" (id {row['id']})" if row.get("id") is not None and is_unicode(str(row["id"])) else "")
         yield {"id": name, "chat": chat, **dict(zip(("prompt", *sides), parts)), **scores}
 
 
 def load_text(source, sides, scored=False, columns=()):
     """A data set of what `examples` yields, read once and kept by `datasets` until the file changes."""
     files = find_files(source)
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)  # no list: that would be shards
+    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files)  # no list: that would be shards
     sizes = [path.stat().st_size for path in files or pathlib.Path(source.name).rglob("*")]  # of a hub's set unknown
     if sizes and sum(sizes) < 20e6:  # done before a bar could be read
         datasets.disable_progress_bars()
@@ -290,7 +309,7 @@ class Limits(NamedTuple):
 
 def fit(prompt, answers, limits, front=0):
     """Cut token lists to the limits -> prompt, answers. The first `front` tokens of the prompt (BOS) always stay."""
-    spare = limits.max_length - max(map(len, answers))
+    spare = limits.max_length - min(max(map(len, answers)), limits.max_completion_length or limits.max_length)
     room = limits.max_prompt_length or max(spare, limits.max_length // 2)
     if len(prompt) > room:
         keep_end = limits.truncation_mode == "keep_end"
@@ -300,25 +319,29 @@ def fit(prompt, answers, limits, front=0):
 
 
 def special_tokens(tokenizer):
-    """([BOS] if the tokenizer begins a text with it, else []), [EOS]."""
+    """What the tokenizer puts before a text (BOS, or nothing, or more than one token), and [EOS]."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so the model could not learn to stop: set eos_token in its "
                          "tokenizer_config.json")
-    begins = tokenizer("a")["input_ids"][:1]
-    return begins if begins == [tokenizer.bos_token_id] else [], [tokenizer.eos_token_id]
+    bare, dressed = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
+    front = next(i for i in range(len(dressed)) if dressed[i:i + len(bare)] == bare)
+    return dressed[:front], [tokenizer.eos_token_id]
 
 
 def render(prompt, answers, tokenizer, where):
-    """Messages -> the text of the prompt and of each whole dialogue, by the tokenizer's own chat template. The template's white
-    space after the token that ends the last turn goes: a model that says this token has stopped."""
+    """Messages -> the text of the prompt, that of each whole dialogue, and whether they agree, by the tokenizer's own chat template. Some
+    templates write a prompt in another way once an answer follows it: then no answer belongs to the prompt that a user would send.
+    The template's white space after the token that ends the last turn goes: a model that says this token has stopped."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{where}: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template FILE")
     try:
-        start, *wholes = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=messages is prompt)
-                          if messages else "" for messages in (prompt, *(prompt + answer for answer in answers)))
+        start, turns, *wholes = (
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate) if messages else ""
+            for messages, generate in ((prompt, True), (prompt, False), *((prompt + answer, False) for answer in answers)))
     except Exception as error:  # a template is a foreign program, and its errors are of any kind
         raise ValueError(f"{where}: the chat template fails on this row: {error}") from error
-    return start, [whole.rstrip() if ends_itself(whole, tokenizer) else whole for whole in wholes]
+    wholes = [whole.rstrip() if ends_itself(whole, tokenizer) else whole for whole in wholes]
+    return start, wholes, all(whole.startswith(turns.rstrip()) for whole in wholes)
 
 
 def ends_itself(text, tokenizer):
@@ -330,7 +353,7 @@ def tokenize_row(texts, prompt, wholes, bos, eos, limits):
     """One row: its answers as text, the ids of its prompt, the ids of prompt + answer for each answer, and what to put before and
     after: [BOS] or [], and for each answer [EOS] or []."""
     start = len(os.path.commonprefix([prompt, *wholes]))
-    front = [] if wholes[0][:1] == bos else bos
+    front = [] if wholes[0][:len(bos)] == bos else bos
     answers = [whole[start:] for whole in wholes]
     ended = [answer if answer[-1:] == end else answer + end for answer, end in zip(answers, eos)]
     short_prompt, short = fit(front + wholes[0][:start], ended, limits, len(bos))
@@ -345,7 +368,7 @@ def tokenize_row(texts, prompt, wholes, bos, eos, limits):
     elif limits.overlong != "cut" and (prompt_cut or answers_cut):
         problem = "too long"
     elif len(short) == 2 and short[0] == short[1]:
-        problem = "chosen equals rejected once cut"
+        problem = "chosen equals rejected once cut" if answers_cut else "chosen and rejected are the same tokens"
     return {"prompt_ids": short_prompt, "problem": problem, "prompt_cut": prompt_cut, "answers_cut": answers_cut,
             "merged": start < len(prompt), "prompt_length": len(short_prompt), "chosen_length": len(short[0]),
             "tokens": len(short_prompt) + sum(map(len, short))}, short
@@ -355,11 +378,17 @@ def tokenize(batch, tokenizer, sides, limits):
     """The function that Dataset.map runs over a batch of {column: list}."""
     (bos, eos), rows = special_tokens(tokenizer), []
     texts = [[batch[side][i] for side in sides] for i in range(len(batch["id"]))]  # of the answers, for each row
+    texts = [[text.rstrip() if text.rstrip().endswith(tokenizer.eos_token) else text for text in row] for row in texts]
     prompts, wholes = list(batch["prompt"]), [[batch["prompt"][i] + text for text in row] for i, row in enumerate(texts)]
+    problems = [""] * len(texts)
     for i in np.flatnonzero(batch["chat"]):
         prompt, answers = json.loads(batch["prompt"][i]), [json.loads(text) for text in texts[i]]
         texts[i] = ["".join(message["content"] for message in answer) for answer in answers]
-        prompts[i], wholes[i] = render(prompt, answers, tokenizer, batch["id"][i])
+        prompts[i], wholes[i], agree = render(prompt, answers, tokenizer, batch["id"][i])
+        if prompt and not agree:
+            problems[i] = "the chat template writes the prompt otherwise when an answer follows"
+        if any(message["role"] in ("user", "system") for answer in answers for message in answer):
+            problems[i] = "turns of the user inside an answer"
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -370,6 +399,7 @@ def tokenize(batch, tokenizer, sides, limits):
         front = bos if not chat else ids[0][:1] if ids[0][:1] == [tokenizer.bos_token_id] else []  # a template writes its own
         end = [[] if chat and ends_itself(whole, tokenizer) else eos for whole in wholes[i]]
         row, answers = tokenize_row(texts[i], prompt_ids[i], ids, front, end, limits)
+        row["problem"] = problems[i] or row["problem"]
         row["repeats"] = bool(prompts[i].strip()) and not chat and all(text.startswith(prompts[i]) for text in texts[i])
         row["prompt_key"] = int.from_bytes(hashlib.blake2b(batch["prompt"][i].encode(), digest_size=7).digest(), "big")
         rows.append(row | {f"{side}_ids": answer for side, answer in zip(sides, answers)})
@@ -390,15 +420,27 @@ def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False, colu
     template, backend = tokenizer.chat_template, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     for source in sources(spec):
         text = load_text(source, sides, scored, columns)
-        key = datasets.fingerprint.Hasher.hash([text._fingerprint, backend, template, tokenizer.special_tokens_map, sides, limits, SOURCE])
+        key = datasets.fingerprint.Hasher.hash([text._fingerprint, backend, template, tokenizer.special_tokens_map, sides, limits, SOURCE,
+                                                getattr(tokenizer, "split_special_tokens", False)])
         rows = text.map(tokenize, batched=True, remove_columns=text.column_names, new_fingerprint=key, desc="tokenising",
-                        fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+                        features=features(sides, scored), fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        account["messages"] = account.get("messages", False) or bool(text[0]["chat"])
         parts.append(keep(rows, account, strict, limits.overlong))
-    rows = datasets.concatenate_datasets(mixture(parts, [source.share for source in sources(spec)]))
-    if not len(rows):
-        raise ValueError(f"{spec}: none of its {account['rows']} rows can be used ({name_rows(account['dropped'])})")
-    account["kept"] = len(rows)
+        if not len(parts[-1]):
+            raise ValueError(f"{source.name}: none of its {len(rows)} rows can be used ({name_rows(account['dropped'])})")
+    rows = datasets.concatenate_datasets(mixture(parts, sources(spec)))
+    account["kept"], account["left_out"] = len(rows), sum(map(len, parts)) - len(rows)
     return rows.remove_columns(["problem", "prompt_cut", "answers_cut", "merged", "repeats"]), account
+
+
+def features(sides, scored):
+    """The types of the columns: nothing can be inferred of a thousand empty prompts."""
+    ids, whole, yes = datasets.Sequence(datasets.Value("int64")), datasets.Value("int64"), datasets.Value("bool")
+    return datasets.Features(
+        {"id": datasets.Value("string"), "problem": datasets.Value("string"), "prompt_ids": ids}
+        | {f"{side}_score": datasets.Value("float64") for side in sides if scored} | {f"{side}_ids": ids for side in sides}
+        | dict.fromkeys(("prompt_cut", "answers_cut", "merged", "repeats"), yes)
+        | dict.fromkeys(("prompt_length", "chosen_length", "tokens", "prompt_key"), whole))
 
 
 def keep(rows, account, strict, overlong):
@@ -421,18 +463,25 @@ def keep(rows, account, strict, overlong):
     return rows.select(np.flatnonzero(problems == ""))
 
 
-def mixture(parts, shares):
+def mixture(parts, sources):
     """As many rows as there can be when each part has its share of them and no row comes twice. Without shares: all."""
-    if shares[0] is None:
+    if sources[0].share is None:
         return parts
-    total = min(len(part) / share for part, share in zip(parts, shares))
-    takes = [min(len(part), round(total * share)) for part, share in zip(parts, shares)]
+    total = min(len(part) / source.share for part, source in zip(parts, sources))
+    takes = [min(len(part), round(total * source.share)) for part, source in zip(parts, sources)]
+    if 0 in takes:
+        raise ValueError(f"{sources[takes.index(0)].name}: its share of the mixture is less than one row")
     return [part.select(np.sort(np.random.default_rng(0).permutation(len(part))[:take])) for part, take in zip(parts, takes)]
 
 
 def column(rows, name):
     """A whole column of numbers or strings as an array."""
     return rows.select_columns([name]).with_format("numpy")[:][name]
+
+
+def digest(rows):
+    """A short name of these rows in this order, by their prompts and lengths."""
+    return hashlib.blake2b(b"".join(column(rows, name).tobytes() for name in ("prompt_key", "tokens", "chosen_length")), digest_size=12).hexdigest()
 
 
 def hold_out(rows, share):
@@ -455,7 +504,8 @@ def name_rows(groups):
 def describe(account):
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     lines = [f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
-             + (f", {dropped} dropped ({name_rows(account['dropped'])})" if dropped else "")]
+             + (f", {dropped} dropped ({name_rows(account['dropped'])})" if dropped else "")
+             + (f", {account['left_out']} left out by the shares" if account["left_out"] else "")]
     lines += [f"  {entry['count']} rows: {name_rows({name: entry})}" for name, entry in account["noted"].items()]
     return "\n".join(lines)
 
@@ -538,8 +588,9 @@ def collate(rows, pad_token_id):
         batch[f"{side}_input_ids"] = padded([p + a for p, a in pairs], width, pad_token_id)  # (B, T)
         batch[f"{side}_labels"] = padded([[IGNORE] * len(p) + a for p, a in pairs], width, IGNORE)  # (B, T)
         batch[f"{side}_attention_mask"] = padded([[1] * len(p + a) for p, a in pairs], width, 0)  # (B, T)
-        if f"{side}_score" in rows:
-            batch[f"{side}_scores"] = torch.tensor(rows[f"{side}_score"], dtype=torch.float64)  # (B,)
+        for column, name in ((f"{side}_score", f"{side}_scores"), (f"ref_{side}_logp", f"ref_{side}_logps")):
+            if column in rows:
+                batch[name] = torch.tensor(rows[column], dtype=torch.float64)  # (B,)
     return batch
 
 
@@ -581,10 +632,24 @@ def read_flags(args):
         raise ValueError(f"--chat_template {args.chat_template}: no such file")
     columns = tuple(tuple(pair.split("=", 1)) for pair in args.columns.split(",")) if args.columns else ()
     ours = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
+    if len({pair[0] for pair in columns}) < len(columns):
+        raise ValueError(f"--columns {args.columns}: names a column twice")
     if wrong := [pair for pair in columns if len(pair) < 2 or pair[0] not in ours or not pair[1]]:
         raise ValueError(f"--columns {'='.join(wrong[0])}: write OURS=THEIRS, where OURS is one of {', '.join(ours)}")
     limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length, args.truncation_mode, args.overlong)
     return limits, columns
+
+
+def read_template(path):
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat_template {path}: cannot be read ({error})") from error
+
+
+def check_template(path, accounts):
+    if path and not any(account["messages"] for account in accounts):
+        raise ValueError(f"--chat_template {path}: no row holds messages, so it is not read")
 
 
 def main(argv):
@@ -592,6 +657,8 @@ def main(argv):
     parser.add_argument("dataset", help="what train.py takes as --dataset")
     parser.add_argument("--model", required=True, help="a folder or hub id with the tokenizer")
     parser.add_argument("--eval_dataset", help="held-out rows, to count the prompts that both have")
+    parser.add_argument("--chosen_only", action="store_true", help="as --loss sft reads it")
+    parser.add_argument("--scores", action="store_true", help="as --loss odpo reads it, with chosen_score and rejected_score")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
@@ -601,9 +668,11 @@ def main(argv):
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {args.model}: no tokenizer there ({str(error).splitlines()[0]})") from error
     if args.chat_template:
-        tokenizer.chat_template = pathlib.Path(args.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(args.chat_template)
+    sides = ("chosen",) if args.chosen_only else ("chosen", "rejected")
     specs = [args.dataset] + ([args.eval_dataset] if args.eval_dataset else [])
-    loaded = [load_tokens(spec, tokenizer, ("chosen", "rejected"), limits, args.strict, columns=columns) for spec in specs]
+    loaded = [load_tokens(spec, tokenizer, sides, limits, args.strict, args.scores, columns) for spec in specs]
+    check_template(args.chat_template, [account for _, account in loaded])
     found = [statistics(rows, loaded[1][0] if i == 0 and len(loaded) > 1 else None) for i, (rows, _) in enumerate(loaded)]
     if args.json:
         print(json.dumps([account | numbers for (_, account), numbers in zip(loaded, found)], indent=2))

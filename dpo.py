@@ -118,8 +118,8 @@ def length_weights(labels, ld_alpha):
 
 
 def has_likelihood(loss, hyper):
-    weights = [name for name in hyperparameters(loss) if name in ("cpo_alpha", "nll_weight")]
-    return "mean_chosen_length" in tensor_arguments(loss) and (not weights or any(hyper[name] for name in weights))
+    weights = [name for name in hyperparameters(loss) if name in ("cpo_alpha", "nll_weight", "slic_lambda")]
+    return any(hyper[name] for name in weights) or not weights and "mean_chosen_length" in tensor_arguments(loss)
 
 
 def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
@@ -132,6 +132,8 @@ def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_al
         if value and not all("margin" in part.marks for part in reading):
             raise ValueError(f"{flag}: {loss.__name__} reads more than a margin, and what it adds to the log-ratios, a constant for "
                              f"each prompt, would not cancel; it goes with {', '.join(n for n in LOSSES if 'margin' in LOSSES[n].marks)}")
+    if f_divergence and len(reading) < len(parts):
+        raise ValueError(f"f_divergence: a part of {loss.__name__} has no reference, and would be given scores for log-probs")
     if f_divergence and any("average" in part.marks for part in reading):
         raise ValueError(f"f_divergence: {loss.__name__} averages over tokens, but the link is of the probabilities of whole answers")
     if f_alpha is not None and not 0 < f_alpha <= 1:
@@ -155,8 +157,10 @@ def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
                     *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
     """The loss of each pair, and its metrics.
 
-    policy, reference   SequenceLogps (or a wrapper of one); reference is only called if the loss asks for it
-    batch               of data.collate, with `chosen_scores` and `rejected_scores` (B,) where the loss asks for them
+    policy, reference   SequenceLogps (or a wrapper of one); reference is only called if the loss asks for it and the batch does
+                        not bring its log-probs
+    batch               of data.collate, with `chosen_scores` and `rejected_scores` (B,) where the loss asks for them, and maybe
+                        `ref_chosen_logps` and `ref_rejected_logps` (B,), computed before
     loss                a function of losses.LOSSES: it is given the tensors that its signature names and no others
     hyper               its keyword-only arguments, where they are not its defaults
     batch_state         what is known of the whole optimizer step, of which this batch may be a part: `mean_chosen_length`, `delta`
@@ -169,7 +173,7 @@ def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
     """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
     tensors = batch | (batch_state or {})
-    if needs_reference(loss) and not reference_free:  # first, so that its activations are gone before the policy's exist
+    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in batch:  # first, so that its activations are gone before the policy's exist
         with torch.no_grad():
             ref = concatenated_forward(reference, batch, sides, ld_alpha)
         tensors |= {f"ref_{side}_logps": ref[f"{side}_logps"] for side in sides}
@@ -179,9 +183,9 @@ def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
     metrics = {f"logps/{side}": out[f"{side}_logps"] for side in sides}
     for side in sides:
         policy_logps = tensors[f"policy_{side}_logps"]
-        if f"ref_{side}_logps" not in tensors:
-            tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps)
-        elif f_divergence:  # the score of the log-ratio in place of the policy's log-prob, and zeros in place of the reference's
+        reference_logps = tensors.get(f"ref_{side}_logps", torch.zeros_like(policy_logps)).to(policy_logps.dtype)
+        tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps) if reference_free else reference_logps
+        if f_divergence:  # the score of the log-ratio in place of the policy's log-prob, and zeros in place of the reference's
             tensors[f"policy_{side}_logps"] = f_divergence_score(
                 policy_logps - tensors[f"ref_{side}_logps"], f_divergence, f_alpha or 0.5)
             tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps)

@@ -25,8 +25,8 @@ Symbols, the same on every page (B pairs; x a prompt, y_w its chosen answer, y_l
 Conventions: tensors come first, hyper-parameters are keyword-only. All tensors are (B,), the result is the (B,) loss per pair:
 nothing is reduced, logged, remembered or changed in place. A loss that averages over tokens divides by the lengths in its own
 body. A value out of range raises ValueError naming the parameter. The signature is the metadata: a `ref_*` argument means that a
-reference model is needed, a tensor with a default is what only the caller can know of the whole step, a keyword-only argument
-is a flag of train.py. What no signature can say stands in the `@loss` line, as marks:
+reference model is needed, a tensor with a default is what only the caller can know, a keyword-only argument is a flag of
+train.py. What no signature can say stands in the `@loss` line, as marks:
 
     margin   the log-probs enter through one margin alone, so that a constant per prompt cancels. Therefore a link that is known up
              to such a constant may be put in front (f_divergence_score), and so may a reference of zeros (--reference_free)
@@ -95,7 +95,7 @@ def find(spec):
         if name not in LOSSES:
             near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)
             raise ValueError(f"loss {name}: there is no such loss; the nearest name is {near[0]}; all: {', '.join(LOSSES)}")
-        if not re.fullmatch(r"\d*\.?\d+", weight or "1") or float(weight or "1") == 0:
+        if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", weight or "1") or not 0 < float(weight or "1") < float("inf"):
             raise ValueError(f"loss {spec}: the weight of {name} must be a number > 0, got {weight!r}")
         if name in weights:
             raise ValueError(f"loss {spec}: names {name} twice")
@@ -108,7 +108,8 @@ def combine(weights):
     parts differ it has none (`...`), and the caller must choose.
 
     `sigmoid,sft` is RPO (arXiv:2404.19733v3, eq. 1, which averages each answer by itself where `sft` averages over all tokens);
-    `sigmoid:0.8,bco_pair:0.2,sft:1` is MPO (arXiv:2411.10442, Sec. 4.1, eq. 3); `sigmoid,sft` with a reference of zeros is CPO.
+    `sigmoid:0.8,bco_pair:0.2,sft:1` is MPO (arXiv:2411.10442, Sec. 4.1, eq. 3, whose likelihood averages each answer by itself too; the
+    weights are those TRL's documentation quotes); `sigmoid,sft` with a reference of zeros is CPO.
     """
     functions = {name: LOSSES[name] for name in weights}
 

@@ -11,6 +11,7 @@ Bad input is a ValueError with a sentence for the user, in every module; `run` p
 import argparse
 import contextlib
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -27,14 +28,17 @@ import numpy as np
 import torch
 import tqdm
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import data
 import world
 from data import at_least
-from dpo import SequenceLogps, check_variants, concatenated_inputs, preference_step
+from dpo import SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, preference_step
 from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
-from model import (Ranks, barrier, broadcast, gather, init_distributed, leave_distributed, load_model, load_tokenizer,
-                   new_model, save_model, sum_over_ranks, sync_gradients, wrap)
+from model import (LoraSettings, Ranks, adapter_tensors, add_adapter, barrier, broadcast, find_targets, gather, init_distributed,
+                   leave_distributed, load_adapter, load_model, load_tokenizer, lora_layers, new_model, quantize, read_adapter,
+                   remove_adapter, save_adapter, save_model, sum_over_ranks, sync_gradients, use_adapter, wrap)
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
 FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir"}  # change no weight
@@ -68,14 +72,33 @@ def true_or_false(text):
     return text == "true"
 
 
+def add_policy_flags(add, loss):
+    """What is trained, and what it is compared with."""
+    add("--adapter", help="start from this LoRA adapter, a folder of ours or of peft's, on top of --model")
+    add("--lora_rank", type=at_least(1, int), help="train a new LoRA adapter of this rank, and nothing else")
+    add("--lora_alpha", type=above_zero, help="its scale times its rank (default: twice the rank)")
+    add("--lora_target", help="names of linear layers, as q_proj,v_proj, or a regular expression (default: all but the head)")
+    add("--lora_dropout", type=at_least(0, float), default=0.0, help="of what enters the adapter")
+    add("--rslora", action="store_true", help="scale by alpha over the root of the rank")
+    add("--dora", action="store_true", help="train the norms of the weights apart from their directions")
+    add("--quantize", choices=("nf4",), help="the frozen weights in 4 bits (QLoRA)")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward: less memory, more time")
+    if needs_reference(loss):
+        add("--ref", choices=("model", "adapter_off", "adapter", "cache", "none"), help="the reference: a second model; the policy "
+            "with its adapter off (default with --lora_rank); a frozen copy of the adapter it starts from (default with --adapter); "
+            "log-probs computed once and kept on disk; none")
+        add("--ref_model", help="the second model of --ref model (default: what the policy starts from)")
+        add("--ref_batch_size", type=at_least(1, int), help="pairs per forward of --ref cache (default: micro_batch_size)")
+        add("--sync_ref_every", type=at_least(1, int), help="TR-DPO: move the reference towards the policy after this many steps")
+        add("--sync_ref_alpha", type=above_zero, help="by this share of the way (default 0.6)")
+
+
 def build_parser(loss):
     """Every flag of a run with this loss: those of the trainer, and the loss's own keyword arguments."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("what to train on what").add_argument
     add("--loss", default="sigmoid", help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world", help="policy: a folder, a hub id, or world")
-    if needs_reference(loss):
-        add("--ref_model", help="reference: a folder or hub id (default: what the policy starts from)")
     add("--dataset", default="world", help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
         "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out")
     add("--eval_dataset", help="held-out rows; without it a share of the prompts is held out")
@@ -83,12 +106,14 @@ def build_parser(loss):
     add("--output_dir", help="default: a new folder below runs/")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --output_dir, with its flags")
 
+    add_policy_flags(parser.add_argument_group("the policy and its reference").add_argument, loss)
+
     add = parser.add_argument_group("the optimizer").add_argument
     add("--batch_size", type=at_least(1, int), default=64, help="pairs per optimizer step, all ranks together")
     add("--micro_batch_size", type=at_least(1, int), default=4, help="pairs per forward on one rank: less saves memory")
     add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
-    add("--lr", type=above_zero, default=5e-7 if needs_rejected(loss) else 1e-5, help="peak learning rate of AdamW")
+    add("--lr", type=above_zero, help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; with an adapter ten times that)")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="what follows the warm-up")
     add("--warmup_steps", type=at_least(0, int), help="default: a tenth of the steps")
     add("--max_grad_norm", type=above_zero, default=1.0, help="gradients are clipped to this norm")
@@ -139,9 +164,12 @@ def parse_args(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_flag(unknown[0].split("=")[0], early.loss, known)
+    settle_reference(args, loss)
     check_args(args, saved)
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
+    full, adapter = (5e-7, 5e-6) if needs_rejected(loss) else (1e-5, 1e-4)
+    args.lr = args.lr or (adapter if args.adapter or args.lora_rank else full)
     if not args.max_steps:
         args.epochs = args.epochs or brings.get("epochs", 1)
     if not (args.eval_dataset or args.dataset == "world"):
@@ -149,10 +177,52 @@ def parse_args(argv):
     return args, loss, hyper
 
 
+LORA = {"lora_alpha": None, "lora_target": None, "lora_dropout": 0.0, "rslora": False, "dora": False}  # and what they are left out
+
+
+def settle_reference(args, loss):
+    """Fill in what follows from other flags, and refuse what contradicts them."""
+    if args.adapter and args.model == "world":
+        args.model = read_adapter(args.adapter)[2] or args.model
+    if unread := [name for name, unset in LORA.items() if getattr(args, name) != unset and (args.adapter or not args.lora_rank)]:
+        raise ValueError(f"--{unread[0]}: is of a new adapter, so give --lora_rank" + (" and no --adapter" if args.adapter else ""))
+    if args.adapter and args.lora_rank:
+        raise ValueError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of its own; give one of them")
+    if args.lora_dropout >= 1:
+        raise ValueError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
+    if args.quantize and not (args.adapter or args.lora_rank):
+        raise ValueError(f"--quantize {args.quantize}: 4-bit weights can't be trained; train an adapter, by --lora_rank or --adapter")
+    if args.lora_rank and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    if not needs_reference(loss):
+        args.ref = "none"
+        return
+    natural = "model" if args.ref_model else "adapter" if args.adapter else "adapter_off" if args.lora_rank else "model"
+    args.ref = args.ref or ("none" if args.reference_free else natural)
+    none, adapted, moves = args.ref == "none", args.adapter or args.lora_rank, args.ref in ("model", "adapter")
+    alpha, batch = args.sync_ref_alpha, args.ref_batch_size
+    for wrong, flag, reason in (
+        (none and not args.reference_free, "ref none", "this loss has a reference; --reference_free puts zeros in its place"),
+        (not none and args.reference_free, f"ref {args.ref}", "is not read with --reference_free"),
+        (args.ref == "adapter" and not args.adapter, "ref adapter", "there is no --adapter to start from"),
+        (args.ref == "adapter_off" and not adapted, "ref adapter_off", "there is no adapter to turn off"),
+        (args.ref_model and args.ref not in ("model", "cache"), f"ref_model {args.ref_model}",
+         f"is not read with --{'reference_free' if args.reference_free else f'ref {args.ref}'}"),
+        (batch and args.ref != "cache", f"ref_batch_size {batch}", "is of --ref cache"),
+        (args.sync_ref_every and not moves, f"sync_ref_every {args.sync_ref_every}", f"a reference of --ref {args.ref} can't move"),
+        (alpha and not args.sync_ref_every, f"sync_ref_alpha {alpha}", "is read with --sync_ref_every"),
+        ((alpha or 0) > 1, f"sync_ref_alpha {alpha}", "must be in (0, 1]"),
+    ):
+        if wrong:
+            raise ValueError(f"--{flag}: {reason}")
+    if args.sync_ref_every and not args.sync_ref_alpha:
+        args.sync_ref_alpha = 0.6
+
+
 def refuse_flag(flag, loss_name, known):
     readers = [name for name, loss in LOSSES.items() if flag.removeprefix("--") in hyperparameters(loss)]
-    if flag == "--ref_model":
-        raise ValueError(f"--ref_model: --loss {loss_name} has no reference")
+    if "ref" in flag.removeprefix("--").split("_"):
+        raise ValueError(f"{flag}: --loss {loss_name} has no reference")
     if readers:
         raise ValueError(f"{flag} is not read by --loss {loss_name}; it is read by {', '.join(readers)}")
     near = difflib.get_close_matches(flag.removeprefix("--"), known, n=1, cutoff=0)
@@ -182,8 +252,6 @@ def variants(args):
 
 def check_loss(args, loss, hyper):
     """The loss and its variants know what they can be: ask them, the loss on one pair."""
-    if args.reference_free and getattr(args, "ref_model", None):
-        raise ValueError(f"--ref_model {args.ref_model}: is not read with --reference_free")
     try:
         check_variants(loss, hyper, **variants(args))
         loss(**{name: torch.full((1,), 1.0 + ("chosen" in name)) for name in tensor_arguments(loss)}, **hyper)
@@ -265,6 +333,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
         barrier(ranks)
     loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict, scored, columns)
               for flag, spec in specs.items() if spec}
+    data.check_template(args.chat_template, [account for _, account in loaded.values()])
     rows = loaded["--dataset"][0]
     rows, held_out = (rows, loaded["--eval_dataset"][0]) if "--eval_dataset" in loaded else data.hold_out(rows, args.eval_share)
     if not len(rows):
@@ -275,6 +344,146 @@ def load_rows(args, loss, tokenizer, home, ranks):
         print(data.describe_statistics(data.statistics(rows, held_out)))
         print(data.show(rows, tokenizer, most=300))
     return rows, held_out
+
+
+def autocast(dtype, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def load_frozen(args, name, dtype, device):
+    """A model whose own weights are not trained: in bfloat16 if that is what is computed in, or in 4 bits. The policy of an adapter run
+    and a second model beside it come through here alike."""
+    weights = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[dtype]
+    model = load_model(name, weights).to(device).requires_grad_(False)
+    if args.quantize:
+        quantize(model)
+    return model
+
+
+def load_policy(args, source, newest, dtype, device):
+    """What is trained: all of a model, or an adapter on a frozen one. `newest` is the checkpoint to go on from, or None."""
+    if not (args.adapter or args.lora_rank):
+        model = load_model(str(newest or source), torch.float64 if dtype == "float64" else torch.float32).to(device)
+    else:
+        model = load_frozen(args, source, dtype, device)
+        if newest or args.adapter:
+            load_adapter(model, newest or args.adapter)
+        else:
+            settings = LoraSettings(args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
+            add_adapter(model, "policy", find_targets(model, args.lora_target), settings, args.seed)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return SequenceLogps(model)
+
+
+def load_reference(args, policy, source, dtype, device):
+    """-> what preference_step calls as its reference (None: nothing), {name: tensor} of it if it moves."""
+    if args.ref == "none":
+        return None, {}
+    if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
+        adapted = args.adapter or args.lora_rank
+        weights = torch.float64 if dtype == "float64" else torch.float32
+        name = args.ref_model or source
+        model = load_frozen(args, name, dtype, device) if adapted else load_model(name, weights).to(device)
+        reference = SequenceLogps(model).requires_grad_(False)
+        return reference, dict(reference.state_dict()) if args.sync_ref_every else {}
+    name = "reference" if args.adapter and args.ref != "adapter_off" else None
+    if name:
+        load_adapter(policy.model, args.adapter, name, trainable=False)
+
+    def reference(**inputs):
+        with use_adapter(policy.model, name):
+            return policy(**inputs)
+
+    return reference, adapter_tensors(policy.model, name) if args.sync_ref_every else {}
+
+
+@torch.no_grad()
+def move_reference(moving, policy, args):
+    """TR-DPO (arXiv:2404.09656): θ_ref <- α θ + (1 − α) θ_ref, buffers too."""
+    source = adapter_tensors(policy.model, "policy") if args.ref == "adapter" else policy.state_dict()
+    for name, tensor in moving.items():
+        tensor.copy_(torch.lerp(tensor, source[name].to(tensor.dtype), args.sync_ref_alpha) if tensor.is_floating_point() else source[name])
+
+
+def memory_line(policy, reference):
+    """What is held besides activations, on each rank."""
+    def size(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    held = [*policy.parameters(), *policy.buffers()]
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    second = [*reference.parameters(), *reference.buffers()] if isinstance(reference, torch.nn.Module) else []
+    parts = {"weights": size(held), "gradients": size(trained), "optimizer": 2 * size(trained), "reference": size(second)}
+    count = sum(tensor.numel() for tensor in policy.parameters())
+    return (f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them trained; on each rank "
+            + ", ".join(f"{name} {part / 2**20:,.1f} MiB" for name, part in parts.items()))
+
+
+# --- the reference's log-probs, computed once
+
+def cache_key(args, reference, policy, splits, dtype):
+    """A hash of all that the log-probs depend on: the weights that are used, every token id, the dtype and the weights of tokens."""
+    digest = hashlib.blake2b(f"{dtype} {args.ld_alpha} {args.quantize}".encode(), digest_size=12)
+    used = reference.state_dict() if isinstance(reference, torch.nn.Module) else {
+        name: tensor for name, tensor in policy.state_dict().items() if not name.endswith(".policy")}
+    for name, tensor in sorted(used.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for rows in splits:
+        for batch in rows.select_columns(["id", "prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):
+            digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def reference_logps(args, reference, rows, indices, tokenizer, dtype, device, desc=None):
+    """(len(indices), 2) log-probs of chosen and rejected under the reference."""
+    size, found = args.ref_batch_size or args.micro_batch_size, []
+    for i in tqdm.trange(0, len(indices), size, desc=desc, disable=desc is None, mininterval=0.2 if sys.stderr.isatty() else 5):
+        with autocast(dtype, device):
+            out = concatenated_forward(reference, collate(rows[indices[i:i + size]], tokenizer, device), ld_alpha=args.ld_alpha)
+        found.append(torch.stack([out["chosen_logps"], out["rejected_logps"]], 1).double())
+    return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.float64, device=device)
+
+
+def cache_reference(args, reference, splits, policy, tokenizer, dtype, ranks):
+    """The splits with the columns ref_chosen_logp and ref_rejected_logp: from the file, or computed by all ranks and put there."""
+    path = pathlib.Path("runs") / "references" / f"{cache_key(args, reference, policy, splits, dtype)}.safetensors"
+    made = broadcast(path.exists(), ranks)
+    if not made:
+        tables = {}
+        for name, rows in zip(("train", "eval"), splits):
+            table = torch.zeros(len(rows), 2, dtype=torch.float64, device=ranks.device)
+            mine = np.array_split(np.arange(len(rows)), ranks.size)[ranks.rank]
+            table[mine] = reference_logps(args, reference, rows, mine, tokenizer, dtype, ranks.device,
+                                          f"reference, {name}" if ranks.rank == 0 else None)
+            tables[name] = sum_over_ranks(table, ranks).cpu()
+            tables[f"{name}_ids"] = torch.tensor(list("\n".join(rows["id"]).encode()), dtype=torch.uint8)
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tables, path.with_suffix(f".{os.getpid()}"))
+            os.replace(path.with_suffix(f".{os.getpid()}"), path)
+    barrier(ranks)
+    return [read_cache(args, path, name, rows, reference, tokenizer, dtype, ranks, made) for name, rows in zip(("train", "eval"), splits)]
+
+
+def read_cache(args, path, name, rows, reference, tokenizer, dtype, ranks, made):
+    """The rows with their cached log-probs, after computing four of them again and comparing."""
+    try:
+        tables = load_file(path)
+        table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n") if len(rows) else []
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+    if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
+        raise ValueError(f"{path}: does not hold the log-probs of every {name} row; delete it, and it is made again")
+    some = np.linspace(0, len(rows) - 1, min(4, len(rows))).astype(int)
+    again = reference_logps(args, reference, rows, some, tokenizer, dtype, ranks.device).cpu()
+    if not torch.allclose(again, table[some], rtol=1e-2 if dtype == "bfloat16" else 1e-4, atol=1e-3):
+        raise ValueError(f"{path}: holds other log-probs than the reference gives now for row {rows[int(some[0])]['id']}: "
+                         f"{table[some][0].tolist()} and {again[0].tolist()}; delete it, and it is made again")
+    if ranks.rank == 0 and len(rows):
+        print(f"reference of {len(rows)} {name} rows {'read from' if made else 'kept in'} {path}")
+    return rows.add_column("ref_chosen_logp", table[:, 0].tolist()).add_column("ref_rejected_logp", table[:, 1].tolist())
 
 
 def choose_folder(args, ranks):
@@ -307,17 +516,19 @@ def make_optimizer(model, lr, device):
 
 
 @torch.no_grad()
-def check_start(forward, model, reference, columns):
+def check_start(forward, model, columns, tolerance):
     """Before the first update the policy is its reference, so the loss of real rows must be what it is at zero margin: that of
-    the reference beside itself. Anything else would train on a log-ratio that is an error of ours or of the setup."""
-    (found, metrics), (expected, _) = forward(model, columns), forward(reference, columns)
+    the policy beside itself. Anything else would train on a log-ratio that is an error of ours or of the setup."""
+    bare = {name: values for name, values in columns.items() if not name.startswith("ref_")}
+    (found, metrics), (expected, _) = forward(model, columns), forward(model, bare, against=model)
     stop_if_not_finite(0, {"loss": found.sum().item(), "grad_norm": 0.0}, [(columns["id"], metrics)])
     worst = (found - expected).abs().argmax()
-    if not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"before the first step the loss of {columns['id'][worst]} is {found[worst]:.6f}, but {expected[worst]:.6f} where "
             "policy and reference are equal. So they are not: look for another dtype on one side, dropout left on, an adapter "
-            "on one side, or a reference that is not what the policy starts from (if that is meant, name it with --ref_model)")
+            "on one side (one that came from SFT is part of the reference too: --ref adapter), or a reference that is not what the "
+            "policy starts from (if that is meant, name it with --ref_model)")
     return expected.mean().item()
 
 
@@ -385,8 +596,8 @@ def read_flags(folder):
 
 
 def is_complete(folder):
-    """The model's own entries join config.json when a run has ended."""
-    return "model_type" in read_config(folder)
+    """The model's own entries join config.json when a run has ended, or the adapter's file joins the folder."""
+    return "model_type" in read_config(folder) or (pathlib.Path(folder) / "adapter_config.json").exists()
 
 
 def checkpoints(folder):
@@ -394,27 +605,39 @@ def checkpoints(folder):
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(folder, step, model, tokenizer, optimizer, scheduler, delta, keep, ranks):
-    """Everything the next step depends on. The order of the rows follows from the seed and the step, and nothing draws random
-    numbers while training, so there is no more state than this."""
+def save(model, tokenizer, folder, base, **extra):
+    """The whole model, or the adapter that is all that was trained of it."""
+    if lora_layers(model):
+        save_adapter(model, tokenizer, folder, base, **extra)
+    else:
+        save_model(model, tokenizer, folder, **extra)
+
+
+def save_checkpoint(folder, step, model, tokenizer, base, state, keep, ranks):
+    """Everything the next step depends on: `state` and the model. The order of the rows and the dropout of an adapter follow from the
+    seed and the step, so no state of a random number generator is needed."""
     final = folder / f"checkpoint-{step}"
     if ranks.rank == 0 and not final.exists():
         aside = folder / ".checkpoint"
         shutil.rmtree(aside, ignore_errors=True)
-        save_model(model, tokenizer, aside)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "delta": delta}
-        torch.save(state, aside / "state.pt")
+        save(model, tokenizer, aside, base)
+        torch.save({"step": step} | state, aside / "state.pt")
         os.replace(aside, final)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     barrier(ranks)
 
 
-def load_checkpoint(folder, optimizer, scheduler, device):
-    """What save_checkpoint saved beside the model -> the step it was saved after, and delta. Runs no code from the file."""
+def load_checkpoint(folder, optimizer, scheduler, moving, digest, device):
+    """What save_checkpoint saved beside the model -> the step it was saved after, and delta. Runs no code from the file. `moving`
+    are the tensors of a reference that moves, which are filled."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location=device)
+    if state["rows"] != digest:
+        raise ValueError("--resume: the data set is not the one that this run began with: its rows, or their order, are others")
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+    for name, tensor in moving.items():
+        tensor.data.copy_(state["reference"][name])
     return state["step"], state["delta"]
 
 
@@ -488,45 +711,48 @@ def main(argv, ranks):
 
     # --- the models: policy and reference come through the same door, in the same dtype
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
-    weights = torch.float64 if dtype == "float64" else torch.float32
     source = str(home / "reference") if args.model == "world" else args.model
     tokenizer = load_tokenizer(source)
     if args.chat_template:
-        tokenizer.chat_template = pathlib.Path(args.chat_template).read_text(encoding="utf-8")
-    model = SequenceLogps(load_model(str(newest or source), weights).to(ranks.device))
+        tokenizer.chat_template = data.read_template(args.chat_template)
+    model = load_policy(args, source, newest, dtype, ranks.device)
     check_model(args, model.model, tokenizer)
-    reference = None
-    if needs_reference(loss) and not args.reference_free:
-        reference = SequenceLogps(load_model(args.ref_model or source, weights).to(ranks.device)).requires_grad_(False)
+    reference, moving = load_reference(args, model, source, dtype, ranks.device)
 
-    def forward(model, columns, state=None):
+    def forward(model, columns, state=None, against=None):
         """Losses (B,) and metrics of some rows: the one way that checking, training and evaluating share."""
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with autocast(dtype, ranks.device):
             batch = collate(columns, tokenizer, ranks.device)
-            return preference_step(model, reference, batch, loss, hyper, state, **variants(args))
+            return preference_step(model, against or reference, batch, loss, hyper, state, **variants(args))
 
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    lengths, tokens = data.column(rows, "chosen_length"), data.column(rows, "tokens")
+    if args.ref == "cache":
+        rows, held_out = cache_reference(args, reference, (rows, held_out), model, tokenizer, dtype, ranks)
+        reference = None  # and with it its memory
+        remove_adapter(model.model, "reference")
+    digest, lengths, tokens = data.digest(rows), data.column(rows, "chosen_length"), data.column(rows, "tokens")
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     args.warmup_steps = steps // 10 if args.warmup_steps is None else args.warmup_steps
 
     # --- optimizer and schedule, from the start or from where the run stopped
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
-    start, delta = load_checkpoint(newest, optimizer, scheduler, ranks.device) if newest else (0, 0.0)
+    start, delta = load_checkpoint(newest, optimizer, scheduler, moving, digest, ranks.device) if newest else (0, 0.0)
     policy = wrap(model, ranks)
     say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
-        f"{model.model.num_parameters():,} parameters, {dtype} on {ranks.size} x {ranks.device.type}; {folder}")
+        f"{dtype} on {ranks.size} x {ranks.device.type}; {folder}")
+    say(memory_line(model, reference))
     if "batch" in loss.marks:
         say(f"{args.loss} compares pairs with each other: here those of one micro-batch, {args.micro_batch_size} pairs")
     if start:
         say(f"resumed after step {start}")
-    elif reference and args.ref_model:
+    elif args.ref != "none" and args.ref_model:
         say(f"no step-0 check: --ref_model {args.ref_model} is another model on purpose")
-    elif reference:
+    elif args.ref != "none":
         first = rows[data.window(0, len(rows), args.micro_batch_size, args.seed, args.shuffle)]
-        value = check_start(forward, model, reference, first)
+        rounding = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 2e-2}[dtype]  # cached from batches of other shapes
+        value = check_start(forward, model, first, rounding if args.ref == "cache" else 1e-5)
         say(f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference")
 
     def look():
@@ -544,6 +770,7 @@ def main(argv, ranks):
             window = data.window(step - 1, len(rows), args.batch_size, args.seed, args.shuffle)  # the pairs of all ranks
             state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
             totals, seen = {"stop": float(bool(stopped))}, []
+            torch.manual_seed(args.seed + 1_000_003 * (step * ranks.size + ranks.rank))  # of an adapter's dropout, if it has any
             micro_batches = data.micro_batches(window, args.micro_batch_size, ranks.rank, ranks.size)
             for i, (indices, weight) in enumerate(micro_batches):
                 columns = rows[indices]
@@ -561,6 +788,8 @@ def main(argv, ranks):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
+            if moving and step % args.sync_ref_every == 0:
+                move_reference(moving, model, args)
             # ---------------------------------------------------------------------------------------------------------
             stopping, last = values.pop("stop") > 0, step == steps
             count += int(tokens[window].sum())
@@ -579,7 +808,9 @@ def main(argv, ranks):
                     log.say(f"step {step} {split}: {brief(found)}")
 
             if not last and (stopping or args.save_every and step % args.save_every == 0):
-                save_checkpoint(folder, step, model.model, tokenizer, optimizer, scheduler, delta, args.keep_checkpoints, ranks)
+                state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "delta": delta, "reference": moving,
+                         "rows": digest}
+                save_checkpoint(folder, step, model.model, tokenizer, source, state, args.keep_checkpoints, ranks)
                 if stopping:
                     log.bar.close()
                     say(f"stopped after step {step} of {steps}; to go on: python train.py --output_dir {folder} --resume")
@@ -588,7 +819,7 @@ def main(argv, ranks):
 
         log.bar.close()
         if ranks.rank == 0:
-            save_model(model.model, tokenizer, folder, flags=vars(args))
+            save(model.model, tokenizer, folder, source, flags=vars(args))
             print(f"saved in {folder}" + (sum_up(looks["world"]) if home else ""))
     return False
 

@@ -152,6 +152,7 @@ def test_a_prompt_gives_way_to_its_answers_only_as_far_as_it_must():
     assert fit(prompt, answers, Limits(max_length=30)) == (prompt[-15:], [[1] * 10, [2] * 15])  # never below half of max_length
     assert fit(prompt, answers, Limits(max_length=70, max_prompt_length=5)) == (prompt[-5:], answers)
     assert fit(prompt, answers, Limits(max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
+    assert fit(prompt, answers, Limits(max_length=104, max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
     assert fit([7] + prompt, answers, Limits(max_length=70), front=1) == ([7] + prompt[-49:], answers)  # BOS stays
 
 
@@ -236,6 +237,8 @@ BAD = {
     "not an object": ("[1, 2]\n", "it has no fields at all"),
     "an empty file": ("", "there is no row in it"),
     "blank lines": ("\n\n", "there is no row in it"),
+    "too deep": ("[" * 100_000, "row 1: not a whole JSON object"),
+    "half a surrogate in a role": ('{"prompt": [{"role": "\\ud83d", "content": "a"}], "chosen": "b", "rejected": "c"}\n', "half of a surrogate"),
     "no usable row": ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "none of its 1 rows can be used"),
 }
 
@@ -254,6 +257,7 @@ def test_a_bad_file_is_an_error_that_names_file_row_and_field(load, tmp_path, ki
     ("rows.jsonl", b'{"prompt": "\xff"}\n', "cannot be read as jsonl"),
     ("rows.parquet", b"PAR1 and then nothing", "cannot be read as parquet"),
     ("rows.json", b"[{]", "cannot be read as json"),
+    ("rows.json", b" \n[{}]", "needs the fields prompt, chosen, rejected"),
     ("rows.txt", b"hello", "not a kind of file that is read"),
 ])
 def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path, tokenizer, name, content, message):
@@ -425,9 +429,107 @@ def test_dialogues_that_share_nothing_have_no_prompt_and_are_dropped(load, token
     assert len(kept) == 1 and "1 dropped (no prompt: " in account
 
 
-def test_a_file_may_not_change_its_format(load):
+def test_a_file_may_not_change_its_format(load, tokenizer):
     with pytest.raises(ValueError, match="row 2: has a prompt, and the first row of its file had none"):
         load([{"chosen": "a b", "rejected": "a c"}, row()])
+    mixed = json.dumps(row()) + "\n" + json.dumps(next(every_format(row())))
+    with pytest.raises(ValueError, match="row 2: some rows of this file are texts, others are messages"):
+        load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
+    with pytest.raises(ValueError, match="row 1: one text without a prompt"):
+        data.split_row(None, ["hi"], "row 1")
+
+
+LOOP_LAST = ("{% for m in messages %}{% if loop.last and messages[0]['role'] == 'system' %}[{{ messages[0]['content'] }}]{% endif %}"
+             "{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}")
+
+
+def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_never_trains_on_it(load, tokenizer):
+    """As Mistral's, which puts the system message before the last turn: with an answer behind it that would be another place."""
+    chat, system = chat_tokenizer(tokenizer, LOOP_LAST), [turn("system", "be kind"), turn("user", "hi")]
+    rows = [{"prompt": [turn("user", "hi")], "chosen": " yes", "rejected": " no"}, {"prompt": system, "chosen": " yes", "rejected": " no"}]
+    kept, account = load(rows, tokenizer=chat)
+    assert len(kept) == 1 and "1 dropped (the chat template writes the prompt otherwise when an answer follows: " in account
+
+
+@pytest.mark.parametrize("prompt, answer", [
+    ([turn("system", "s")], [turn("user", "hi"), turn("assistant", "a")]), ([turn("user", "2+2?")], [turn("user", "bye"), turn("assistant", "a")]),
+    ("2+2?", [turn("user", "bye"), turn("assistant", "a")]), ([turn("user", "hi")], [turn("gpt", "a")])])
+def test_a_prompt_is_never_thrown_away_for_what_the_answers_begin_with(load, tokenizer, prompt, answer):
+    with pytest.raises(ValueError, match="row 1: the answers begin neither with a turn of the assistant nor with the prompt"):
+        load([{"prompt": prompt, "chosen": answer, "rejected": answer[:-1] + [turn("assistant", "b")]}], tokenizer=chat_tokenizer(tokenizer, CHATML))
+
+
+def test_the_turn_of_a_tool_may_follow_the_prompt(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, CHATML)
+    prompt = [turn("user", "rain?"), turn("assistant", "CALL")]
+    tokens = load([{"prompt": prompt, "chosen": [turn("tool", "no"), turn("assistant", "dry")], "rejected": [turn("tool", "no"), turn("assistant", "wet")]}],
+                  tokenizer=chat)[0][0]
+    assert "rain?" in chat.decode(tokens["prompt_ids"]) and chat.decode(tokens["chosen_ids"]).endswith("dry<|im_end|>")
+
+
+def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, CHATML)
+    apart = [{"chosen": [turn("user", "hi"), turn("assistant", x), turn("user", "go on"), turn("assistant", x + x)],
+              "rejected": [turn("user", "hi"), turn("assistant", "z"), turn("user", "go on"), turn("assistant", "zz")]} for x in "ab"]
+    kept, account = load(apart + [{"chosen": [turn("user", "hi"), turn("assistant", "a")], "rejected": [turn("user", "hi"), turn("assistant", "b")]}],
+                         tokenizer=chat)
+    assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
+
+
+def test_what_would_not_be_read_of_a_row_is_an_error(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, CHATML)
+    call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
+    with pytest.raises(ValueError, match="row 1: the field 'chosen' holds a message with tool_calls, which is not read"):
+        load([{"prompt": "hi", "chosen": [call], "rejected": "no"}], tokenizer=chat)
+    for column in ("system", "tools"):
+        with pytest.raises(ValueError, match=f"row 1: the column '{column}' is not read"):
+            load([row() | {column: "be kind"}])
+
+
+def test_an_open_quote_in_a_csv_does_not_swallow_the_rows_after_it(load):
+    for text, message in (('say it:, b, c\nsay it:, b," c\nsay more:, e, f\n', "cannot be read as csv"), ('a,b,"c"d\n', "cannot be read as csv")):
+        with pytest.raises(ValueError, match=message):
+            load("prompt,chosen,rejected\n" + text, "rows.csv")
+    with pytest.raises(ValueError, match="its header names a column twice"):
+        load("prompt,chosen,chosen,rejected\na,b,b,c\n", "rows.csv")
+
+
+def test_another_reading_of_special_tokens_is_not_served_from_the_cache(load, tokenizer):
+    chat = chat_tokenizer(tokenizer, CHATML)
+    rows = [row(chosen=" a<|im_end|>b")]
+    before = load(rows, tokenizer=chat)[0][0]["chosen_ids"]
+    chat.split_special_tokens = True
+    assert load(rows, tokenizer=chat)[0][0]["chosen_ids"] != before
+
+
+def test_an_answer_that_brings_eos_and_a_line_break_ends_with_one_eos(load, tokenizer):
+    assert tokenizer.decode(load([row(chosen=" sat<eos>\n")])[0][0]["chosen_ids"]) == " sat<eos>"
+
+
+def test_all_that_a_tokenizer_puts_in_front_stands_in_front(load, tokenizer):
+    """GLM puts two tokens before a text, neither of them a BOS."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["[gMASK]", "<sop>"])
+    backend.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=[
+        (token, backend.token_to_id(token)) for token in ("[gMASK]", "<sop>")])
+    glm = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    for text in (row(), row("x" * 400)):
+        tokens = load([text], tokenizer=glm, limits=Limits(max_length=40))[0][0]
+        assert glm.convert_ids_to_tokens(tokens["prompt_ids"][:2]) == ["[gMASK]", "<sop>"]
+
+
+def test_a_thousand_useless_rows_before_the_first_good_one(load):
+    assert len(load([row("")] * 1001 + [row()])[0]) == 1
+
+
+def test_a_part_of_a_mixture_that_gives_nothing_is_an_error_and_rows_left_out_are_counted(tmp_path, tokenizer):
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", make_rows(20)), ("b", [row(rejected=" ")])))
+    with pytest.raises(ValueError, match="b.jsonl: none of its 1 rows can be used"):
+        load_tokens(f"{a},{b}", tokenizer, BOTH, Limits())
+    c = write_jsonl(tmp_path / "c.jsonl", make_rows(20, seed=5))
+    with pytest.raises(ValueError, match="c.jsonl: its share of the mixture is less than one row"):
+        load_tokens(f"{a}:1,{c}:0.0001", tokenizer, BOTH, Limits())
+    assert "30 of 40 rows kept, 10 left out by the shares" in describe(load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())[1])
 
 
 def test_sft_takes_the_last_turn_of_a_dialogue(load, tokenizer):
@@ -648,6 +750,8 @@ def test_the_report_is_json_for_machines_and_counts_prompts_that_train_and_eval_
 @pytest.mark.parametrize("flags, message", [
     (["nowhere.jsonl", "--model", "{folder}"], "nowhere.jsonl: no such file"), (["{pairs}", "--model", "/nowhere"], "--model /nowhere: no tokenizer there"),
     (["{pairs}", "--model", "{folder}", "--columns", "prompt"], "--columns prompt: write OURS=THEIRS"),
+    (["{pairs}", "--model", "{folder}", "--columns", "chosen=a,chosen=b"], "names a column twice"),
+    (["{pairs}", "--model", "{folder}", "--chat_template", "{pairs}"], "no row holds messages, so it is not read"),
     (["{pairs}", "--model", "{folder}", "--columns", "answer=chosen"], "OURS is one of prompt, chosen"),
     (["{pairs}", "--model", "{folder}", "--chat_template", "nowhere"], "--chat_template nowhere: no such file")])
 def test_an_error_of_the_report_is_one_line_and_exit_status_2(folder, pairs, flags, message):

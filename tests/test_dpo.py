@@ -276,6 +276,8 @@ def test_scores_reach_the_loss_that_asks_for_them(model, other):
     ("aot", dict(f_divergence="js"), "f_divergence: aot reads more than a margin"),
     ("chipo", dict(f_divergence="js"), "f_divergence: chipo reads more than a margin"),
     ("ipo", dict(f_divergence="js"), "f_divergence: ipo averages over tokens"),
+    ("sigmoid,sft", dict(f_divergence="js"), "f_divergence: a part of sigmoid:1,sft:1 has no reference"),
+    ("slic", dict(wpo=True), "has a likelihood term"),
     ("simpo", dict(reference_free=True), "reference_free: simpo has no reference as it is"),
     ("sft", dict(f_divergence="js"), "f_divergence: sft has no reference as it is"),
     ("sigmoid", dict(f_divergence="js", reference_free=True), "no divergence from a reference"),
@@ -295,7 +297,7 @@ def test_a_variant_is_refused_with_its_reason_where_it_is_not_valid(spec, varian
 
 @pytest.mark.parametrize("spec, variant", [
     ("hinge", dict(reference_free=True)), ("ipo", dict(reference_free=True)), ("sigmoid,sft", dict(reference_free=True)),
-    ("exo_pair", dict(f_divergence="forward_kl")), ("rdpo,sft", dict(f_divergence="alpha", f_alpha=0.3)), ("simpo", dict(wpo=True)),
+    ("exo_pair", dict(f_divergence="forward_kl")), ("rdpo,odpo", dict(f_divergence="alpha", f_alpha=0.3)), ("simpo", dict(wpo=True)),
     ("ipo", dict(wpo=True)), ("nca_pair", dict(ld_alpha=0.0)), ("sigmoid", dict(wpo=True, ld_alpha=0.5, f_divergence="js"))])
 def test_a_variant_is_allowed_where_it_is_valid(spec, variant):
     check_variants(find(spec), hyperparameters(find(spec)), **variant)

@@ -295,6 +295,16 @@ def test_a_resumed_run_may_not_change_what_it_computes(fit, tmp_path):
             train.main(["--output_dir", str(out), "--resume", flag], ALONE)
 
 
+def test_a_resumed_run_may_not_change_its_rows(fit, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", make_rows(30))
+    out, _ = fit(dataset=path, max_steps=4, save_every=2, eval_share=0)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({"flags": config["flags"]}))
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(20))
+    with pytest.raises(ValueError, match="--resume: the data set is not the one that this run began with"):
+        train.main(["--output_dir", str(out), "--resume"], ALONE)
+
+
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="--resume needs the --output_dir"):
         train.parse_args(["--resume"])
