@@ -742,6 +742,9 @@ def main(argv, ranks):
     policy = wrap(model, ranks)
     say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
         f"{dtype} on {ranks.size} x {ranks.device.type}; {folder}")
+    if adapted := lora_layers(model.model):
+        kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+        say(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
     say(memory_line(model, reference))
     if "batch" in loss.marks:
         say(f"{args.loss} compares pairs with each other: here those of one micro-batch, {args.micro_batch_size} pairs")

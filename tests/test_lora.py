@@ -343,6 +343,24 @@ def test_after_adapter_sft_the_reference_is_that_adapter_and_the_bare_base_is_ca
             fit(adapter=sft, ref=wrong, max_steps=3, out=wrong)
 
 
+def test_after_300_steps_from_an_sft_adapter_the_reference_is_still_the_sft_model(fit, folder, pairs, tokenizer):
+    """The log gives log π and β (log π − log π_ref), so log π_ref = logps − rewards/β: that of the SFT model, at the start and at the end."""
+    sft, _ = fit(loss="sft", lora_rank=4, lr=3e-2, max_steps=6, out="sft", dtype="float64")
+    out, metrics = fit(adapter=sft, max_steps=300, eval_every=100, beta=0.5, dtype="float64", lr=3e-3, out="dpo")
+    rows, held_out = train.data.hold_out(train.data.load_tokens(pairs, tokenizer, ("chosen", "rejected"), train.data.Limits(64))[0], 0.1)
+    model = models.load_model(folder, torch.float64)
+    load_adapter(model, sft)
+    with torch.no_grad():
+        expected = train.concatenated_forward(train.SequenceLogps(model), train.data.collate(held_out[:], 0))
+    looks = [row for row in metrics if row["split"] == "eval"]
+    assert [row["step"] for row in looks] == [100, 200, 300]
+    for row in looks:
+        for side in ("chosen", "rejected"):
+            found = row[f"logps/{side}"] - row[f"rewards/{side}"] / 0.5
+            assert found == pytest.approx(expected[f"{side}_logps"].mean().item(), abs=1e-9)
+    assert looks[-1]["rewards/margins"] != pytest.approx(0, abs=0.1)  # while the policy has gone elsewhere
+
+
 @pytest.mark.parametrize("start", ["full", "new adapter", "adapter"])
 def test_a_cached_reference_gives_the_same_run_and_is_read_the_next_time(fit, tmp_path, monkeypatch, capsys, start):
     monkeypatch.chdir(tmp_path)

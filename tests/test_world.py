@@ -154,3 +154,17 @@ def test_every_loss_raises_the_expected_true_reward(home, loss):
     if loss == "sft":
         first, *_, last = (row["loss"] for row in rows if row["split"] == "eval")
         assert last < first < rows[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--lora_rank=8", "--lora_rank=8 --ref=model", "--lora_rank=8 --ref=cache", "--lora_rank=8 --dora", "--ref=cache",
+                                   "--lora_rank=8 --rslora --lora_dropout=0.05", "--lora_rank=8 --quantize=nf4 --gradient_checkpointing"])
+def test_adapters_and_every_reference_raise_the_expected_true_reward(home, flags):
+    """Half of what full training reaches, in half of its steps."""
+    place, _ = home
+    out = flags.replace(" ", "").strip("-")
+    rate = ["--lr=1e-2"] if "lora" in flags else []
+    result = subprocess.run(command(*flags.split(), *rate, "--max_steps=256", f"--output_dir={out}"), cwd=place, capture_output=True,
+                            text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(place / out)[-1]["world/reward"] > 1.2
