@@ -385,10 +385,10 @@ def tokenize(batch, tokenizer, sides, limits):
         prompt, answers = json.loads(batch["prompt"][i]), [json.loads(text) for text in texts[i]]
         texts[i] = ["".join(message["content"] for message in answer) for answer in answers]
         prompts[i], wholes[i], agree = render(prompt, answers, tokenizer, batch["id"][i])
-        if prompt and not agree:
-            problems[i] = "the chat template writes the prompt otherwise when an answer follows"
-        if any(message["role"] in ("user", "system") for answer in answers for message in answer):
+        if prompt and any(message["role"] in ("user", "system") for answer in answers for message in answer):
             problems[i] = "turns of the user inside an answer"
+        elif prompt and not agree:
+            problems[i] = "the chat template writes the prompt otherwise when an answer follows"
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

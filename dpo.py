@@ -173,8 +173,8 @@ def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
     """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
     tensors = batch | (batch_state or {})
-    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in batch:  # first, so that its activations are gone before the policy's exist
-        with torch.no_grad():
+    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in batch:
+        with torch.no_grad():  # first, so that its activations are gone before the policy's exist
             ref = concatenated_forward(reference, batch, sides, ld_alpha)
         tensors |= {f"ref_{side}_logps": ref[f"{side}_logps"] for side in sides}
     out = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)

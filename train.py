@@ -36,7 +36,7 @@ import world
 from data import at_least
 from dpo import SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, preference_step
 from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
-from model import (LoraSettings, Ranks, adapter_tensors, add_adapter, barrier, broadcast, find_targets, gather, init_distributed,
+from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter, barrier, broadcast, find_targets, gather, init_distributed,
                    leave_distributed, load_adapter, load_model, load_tokenizer, lora_layers, new_model, quantize, read_adapter,
                    remove_adapter, save_adapter, save_model, sum_over_ranks, sync_gradients, use_adapter, wrap)
 
@@ -415,7 +415,7 @@ def memory_line(policy, reference):
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     second = [*reference.parameters(), *reference.buffers()] if isinstance(reference, torch.nn.Module) else []
     parts = {"weights": size(held), "gradients": size(trained), "optimizer": 2 * size(trained), "reference": size(second)}
-    count = sum(tensor.numel() for tensor in policy.parameters())
+    count = sum(p.numel() for p in policy.parameters()) + sum(m.shape.numel() for m in policy.modules() if isinstance(m, NF4Linear))
     return (f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them trained; on each rank "
             + ", ".join(f"{name} {part / 2**20:,.1f} MiB" for name, part in parts.items()))
 
