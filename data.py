@@ -51,8 +51,6 @@ def json_rows(path):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except UnicodeDecodeError:
-                    raise
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, row {number}: not a whole JSON object ({error})") from None
 
@@ -328,10 +326,10 @@ def special_tokens(tokenizer):
     return dressed[:front], [tokenizer.eos_token_id]
 
 
-def render(prompt, answers, tokenizer, where):
+def render(prompt, answers, tokenizer, ends, where):
     """Messages -> the text of the prompt, that of each whole dialogue, and whether they agree, by the tokenizer's own chat template. Some
     templates write a prompt in another way once an answer follows it: then no answer belongs to the prompt that a user would send.
-    The template's white space after the token that ends the last turn goes: a model that says this token has stopped."""
+    The template's white space after the token that ends the last turn, one of `ends`, goes: a model that says it has stopped."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{where}: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template FILE")
     try:
@@ -340,13 +338,8 @@ def render(prompt, answers, tokenizer, where):
             for messages, generate in ((prompt, True), (prompt, False), *((prompt + answer, False) for answer in answers)))
     except Exception as error:  # a template is a foreign program, and its errors are of any kind
         raise ValueError(f"{where}: the chat template fails on this row: {error}") from error
-    wholes = [whole.rstrip() if ends_itself(whole, tokenizer) else whole for whole in wholes]
+    wholes = [whole.rstrip() if whole.rstrip().endswith(ends) else whole for whole in wholes]
     return start, wholes, all(whole.startswith(turns.rstrip()) for whole in wholes)
-
-
-def ends_itself(text, tokenizer):
-    """Is the last thing in it, but for white space, a special token: EOS, or what the chat template has for the end of a turn?"""
-    return text.rstrip().endswith(tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special))
 
 
 def tokenize_row(texts, prompt, wholes, bos, eos, limits):
@@ -377,6 +370,7 @@ def tokenize_row(texts, prompt, wholes, bos, eos, limits):
 def tokenize(batch, tokenizer, sides, limits):
     """The function that Dataset.map runs over a batch of {column: list}."""
     (bos, eos), rows = special_tokens(tokenizer), []
+    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)  # EOS, ends of turns
     texts = [[batch[side][i] for side in sides] for i in range(len(batch["id"]))]  # of the answers, for each row
     texts = [[text.rstrip() if text.rstrip().endswith(tokenizer.eos_token) else text for text in row] for row in texts]
     prompts, wholes = list(batch["prompt"]), [[batch["prompt"][i] + text for text in row] for i, row in enumerate(texts)]
@@ -384,7 +378,7 @@ def tokenize(batch, tokenizer, sides, limits):
     for i in np.flatnonzero(batch["chat"]):
         prompt, answers = json.loads(batch["prompt"][i]), [json.loads(text) for text in texts[i]]
         texts[i] = ["".join(message["content"] for message in answer) for answer in answers]
-        prompts[i], wholes[i], agree = render(prompt, answers, tokenizer, batch["id"][i])
+        prompts[i], wholes[i], agree = render(prompt, answers, tokenizer, ends, batch["id"][i])
         if prompt and any(message["role"] in ("user", "system") for answer in answers for message in answer):
             problems[i] = "turns of the user inside an answer"
         elif prompt and not agree:
@@ -397,7 +391,7 @@ def tokenize(batch, tokenizer, sides, limits):
     for i, chat in enumerate(batch["chat"]):
         ids = [side[i] for side in whole_ids]
         front = bos if not chat else ids[0][:1] if ids[0][:1] == [tokenizer.bos_token_id] else []  # a template writes its own
-        end = [[] if chat and ends_itself(whole, tokenizer) else eos for whole in wholes[i]]
+        end = [[] if chat and whole.endswith(ends) else eos for whole in wholes[i]]
         row, answers = tokenize_row(texts[i], prompt_ids[i], ids, front, end, limits)
         row["problem"] = problems[i] or row["problem"]
         row["repeats"] = bool(prompts[i].strip()) and not chat and all(text.startswith(prompts[i]) for text in texts[i])
@@ -416,9 +410,9 @@ def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False, colu
     answers), prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`, {side}_score. `columns` are pairs (our name, the
     file's name). With strict, a row that would be dropped is an error, and so is a long one with limits.overlong "error".
     """
-    parts, account = [], {"data": spec, "rows": 0, "dropped": {}, "noted": {}}
+    parts, named, account = [], sources(spec), {"data": spec, "rows": 0, "dropped": {}, "noted": {}}
     template, backend = tokenizer.chat_template, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    for source in sources(spec):
+    for source in named:
         text = load_text(source, sides, scored, columns)
         key = datasets.fingerprint.Hasher.hash([text._fingerprint, backend, template, tokenizer.special_tokens_map, sides, limits, SOURCE,
                                                 getattr(tokenizer, "split_special_tokens", False)])
@@ -428,7 +422,7 @@ def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False, colu
         parts.append(keep(rows, account, strict, limits.overlong))
         if not len(parts[-1]):
             raise ValueError(f"{source.name}: none of its {len(rows)} rows can be used ({name_rows(account['dropped'])})")
-    rows = datasets.concatenate_datasets(mixture(parts, sources(spec)))
+    rows = datasets.concatenate_datasets(mixture(parts, named))
     account["kept"], account["left_out"] = len(rows), sum(map(len, parts)) - len(rows)
     return rows.remove_columns(["problem", "prompt_cut", "answers_cut", "merged", "repeats"]), account
 

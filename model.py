@@ -87,13 +87,21 @@ def new_model(tokenizer, hidden_size, layers, seed=0, **overrides):
 def save_model(model, tokenizer, folder, **extra):
     """save_pretrained, written aside and moved into place with config.json last: the folder loads once it is complete. What
     is in `extra` joins the model's own entries in config.json."""
+    with written_aside(folder, last="config.json") as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        config = json.loads((aside / "config.json").read_text())
+        (aside / "config.json").write_text(json.dumps(config | extra, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def written_aside(folder, last):
+    """A folder to write into; afterwards its files are moved into `folder`, that of the name `last` after all others."""
     aside = pathlib.Path(folder) / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    config = json.loads((aside / "config.json").read_text())
-    (aside / "config.json").write_text(json.dumps(config | extra, indent=2) + "\n")
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+    aside.mkdir(parents=True)
+    yield aside
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == last):
         os.replace(file, pathlib.Path(folder) / file.name)
     aside.rmdir()
 
@@ -152,7 +160,9 @@ class Lora(torch.nn.Module):
         if not settings.dora:
             return y + update.to(y.dtype)
         bias = 0 if self.base.bias is None else self.base.bias
-        ratio = self.magnitude[self.active] / self.weight(self.active).norm(dim=1).detach()  # (out,)
+        with torch.no_grad():
+            norm = self.weight(self.active).norm(dim=1)  # (out,)
+        ratio = self.magnitude[self.active] / norm
         return (ratio * (y - bias + update)).to(y.dtype) + bias
 
     def weight(self, name):
@@ -212,11 +222,10 @@ def add_adapter(model, name, targets, settings, seed=0):
         model.requires_grad_(False)
     torch.manual_seed(seed)
     for target in targets:
-        parent, _, child = target.rpartition(".")
         layer = model.get_submodule(target)
         if not isinstance(layer, Lora):
             layer = Lora(layer)
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(target, layer)
         layer.add(name, settings)
         layer.active = layer.active or name
 
@@ -258,24 +267,19 @@ def adapter_tensors(model, name):
 
 def save_adapter(model, tokenizer, folder, base, name="policy", **extra):
     """Written aside and moved into place, adapter_config.json last. `extra` becomes config.json."""
-    folder = pathlib.Path(folder)
-    aside = folder / ".saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
     settings = next(iter(layers.values())).settings[name]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": settings.rank,
               "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "use_dora": settings.dora,
               "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
               "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values())}
-    save_file({key: tensor.detach().contiguous() for key, tensor in adapter_tensors(model, name).items()}, aside / "adapter_model.safetensors")
-    tokenizer.save_pretrained(aside)
-    if extra:
-        (aside / "config.json").write_text(json.dumps(extra, indent=2) + "\n")
-    (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == "adapter_config.json"):
-        os.replace(file, folder / file.name)
-    aside.rmdir()
+    tensors = {key: tensor.detach().contiguous() for key, tensor in adapter_tensors(model, name).items()}
+    with written_aside(folder, last="adapter_config.json") as aside:
+        save_file(tensors, aside / "adapter_model.safetensors")
+        tokenizer.save_pretrained(aside)
+        if extra:
+            (aside / "config.json").write_text(json.dumps(extra, indent=2) + "\n")
+        (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_adapter(folder):
@@ -328,8 +332,7 @@ def merge(model, name="policy"):
                 base, bias = torch.nn.Linear(*weight.T.shape, bias=base.bias is not None), base.bias
                 base.bias = bias
             base.weight = torch.nn.Parameter(weight.T.contiguous() if isinstance(base, Conv1D) else weight)
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, base)
+            model.set_submodule(path, base)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -340,20 +343,20 @@ BLOCK, BLOCK_OF_BLOCKS = 64, 256
 
 
 @functools.cache
-def nf4_levels():
+def nf4_levels(device=torch.device("cpu")):
     """The 16 levels of the 4-bit NormalFloat: quantiles of a normal distribution, scaled into [−1, 1], with an exact 0 and one more level
     above it than below. The outermost quantile, 0.9677083, is that of the authors' code."""
     upper = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     lower = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([-lower, upper, torch.zeros(1, dtype=torch.float64)]).sort().values
-    return (levels / levels.max()).float()  # (16,)
+    return (levels / levels.max()).float().to(device)  # (16,)
 
 
 def nf4_quantize(weight):
     """Any shape -> codes (n/2,) uint8, two to a byte, and absmax (n/64,) fp32: each block of 64 is scaled by its largest value."""
     blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
-    levels = nf4_levels().to(weight.device)
+    levels = nf4_levels(weight.device)
     codes = torch.bucketize(blocks / absmax.clamp(min=1e-38)[:, None], (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
     return codes[::2] << 4 | codes[1::2], absmax
 
@@ -378,8 +381,7 @@ class NF4Linear(torch.nn.Module):
 
     def dense(self, dtype=torch.float32):
         absmax = (self.scales.view(torch.float8_e4m3fn).float() / 448 * self.largest[:, None]).flatten() + self.mean
-        levels = nf4_levels().to(self.codes.device)
-        values = levels[torch.stack([self.codes >> 4, self.codes & 15], 1).flatten().int()].view(-1, BLOCK)
+        values = nf4_levels(self.codes.device)[torch.stack([self.codes >> 4, self.codes & 15], 1).flatten().int()].view(-1, BLOCK)
         return (values * absmax[:len(values), None]).flatten()[:self.shape.numel()].view(self.shape).to(dtype)
 
     def forward(self, x):
@@ -405,8 +407,7 @@ class DequantizedProduct(torch.autograd.Function):
 def quantize(model):
     """Put every linear layer of the blocks into 4 bits, in place."""
     for path, layer in linear_layers(model).items():
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, NF4Linear(dense_weight(layer).detach(), layer.bias))
+        model.set_submodule(path, NF4Linear(dense_weight(layer).detach(), layer.bias))
 
 
 # ------------------------------------------------------------------------------------------------------------------------

@@ -333,13 +333,14 @@ def load_rows(args, loss, tokenizer, home, ranks):
         barrier(ranks)
     loaded = {flag: data.load_tokens(str(spec), tokenizer, sides, limits, args.strict, scored, columns)
               for flag, spec in specs.items() if spec}
+    if ranks.rank == 0:
+        barrier(ranks)
     data.check_template(args.chat_template, [account for _, account in loaded.values()])
     rows = loaded["--dataset"][0]
     rows, held_out = (rows, loaded["--eval_dataset"][0]) if "--eval_dataset" in loaded else data.hold_out(rows, args.eval_share)
     if not len(rows):
         raise ValueError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, so few are their prompts; lower it")
     if ranks.rank == 0:
-        barrier(ranks)
         print("\n".join(f"{flag} {data.describe(account)}" for flag, (_, account) in loaded.items()))
         print(data.describe_statistics(data.statistics(rows, held_out)))
         print(data.show(rows, tokenizer, most=300))
@@ -350,11 +351,11 @@ def autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def load_frozen(args, name, dtype, device):
-    """A model whose own weights are not trained: in bfloat16 if that is what is computed in, or in 4 bits. The policy of an adapter run
-    and a second model beside it come through here alike."""
-    weights = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[dtype]
-    model = load_model(name, weights).to(device).requires_grad_(False)
+def load_weights(args, name, dtype, device):
+    """A model, policy and second model alike. Below an adapter the weights are frozen: in bfloat16 if that is what is computed in, or in
+    4 bits; weights that are trained are float32 or better."""
+    bare = "float32" if dtype == "bfloat16" and not (args.adapter or args.lora_rank) else dtype
+    model = load_model(str(name), getattr(torch, bare)).to(device)
     if args.quantize:
         quantize(model)
     return model
@@ -362,15 +363,13 @@ def load_frozen(args, name, dtype, device):
 
 def load_policy(args, source, newest, dtype, device):
     """What is trained: all of a model, or an adapter on a frozen one. `newest` is the checkpoint to go on from, or None."""
-    if not (args.adapter or args.lora_rank):
-        model = load_model(str(newest or source), torch.float64 if dtype == "float64" else torch.float32).to(device)
-    else:
-        model = load_frozen(args, source, dtype, device)
-        if newest or args.adapter:
-            load_adapter(model, newest or args.adapter)
-        else:
-            settings = LoraSettings(args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
-            add_adapter(model, "policy", find_targets(model, args.lora_target), settings, args.seed)
+    adapted = args.adapter or args.lora_rank
+    model = load_weights(args, source if adapted else newest or source, dtype, device)
+    if adapted and (newest or args.adapter):
+        load_adapter(model, newest or args.adapter)
+    elif adapted:
+        settings = LoraSettings(args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
+        add_adapter(model, "policy", find_targets(model, args.lora_target), settings, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return SequenceLogps(model)
@@ -381,11 +380,7 @@ def load_reference(args, policy, source, dtype, device):
     if args.ref == "none":
         return None, {}
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
-        adapted = args.adapter or args.lora_rank
-        weights = torch.float64 if dtype == "float64" else torch.float32
-        name = args.ref_model or source
-        model = load_frozen(args, name, dtype, device) if adapted else load_model(name, weights).to(device)
-        reference = SequenceLogps(model).requires_grad_(False)
+        reference = SequenceLogps(load_weights(args, args.ref_model or source, dtype, device)).requires_grad_(False)
         return reference, dict(reference.state_dict()) if args.sync_ref_every else {}
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
     if name:
@@ -448,7 +443,8 @@ def reference_logps(args, reference, rows, indices, tokenizer, dtype, device, de
 
 def cache_reference(args, reference, splits, policy, tokenizer, dtype, ranks):
     """The splits with the columns ref_chosen_logp and ref_rejected_logp: from the file, or computed by all ranks and put there."""
-    path = pathlib.Path("runs") / "references" / f"{cache_key(args, reference, policy, splits, dtype)}.safetensors"
+    key = broadcast(cache_key(args, reference, policy, splits, dtype) if ranks.rank == 0 else None, ranks)
+    path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
     made = broadcast(path.exists(), ranks)
     if not made:
         tables = {}
