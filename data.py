@@ -567,10 +567,11 @@ def epoch_order(count, seed, epoch, shuffle):
 
 
 def micro_batches(window, size, rank, ranks):
-    """This rank's share of a window in pieces of at most `size` pairs -> [(indices, weight)]. A rank left without a pair gets
-    one of weight 0, since all ranks must take part in the step."""
-    mine = np.array_split(window, ranks)[rank]
-    return [(mine[i:i + size], 1.0) for i in range(0, len(mine), size)] or [(window[:1], 0.0)]
+    """This rank's share of a window in pieces of at most `size` pairs -> [(indices, weight)]. All ranks get as many pieces, since a
+    forward of sharded weights needs them all; where pairs are lacking, a piece is one pair of weight 0."""
+    shares = np.array_split(window, ranks)
+    pieces = np.array_split(shares[rank], math.ceil(len(shares[0]) / size))
+    return [(piece, 1.0) if len(piece) else (window[:1], 0.0) for piece in pieces]
 
 
 def collate(rows, pad_token_id):

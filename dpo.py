@@ -82,7 +82,7 @@ class SequenceLogps(torch.nn.Module):
 @torch.no_grad()
 def has_bare_head(model):
     """Are the model's logits just head(hidden)? Asked of the model on four tokens, since some scale or cap them (Gemma 2)."""
-    if model.get_output_embeddings() is None or model.base_model is model:
+    if model.get_output_embeddings() is None or model.base_model is model or model.device.type == "meta":
         return False
     ids = torch.arange(4, device=model.device)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -153,6 +153,40 @@ def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_al
                          ("counts them" if needs_rejected(loss) else "has no pairs"))
 
 
+def preference_logps(policy, reference, batch, loss, *, reference_free=False, wpo=False, ld_alpha=1.0):
+    """Everything that a loss can be told of each pair, {name: (B,)}: log-probs and lengths of both sides, scores if the batch has them,
+    and with wpo the alignments. The policy's log-probs have a graph. The arguments are those of `preference_step`."""
+    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
+    tensors = {name: value for name, value in batch.items() if name.endswith("_scores") or name.startswith("ref_")}
+    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in batch:
+        with torch.no_grad():  # first, so that its activations are gone before the policy's exist
+            ref = concatenated_forward(reference, batch, sides, ld_alpha)
+        tensors |= {f"ref_{side}_logps": ref[f"{side}_logps"] for side in sides}
+    out = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
+    for side in sides:
+        logps = out.pop(f"{side}_logps")
+        known = not reference_free and f"ref_{side}_logps" in tensors
+        tensors[f"policy_{side}_logps"] = logps
+        tensors[f"ref_{side}_logps"] = tensors[f"ref_{side}_logps"].to(logps.dtype) if known else torch.zeros_like(logps)
+    return tensors | out
+
+
+def preference_loss(tensors, loss, hyper={}, *, f_divergence=None, f_alpha=None):
+    """The loss of each pair, and its metrics, from what `preference_logps` found and `batch_state`: -> (B,), {metric: (B,)}."""
+    tensors, sides = dict(tensors), ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
+    metrics = {f"logps/{side}": tensors[f"policy_{side}_logps"] for side in sides}
+    for side in sides if f_divergence else ():  # the score of the log-ratio for the policy's log-prob, zeros for the reference's
+        logratios = tensors[f"policy_{side}_logps"] - tensors[f"ref_{side}_logps"]
+        tensors[f"policy_{side}_logps"] = f_divergence_score(logratios, f_divergence, f_alpha or 0.5)
+        tensors[f"ref_{side}_logps"] = torch.zeros_like(logratios)
+    hyper = hyperparameters(loss) | hyper
+    losses = loss(**{name: tensors[name] for name in tensor_arguments(loss) if name in tensors}, **hyper)  # (B,)
+    if "chosen_alignment" in tensors:
+        losses = losses * (tensors["chosen_alignment"] + tensors["rejected_alignment"]).exp()
+    metrics = {"loss": losses, **metrics, **(rewards(loss, tensors, hyper.get("beta", 1.0)) if needs_rejected(loss) else {})}
+    return losses, {name: value.detach() for name, value in metrics.items()}
+
+
 def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
                     *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
     """The loss of each pair, and its metrics.
@@ -171,30 +205,18 @@ def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
     ld_alpha            see length_weights
     Returns             (B,) losses with a graph, {metric: (B,) tensor} without
     """
-    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    tensors = batch | (batch_state or {})
-    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in batch:
-        with torch.no_grad():  # first, so that its activations are gone before the policy's exist
-            ref = concatenated_forward(reference, batch, sides, ld_alpha)
-        tensors |= {f"ref_{side}_logps": ref[f"{side}_logps"] for side in sides}
-    out = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
-    tensors |= {f"policy_{side}_logps": out[f"{side}_logps"] for side in sides}
-    tensors |= {f"{side}_lengths": out[f"{side}_lengths"] for side in sides}
-    metrics = {f"logps/{side}": out[f"{side}_logps"] for side in sides}
-    for side in sides:
-        policy_logps = tensors[f"policy_{side}_logps"]
-        reference_logps = tensors.get(f"ref_{side}_logps", torch.zeros_like(policy_logps)).to(policy_logps.dtype)
-        tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps) if reference_free else reference_logps
-        if f_divergence:  # the score of the log-ratio in place of the policy's log-prob, and zeros in place of the reference's
-            tensors[f"policy_{side}_logps"] = f_divergence_score(
-                policy_logps - tensors[f"ref_{side}_logps"], f_divergence, f_alpha or 0.5)
-            tensors[f"ref_{side}_logps"] = torch.zeros_like(policy_logps)
-    hyper = hyperparameters(loss) | hyper
-    losses = loss(**{name: tensors[name] for name in tensor_arguments(loss) if name in tensors}, **hyper)  # (B,)
-    if wpo:
-        losses = losses * (out["chosen_alignment"] + out["rejected_alignment"]).exp()
-    metrics = {"loss": losses, **metrics, **(rewards(loss, tensors, hyper.get("beta", 1.0)) if needs_rejected(loss) else {})}
-    return losses, {name: value.detach() for name, value in metrics.items()}
+    tensors = preference_logps(policy, reference, batch, loss, reference_free=reference_free, wpo=wpo, ld_alpha=ld_alpha)
+    return preference_loss(tensors | (batch_state or {}), loss, hyper, f_divergence=f_divergence, f_alpha=f_alpha)
+
+
+def logp_gradients(tensors, loss, hyper={}, **link):
+    """A loss that compares pairs with each other has to see them all at once, but only their log-probs: from the `tensors` of all pairs, the
+    gradient of the sum of their losses with respect to each log-prob of the policy. With these as weights the log-probs of any part of the
+    pairs add their share to the gradient of the whole. -> {policy_{side}_logps: (B,)}, {metric: (B,)}. `link` as in `preference_loss`."""
+    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if name.startswith("policy_")}
+    with torch.enable_grad():
+        losses, metrics = preference_loss(tensors | leaves, loss, hyper, **link)
+        return dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())))), metrics
 
 
 def rewards(loss, tensors, beta):

@@ -19,8 +19,11 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 transformers.logging.set_verbosity_error()
@@ -48,21 +51,25 @@ def load_tokenizer(name):
     return load_pretrained(AutoTokenizer, name)
 
 
-def load_model(name, dtype=torch.float32):
-    """A causal language model with every weight read from the file and every dropout off.
+def load_model(name, dtype=torch.float32, device="cpu"):
+    """A causal language model with every weight read from the file and every dropout off; on the device "meta" its shapes alone.
 
     Policy and reference both come through here, so that they differ in nothing but what training changes: a reference in
     another dtype, or dropout on one side, is a log-ratio that is not 0 before the first step.
     """
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         raise ValueError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model it belongs to by --model")
-    model, info = load_pretrained(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if torch.device(device).type == "meta":
+        with torch.device("meta"):
+            model, missing = AutoModelForCausalLM.from_config(load_pretrained(AutoConfig, name), dtype=dtype), []
+    else:
+        model, info = load_pretrained(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(f"{name}: {len(missing)} weights are not in the files or have another shape, such as {missing[0]}; "
                          "transformers would start them at random")
     turn_off_dropout(model)
-    return model
+    return model.to(device)
 
 
 def turn_off_dropout(model):
@@ -84,11 +91,11 @@ def new_model(tokenizer, hidden_size, layers, seed=0, **overrides):
                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | overrides))
 
 
-def save_model(model, tokenizer, folder, **extra):
+def save_model(model, tokenizer, folder, tensors=None, **extra):
     """save_pretrained, written aside and moved into place with config.json last: the folder loads once it is complete. What
-    is in `extra` joins the model's own entries in config.json."""
+    is in `extra` joins the model's own entries in config.json. `tensors`: its weights, if it holds a shard of them only."""
     with written_aside(folder, last="config.json") as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=tensors)
         tokenizer.save_pretrained(aside)
         config = json.loads((aside / "config.json").read_text())
         (aside / "config.json").write_text(json.dumps(config | extra, indent=2) + "\n")
@@ -247,14 +254,6 @@ def adapters_off(model):
     return use_adapter(model, None)
 
 
-def remove_adapter(model, name):
-    for layer in lora_layers(model).values():
-        layer.settings.pop(name, None)
-        for part in (layer.A, layer.B, layer.magnitude):
-            if name in part:
-                part.pop(name)
-
-
 # Files as peft has them: adapter_config.json, and adapter_model.safetensors with base_model.model.{layer}.lora_A.weight (r, in),
 # .lora_B.weight (out, r) and for DoRA .lora_magnitude_vector (out,)
 
@@ -265,15 +264,15 @@ def adapter_tensors(model, name):
             for key, part in parts.items() if name in getattr(layer, part)}
 
 
-def save_adapter(model, tokenizer, folder, base, name="policy", **extra):
-    """Written aside and moved into place, adapter_config.json last. `extra` becomes config.json."""
+def save_adapter(model, tokenizer, folder, base, name="policy", tensors=None, **extra):
+    """Written aside and moved into place, adapter_config.json last. `extra` becomes config.json. `tensors`: as in save_model."""
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
     settings = next(iter(layers.values())).settings[name]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": settings.rank,
               "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "use_dora": settings.dora,
               "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
               "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values())}
-    tensors = {key: tensor.detach().contiguous() for key, tensor in adapter_tensors(model, name).items()}
+    tensors = {key: tensor.detach().contiguous() for key, tensor in (tensors or adapter_tensors(model, name)).items()}
     with written_aside(folder, last="adapter_config.json") as aside:
         save_file(tensors, aside / "adapter_model.safetensors")
         tokenizer.save_pretrained(aside)
@@ -433,9 +432,43 @@ def init_distributed():
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def place(make, ranks, parallel, dtype):
+    """make(device) -> the module that computes: for ddp a whole one on each rank's device, for fsdp each rank's shard of it.
+
+    FSDP2: each block and then the root gather their weights for their turn and drop them after it. Rank 0 alone reads the values, into host
+    memory; all ranks make the shapes, and are sent their shards.
+    """
+    if parallel == "ddp":
+        return make(ranks.device)
+    source, module = make(torch.device("cpu")) if ranks.rank == 0 else None, make(torch.device("meta"))
+    kinds = module.model._no_split_modules or ()
+    blocks = [block for block in module.modules() if type(block).__name__ in kinds]
+    if not blocks:
+        raise ValueError(f"--parallel fsdp: {type(module.model).__name__} does not say which of its modules are blocks; use ddp")
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if dtype == "bfloat16" else MixedPrecisionPolicy()
+    for part in (*blocks, module):
+        fully_shard(part, mp_policy=precision)
+    module.to_empty(device=ranks.device)
+    set_model_state_dict(module, source.state_dict() if source else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, buffer in module.named_buffers():  # those that no file holds, such as a rotary embedding's frequencies
+        dist.broadcast(buffer.copy_(source.get_buffer(name)) if source else buffer, 0)
+    module.bare_head = broadcast(source and source.bare_head, ranks)
+    return module
+
+
+def whole(tensor):
+    """A parameter or gradient as it is without sharding. All ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(tensor):
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def wrap(module, ranks):
-    """Average gradients over the ranks during backward."""
-    if ranks.size == 1:
+    """Average gradients over the ranks during backward: what is sharded does so by itself."""
+    if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
     return DDP(module, device_ids=[ranks.device] if ranks.device.type == "cuda" else None, gradient_as_bucket_view=True,
                broadcast_buffers=False)
@@ -445,6 +478,16 @@ def sync_gradients(module, on):
     """Whether the next backward talks to the other ranks: only the last of an optimizer step needs to."""
     if isinstance(module, DDP):
         module.require_backward_grad_sync = on
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(on)
+
+
+def clip_gradients(module, max_norm):
+    """Scale the gradients to max_norm where their norm, over all ranks, is above it -> the norm before."""
+    trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in trained]))
+    torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm.item()
 
 
 def sum_over_ranks(tensor, ranks):

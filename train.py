@@ -11,6 +11,8 @@ Bad input is a ValueError with a sentence for the user, in every module; `run` p
 import argparse
 import contextlib
 import difflib
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -23,22 +25,28 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import tqdm
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 import data
 import world
 from data import at_least
-from dpo import SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, preference_step
+from dpo import (SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, logp_gradients, preference_logps, preference_loss,
+                 preference_step)
 from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
-from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter, barrier, broadcast, find_targets, gather, init_distributed,
-                   leave_distributed, load_adapter, load_model, load_tokenizer, lora_layers, new_model, quantize, read_adapter,
-                   remove_adapter, save_adapter, save_model, sum_over_ranks, sync_gradients, use_adapter, wrap)
+from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter, barrier, broadcast, clip_gradients, find_targets, gather,
+                   init_distributed, leave_distributed, load_adapter, load_model, load_tokenizer, lora_layers, new_model, place, quantize,
+                   read_adapter, save_adapter, save_model, shard, sum_over_ranks, sync_gradients, use_adapter, whole, wrap)
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so says its checkpoint when one process saves alone
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
 FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir"}  # change no weight
@@ -124,6 +132,7 @@ def build_parser(loss):
     add("--seed", type=at_least(0, int), default=0, help="of the order of the rows")
 
     add = parser.add_argument_group("the run").add_argument
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: weights, gradients and optimizer in shards, one on each rank")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
         help="of the computation; bfloat16: autocast over float32 weights; auto: bfloat16 on a GPU, float32 on a CPU")
     add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
@@ -188,6 +197,10 @@ def settle_reference(args, loss):
         raise ValueError(f"--{unread[0]}: is of a new adapter, so give --lora_rank" + (" and no --adapter" if args.adapter else ""))
     if args.adapter and args.lora_rank:
         raise ValueError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of its own; give one of them")
+    if args.lora_dropout and "batch" in loss.marks:
+        raise ValueError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its log-probs twice, and they must be the same")
+    if args.quantize and args.parallel == "fsdp":
+        raise ValueError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; use --parallel ddp")
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
     if args.quantize and not (args.adapter or args.lora_rank):
@@ -246,14 +259,16 @@ def check_args(args, saved):
 
 
 def variants(args):
-    """The arguments of dpo.preference_step that change any loss."""
-    return {name: getattr(args, name) for name in ("reference_free", "f_divergence", "f_alpha", "wpo", "ld_alpha")}
+    """The arguments of dpo.preference_step that change any loss: those of its log-probs, and those of its link."""
+    return ({name: getattr(args, name) for name in ("reference_free", "wpo", "ld_alpha")},
+            {name: getattr(args, name) for name in ("f_divergence", "f_alpha")})
 
 
 def check_loss(args, loss, hyper):
     """The loss and its variants know what they can be: ask them, the loss on one pair."""
+    options, link = variants(args)
     try:
-        check_variants(loss, hyper, **variants(args))
+        check_variants(loss, hyper, **options, **link)
         loss(**{name: torch.full((1,), 1.0 + ("chosen" in name)) for name in tensor_arguments(loss)}, **hyper)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
@@ -287,7 +302,7 @@ def build_world(home, device):
     flags = world.SFT_FLAGS | {"model": home / "start", "dataset": home / "sft.jsonl", "output_dir": home / "reference"}
     if main([f"--{name}={value}" for name, value in flags.items()], alone):
         raise KeyboardInterrupt
-    reference = SequenceLogps(load_model(str(home / "reference")).to(device))
+    reference = SequenceLogps(load_model(str(home / "reference"), device=device))
     world.write_pairs(home, answer_logps(reference, home, tokenizer, device))
 
 
@@ -355,14 +370,15 @@ def load_weights(args, name, dtype, device):
     """A model, policy and second model alike. Below an adapter the weights are frozen: in bfloat16 if that is what is computed in, or in
     4 bits; weights that are trained are float32 or better."""
     bare = "float32" if dtype == "bfloat16" and not (args.adapter or args.lora_rank) else dtype
-    model = load_model(str(name), getattr(torch, bare)).to(device)
+    model = load_model(str(name), getattr(torch, bare), device)
     if args.quantize:
         quantize(model)
     return model
 
 
 def load_policy(args, source, newest, dtype, device):
-    """What is trained: all of a model, or an adapter on a frozen one. `newest` is the checkpoint to go on from, or None."""
+    """What is trained: all of a model, or an adapter on a frozen one, where a frozen copy of it may be the reference. `newest` is the
+    checkpoint to go on from, or None."""
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
     if adapted and (newest or args.adapter):
@@ -370,27 +386,41 @@ def load_policy(args, source, newest, dtype, device):
     elif adapted:
         settings = LoraSettings(args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
         add_adapter(model, "policy", find_targets(model, args.lora_target), settings, args.seed)
+    if args.adapter and args.ref in ("adapter", "cache") and not args.ref_model:
+        load_adapter(model, args.adapter, "reference", trainable=False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return SequenceLogps(model)
 
 
-def load_reference(args, policy, source, dtype, device):
+def load_reference(args, policy, source, dtype, ranks):
     """-> what preference_step calls as its reference (None: nothing), {name: tensor} of it if it moves."""
     if args.ref == "none":
         return None, {}
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
-        reference = SequenceLogps(load_weights(args, args.ref_model or source, dtype, device)).requires_grad_(False)
+        reference = place(lambda device: SequenceLogps(load_weights(args, args.ref_model or source, dtype, device)).requires_grad_(False),
+                          ranks, args.parallel, dtype)
         return reference, dict(reference.state_dict()) if args.sync_ref_every else {}
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
-    if name:
-        load_adapter(policy.model, args.adapter, name, trainable=False)
 
     def reference(**inputs):
         with use_adapter(policy.model, name):
             return policy(**inputs)
 
     return reference, adapter_tensors(policy.model, name) if args.sync_ref_every else {}
+
+
+def fingerprint(policy, reference, ranks):
+    """A hash of the weights that training builds on or compares with, and that no step changes. Every rank brings its shards."""
+    fixed = reference.state_dict(prefix="reference.") if isinstance(reference, torch.nn.Module) else {}
+    fixed |= {name: tensor for name, tensor in policy.state_dict().items() if not name.endswith(".policy")} if lora_layers(policy) else {}
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(fixed.items()):
+        tensor = whole(tensor)
+        if ranks.rank == 0:
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return broadcast(digest.hexdigest(), ranks)
 
 
 @torch.no_grad()
@@ -404,7 +434,7 @@ def move_reference(moving, policy, args):
 def memory_line(policy, reference):
     """What is held besides activations, on each rank."""
     def size(tensors):
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 
     held = [*policy.parameters(), *policy.buffers()]
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -417,13 +447,9 @@ def memory_line(policy, reference):
 
 # --- the reference's log-probs, computed once
 
-def cache_key(args, reference, policy, splits, dtype):
-    """A hash of all that the log-probs depend on: the weights that are used, every token id, the dtype and the weights of tokens."""
-    digest = hashlib.blake2b(f"{dtype} {args.ld_alpha} {args.quantize}".encode(), digest_size=12)
-    used = reference.state_dict() if isinstance(reference, torch.nn.Module) else {
-        name: tensor for name, tensor in policy.state_dict().items() if not name.endswith(".policy")}
-    for name, tensor in sorted(used.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+def cache_key(args, weights, splits, dtype):
+    """A hash of all that the log-probs depend on: the weights' fingerprint, every token id, the dtype and the weights of tokens."""
+    digest = hashlib.blake2b(f"{weights} {dtype} {args.ld_alpha} {args.quantize}".encode(), digest_size=12)
     for rows in splits:
         for batch in rows.select_columns(["id", "prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):
             digest.update(json.dumps(batch).encode())
@@ -431,53 +457,64 @@ def cache_key(args, reference, policy, splits, dtype):
 
 
 @torch.no_grad()
-def reference_logps(args, reference, rows, indices, tokenizer, dtype, device, desc=None):
+def of_all_pairs(compute, rows, indices, size, ranks, desc=None):
+    """{name: (len(indices),)}, on every rank, of what compute(columns) -> {name: (B,)} finds for each pair. The ranks share the work;
+    each number is sent as a sum in which all other ranks have zeros, so it stays what it was, in fp64."""
+    tables, bar = {}, {"desc": desc, "disable": desc is None or ranks.rank > 0, "mininterval": 0.2 if sys.stderr.isatty() else 5}
+    for places, weight in tqdm.tqdm(data.micro_batches(np.arange(len(indices)), size, ranks.rank, ranks.size), **bar):
+        for name, values in compute(rows[indices[places]]).items():
+            table = tables.setdefault(name, torch.zeros(len(indices), dtype=torch.float64, device=values.device))
+            table[places] += weight * values.double()
+    return dict(zip(tables, sum_over_ranks(torch.stack(list(tables.values())), ranks)))
+
+
+def reference_logps(args, reference, rows, indices, tokenizer, dtype, ranks, desc=None):
     """(len(indices), 2) log-probs of chosen and rejected under the reference."""
-    size, found = args.ref_batch_size or args.micro_batch_size, []
-    for i in tqdm.trange(0, len(indices), size, desc=desc, disable=desc is None, mininterval=0.2 if sys.stderr.isatty() else 5):
-        with autocast(dtype, device):
-            out = concatenated_forward(reference, collate(rows[indices[i:i + size]], tokenizer, device), ld_alpha=args.ld_alpha)
-        found.append(torch.stack([out["chosen_logps"], out["rejected_logps"]], 1).double())
-    return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.float64, device=device)
+    def compute(columns):
+        with autocast(dtype, ranks.device):
+            out = concatenated_forward(reference, collate(columns, tokenizer, ranks.device), ld_alpha=args.ld_alpha)
+        return {side: out[f"{side}_logps"] for side in ("chosen", "rejected")}
+
+    found = of_all_pairs(compute, rows, indices, args.ref_batch_size or args.micro_batch_size, ranks, desc)
+    return torch.stack([found["chosen"], found["rejected"]], 1).cpu()
 
 
-def cache_reference(args, reference, splits, policy, tokenizer, dtype, ranks):
+def cache_reference(args, reference, splits, weights, tokenizer, dtype, ranks):
     """The splits with the columns ref_chosen_logp and ref_rejected_logp: from the file, or computed by all ranks and put there."""
-    key = broadcast(cache_key(args, reference, policy, splits, dtype) if ranks.rank == 0 else None, ranks)
+    key = broadcast(cache_key(args, weights, splits, dtype) if ranks.rank == 0 else None, ranks)
     path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
+    splits = {name: rows for name, rows in zip(("train", "eval"), splits)}
     made = broadcast(path.exists(), ranks)
     if not made:
         tables = {}
-        for name, rows in zip(("train", "eval"), splits):
-            table = torch.zeros(len(rows), 2, dtype=torch.float64, device=ranks.device)
-            mine = np.array_split(np.arange(len(rows)), ranks.size)[ranks.rank]
-            table[mine] = reference_logps(args, reference, rows, mine, tokenizer, dtype, ranks.device,
-                                          f"reference, {name}" if ranks.rank == 0 else None)
-            tables[name] = sum_over_ranks(table, ranks).cpu()
+        for name, rows in splits.items():
+            tables[name] = reference_logps(args, reference, rows, np.arange(len(rows)), tokenizer, dtype, ranks, f"reference, {name}"
+                                           ) if len(rows) else torch.zeros(0, 2)
             tables[f"{name}_ids"] = torch.tensor(list("\n".join(rows["id"]).encode()), dtype=torch.uint8)
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tables, path.with_suffix(f".{os.getpid()}"))
             os.replace(path.with_suffix(f".{os.getpid()}"), path)
     barrier(ranks)
-    return [read_cache(args, path, name, rows, reference, tokenizer, dtype, ranks, made) for name, rows in zip(("train", "eval"), splits)]
+    return [read_cache(args, path, name, rows, reference, tokenizer, dtype, ranks, made) if len(rows) else rows
+            for name, rows in splits.items()]
 
 
 def read_cache(args, path, name, rows, reference, tokenizer, dtype, ranks, made):
     """The rows with their cached log-probs, after computing four of them again and comparing."""
     try:
         tables = load_file(path)
-        table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n") if len(rows) else []
+        table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n")
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
     if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
         raise ValueError(f"{path}: does not hold the log-probs of every {name} row; delete it, and it is made again")
     some = np.linspace(0, len(rows) - 1, min(4, len(rows))).astype(int)
-    again = reference_logps(args, reference, rows, some, tokenizer, dtype, ranks.device).cpu()
+    again = reference_logps(args, reference, rows, some, tokenizer, dtype, ranks)
     if not torch.allclose(again, table[some], rtol=1e-2 if dtype == "bfloat16" else 1e-4, atol=1e-3):
         raise ValueError(f"{path}: holds other log-probs than the reference gives now for row {rows[int(some[0])]['id']}: "
                          f"{table[some][0].tolist()} and {again[0].tolist()}; delete it, and it is made again")
-    if ranks.rank == 0 and len(rows):
+    if ranks.rank == 0:
         print(f"reference of {len(rows)} {name} rows {'read from' if made else 'kept in'} {path}")
     return rows.add_column("ref_chosen_logp", table[:, 0].tolist()).add_column("ref_rejected_logp", table[:, 1].tolist())
 
@@ -489,9 +526,27 @@ def choose_folder(args, ranks):
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         args.output_dir = broadcast(next(f"runs/{name}" for name in names if not os.path.exists(f"runs/{name}")), ranks)
     folder = pathlib.Path(args.output_dir)
-    if not args.resume and (is_complete(folder) or checkpoints(folder)):
-        raise ValueError(f"--output_dir {folder} holds a run already: continue it with --resume, or choose another")
+    if folder.exists():  # while another run is writing there, what it holds is not to be judged
+        with claim(folder, args.resume, ranks):
+            pass
     return folder
+
+
+@contextlib.contextmanager
+def claim(folder, resume, ranks):
+    """One run at a time in a folder, by a lock that the system lets go of when the process ends, however it ends; and a folder that holds
+    a run is only ever continued."""
+    with contextlib.ExitStack() as held:
+        if ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(folder / ".lock", "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--output_dir {folder}: another run is writing there") from None
+            if not resume and (is_complete(folder) or checkpoints(folder)):
+                raise ValueError(f"--output_dir {folder} holds a run already: continue it with --resume, or choose another")
+        yield
 
 
 def check_model(args, model, tokenizer):
@@ -556,13 +611,18 @@ def stop_if_not_finite(step, values, seen, ranks=None):
         + "\n".join(rows[:8] or ["every pair's loss is finite, so it is the backward pass that overflows; try a lower --lr"]))
 
 
-@torch.no_grad()
-def evaluate(forward, model, rows, micro_batch_size, delta, ranks):
-    """Mean metrics over the held-out rows. On the bare model, since ranks may have unequal numbers of batches."""
-    totals, state = {}, {"mean_chosen_length": float(data.column(rows, "chosen_length").mean()), "delta": delta}
-    for indices, weight in data.micro_batches(np.arange(len(rows)), micro_batch_size, ranks.rank, ranks.size):
-        add(totals, forward(model, rows[indices], state)[1], weight)
-    return mean_over_ranks(totals, len(rows), ranks)
+def evaluate(logps, loss, hyper, link, model, rows, size, delta, ranks):
+    """Mean metrics over the held-out rows, all of which a loss that compares pairs sees at once. On the bare model under DDP."""
+    state = {"mean_chosen_length": float(data.column(rows, "chosen_length").mean()), "delta": delta}
+    tensors = of_all_pairs(lambda columns: logps(model, columns), rows, np.arange(len(rows)), size, ranks)
+    return {name: values.mean().item() for name, values in preference_loss(tensors | state, loss, hyper, **link)[1].items()}
+
+
+def compare_all(logps, loss, hyper, link, model, rows, window, state, size, ranks):
+    """A loss that compares pairs, on the whole window: the weight of each log-prob in its gradient, and the metrics, (len(window),) each.
+    It costs a forward, of the policy alone where the batch brings the reference's log-probs."""
+    tensors = of_all_pairs(lambda columns: logps(model, columns), rows, window, size, ranks)
+    return logp_gradients(tensors | state, loss, hyper, **link)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -601,39 +661,95 @@ def checkpoints(folder):
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save(model, tokenizer, folder, base, **extra):
-    """The whole model, or the adapter that is all that was trained of it."""
-    if lora_layers(model):
-        save_adapter(model, tokenizer, folder, base, **extra)
-    else:
-        save_model(model, tokenizer, folder, **extra)
+def save(model, tokenizer, folder, base, ranks, **extra):
+    """The whole model, or the adapter that is all that was trained of it. Every rank brings its shards, rank 0 writes."""
+    adapted = bool(lora_layers(model))
+    named = adapter_tensors(model, "policy") if adapted else model.state_dict(keep_vars=True)
+    once = {id(tensor): name for name, tensor in reversed(named.items())}  # tied weights have two names
+    tensors = {}
+    for name in once.values():
+        tensor = whole(named[name].detach())
+        if ranks.rank == 0:
+            tensors[name] = tensor.cpu()
+    if ranks.rank == 0:
+        extra["tensors"] = tensors
+        save_adapter(model, tokenizer, folder, base, **extra) if adapted else save_model(model, tokenizer, folder, **extra)
 
 
-def save_checkpoint(folder, step, model, tokenizer, base, state, keep, ranks):
-    """Everything the next step depends on: `state` and the model. The order of the rows and the dropout of an adapter follow from the
-    seed and the step, so no state of a random number generator is needed."""
-    final = folder / f"checkpoint-{step}"
-    if ranks.rank == 0 and not final.exists():
-        aside = folder / ".checkpoint"
+def optimizer_tensors(model, optimizer, moving):
+    """{name: tensor} of AdamW's state, made where there has been no step yet, and of a reference that moves."""
+    tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            if not state:
+                state |= {"step": torch.zeros((), device=parameter.device)}
+                state |= {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def file_digests(folder, ranks):
+    """{file: hash} of a checkpoint; each rank reads its share."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "state.json")
+    mine = {}
+    for path in files[ranks.rank::ranks.size]:
+        with open(path, "rb") as file:
+            mine[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return {name: value for part in gather(mine, ranks) for name, value in part.items()}
+
+
+def save_checkpoint(folder, step, model, tokenizer, base, tensors, state, keep, ranks):
+    """Everything the next step depends on: the model, `tensors` beside it, and `state`. The order of the rows and the dropout of an adapter
+    follow from the seed, the step and the rank, so no state of a random number generator is needed."""
+    aside = folder / ".checkpoint"
+    if ranks.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        save(model, tokenizer, aside, base)
-        torch.save({"step": step} | state, aside / "state.pt")
-        os.replace(aside, final)
+    save(model, tokenizer, aside, base, ranks)
+    barrier(ranks)
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside / "optimizer"), save_distributed=True), no_dist=ranks.size == 1)
+    digests = file_digests(aside, ranks)
+    if ranks.rank == 0:
+        (aside / "state.json").write_text(json.dumps({"step": step, "files": digests} | state, indent=2) + "\n")
+        os.replace(aside, folder / f"checkpoint-{step}")
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     barrier(ranks)
 
 
-def load_checkpoint(folder, optimizer, scheduler, moving, digest, device):
-    """What save_checkpoint saved beside the model -> the step it was saved after, and delta. Runs no code from the file. `moving`
-    are the tensors of a reference that moves, which are filled."""
-    state = torch.load(folder / "state.pt", weights_only=True, map_location=device)
-    if state["rows"] != digest:
-        raise ValueError("--resume: the data set is not the one that this run began with: its rows, or their order, are others")
-    optimizer.load_state_dict(state["optimizer"])
+def newest_checkpoint(folder, ranks):
+    """-> the newest checkpoint whose files are as they were written, and its state; None, {} if there is none. A damaged one is set aside,
+    with a line: a run that goes on from an older one comes to the same end."""
+    found = broadcast(checkpoints(folder), ranks)
+    for path in reversed(found):
+        try:
+            state = json.loads((path / "state.json").read_text())
+        except (OSError, ValueError):
+            state = {"files": None}
+        digests = file_digests(path, ranks)
+        if digests == state["files"]:
+            return path, state
+        if ranks.rank == 0:
+            odd = sorted(name for name in digests.keys() | (state["files"] or {}).keys() if digests.get(name) != (state["files"] or {}).get(name))
+            print(f"{path} is damaged ({', '.join(odd[:3]) or 'state.json'}) and is now {path.with_name(f'damaged-{path.name}')}")
+            os.replace(path, path.with_name(f"damaged-{path.name}"))
+        barrier(ranks)
+    if found:
+        raise ValueError(f"--resume: every checkpoint in {folder} is damaged; begin again in another --output_dir")
+    return None, {}
+
+
+@torch.no_grad()
+def load_checkpoint(folder, state, fixed, tensors, optimizer, scheduler, ranks):
+    """Fill `tensors` -> the step after which they were saved, and delta. Nothing is read but JSON and safetensors, so no code is run."""
+    for name, what in (("rows", "the data set is not the one that this run began with: its rows, or their order, are others"),
+                       ("weights", "the reference, or the model below the adapter, has other weights than when this run began")):
+        if state[name] != fixed[name]:
+            raise ValueError(f"--resume: {what}")
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "optimizer")), no_dist=ranks.size == 1)
     scheduler.load_state_dict(state["scheduler"])
-    for name, tensor in moving.items():
-        tensor.data.copy_(state["reference"][name])
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
+        group["lr"] = lr
     return state["step"], state["delta"]
 
 
@@ -645,7 +761,6 @@ class Log:
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on, dynamic_ncols=True,
                              mininterval=0.2 if sys.stderr.isatty() else 5)
         if self.on:
-            folder.mkdir(parents=True, exist_ok=True)
             write(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
             rows = self.path.read_text().splitlines() if start else []  # a killed run may have torn the last one
             kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= start]  # others are taken again
@@ -703,7 +818,9 @@ def main(argv, ranks):
     if args.resume and is_complete(folder):
         say(f"the run in {folder} is complete")
         return False
-    newest = broadcast(next(reversed(checkpoints(folder)), None) if args.resume else None, ranks)
+    if args.parallel == "fsdp" and ranks.size == 1:
+        raise ValueError("--parallel fsdp: one process alone has nothing to share; start several by torchrun")
+    newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
 
     # --- the models: policy and reference come through the same door, in the same dtype
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
@@ -711,39 +828,45 @@ def main(argv, ranks):
     tokenizer = load_tokenizer(source)
     if args.chat_template:
         tokenizer.chat_template = data.read_template(args.chat_template)
-    model = load_policy(args, source, newest, dtype, ranks.device)
+    model = place(lambda device: load_policy(args, source, newest, dtype, device), ranks, args.parallel, dtype)
     check_model(args, model.model, tokenizer)
-    reference, moving = load_reference(args, model, source, dtype, ranks.device)
+    reference, moving = load_reference(args, model, source, dtype, ranks)
+    weights, (options, link) = fingerprint(model, reference, ranks), variants(args)
 
     def forward(model, columns, state=None, against=None):
-        """Losses (B,) and metrics of some rows: the one way that checking, training and evaluating share."""
+        """Losses (B,) and metrics of some rows."""
         with autocast(dtype, ranks.device):
             batch = collate(columns, tokenizer, ranks.device)
-            return preference_step(model, against or reference, batch, loss, hyper, state, **variants(args))
+            return preference_step(model, against or reference, batch, loss, hyper, state, **options, **link)
+
+    def logps(model, columns, **more):
+        """What the loss will be told of them."""
+        with autocast(dtype, ranks.device):
+            return preference_logps(model, reference, collate(columns, tokenizer, ranks.device), loss, **options | more)
 
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     if args.ref == "cache":
-        rows, held_out = cache_reference(args, reference, (rows, held_out), model, tokenizer, dtype, ranks)
+        rows, held_out = cache_reference(args, reference, (rows, held_out), weights, tokenizer, dtype, ranks)
         reference = None  # and with it its memory
-        remove_adapter(model.model, "reference")
-    digest, lengths, tokens = data.digest(rows), data.column(rows, "chosen_length"), data.column(rows, "tokens")
+    fixed, lengths, tokens = {"rows": data.digest(rows), "weights": weights}, data.column(rows, "chosen_length"), data.column(rows, "tokens")
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     args.warmup_steps = steps // 10 if args.warmup_steps is None else args.warmup_steps
 
     # --- optimizer and schedule, from the start or from where the run stopped
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
-    start, delta = load_checkpoint(newest, optimizer, scheduler, moving, digest, ranks.device) if newest else (0, 0.0)
+    start, delta = load_checkpoint(newest, saved, fixed, optimizer_tensors(model, optimizer, moving), optimizer, scheduler, ranks
+                                   ) if newest else (0, 0.0)
     policy = wrap(model, ranks)
     say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
-        f"{dtype} on {ranks.size} x {ranks.device.type}; {folder}")
+        f"{dtype} on {ranks.size} x {ranks.device.type}{', ' + args.parallel if ranks.size > 1 else ''}; {folder}")
     if adapted := lora_layers(model.model):
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         say(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
     say(memory_line(model, reference))
     if "batch" in loss.marks:
-        say(f"{args.loss} compares pairs with each other: here those of one micro-batch, {args.micro_batch_size} pairs")
+        say(f"{args.loss} compares all {args.batch_size} pairs of a step with each other, which costs a second forward")
     if start:
         say(f"resumed after step {start}")
     elif args.ref != "none" and args.ref_model:
@@ -756,31 +879,36 @@ def main(argv, ranks):
 
     def look():
         """{split: metrics} on the held-out rows and, in the world, against the truth."""
-        looks = {"eval": evaluate(forward, model, held_out, args.micro_batch_size, delta, ranks)} if len(held_out) else {}
+        looks = {"eval": evaluate(logps, loss, hyper, link, model, held_out, args.micro_batch_size, delta, ranks)} if len(held_out) else {}
         if home:
             beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA  # else it is no weight of the KL
             looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
         return looks
 
-    log, since, count = Log(folder, vars(args), start, steps, ranks), time.perf_counter(), 0
-    with caught_signals() as stopped:
+    with claim(folder, args.resume, ranks), caught_signals() as stopped:
+        log, since, count = Log(folder, vars(args), start, steps, ranks), time.perf_counter(), 0
         for step in range(start + 1, steps + 1):
             # ------------------------------------------------------------------------------------ one training step ---
             window = data.window(step - 1, len(rows), args.batch_size, args.seed, args.shuffle)  # the pairs of all ranks
             state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
             totals, seen = {"stop": float(bool(stopped))}, []
             torch.manual_seed(args.seed + 1_000_003 * (step * ranks.size + ranks.rank))  # of an adapter's dropout, if it has any
-            micro_batches = data.micro_batches(window, args.micro_batch_size, ranks.rank, ranks.size)
-            for i, (indices, weight) in enumerate(micro_batches):
-                columns = rows[indices]
+            if "batch" in loss.marks:
+                slopes, found = compare_all(logps, loss, hyper, link, model, rows, window, state, args.micro_batch_size, ranks)
+            micro_batches = data.micro_batches(np.arange(len(window)), args.micro_batch_size, ranks.rank, ranks.size)
+            for i, (places, weight) in enumerate(micro_batches):
+                columns = rows[window[places]]
                 sync_gradients(policy, on=i == len(micro_batches) - 1)
-                losses, metrics = forward(policy, columns, state)
+                if "batch" in loss.marks:
+                    out = logps(policy, columns, reference_free=True)  # the slopes know the reference already
+                    losses, metrics = sum(slopes[name][places] * out[name] for name in slopes), {name: found[name][places] for name in found}
+                else:
+                    losses, metrics = forward(policy, columns, state)
                 (weight * losses.sum() * ranks.size / len(window)).backward()  # the window's mean; DDP divides by the ranks
                 add(totals, metrics, weight)
                 seen.append((columns["id"], metrics))
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            values = mean_over_ranks(totals, len(window), ranks)
-            values |= {"grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0]}
+            values = {"grad_norm": clip_gradients(policy, args.max_grad_norm), "lr": scheduler.get_last_lr()[0]}
+            values |= mean_over_ranks(totals, len(window), ranks)
             stop_if_not_finite(step, values, seen, ranks)
             if "delta" in tensor_arguments(loss):
                 values["delta"], delta = delta, update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
@@ -807,9 +935,9 @@ def main(argv, ranks):
                     log.say(f"step {step} {split}: {brief(found)}")
 
             if not last and (stopping or args.save_every and step % args.save_every == 0):
-                state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "delta": delta, "reference": moving,
-                         "rows": digest}
-                save_checkpoint(folder, step, model.model, tokenizer, source, state, args.keep_checkpoints, ranks)
+                state = fixed | {"scheduler": scheduler.state_dict(), "delta": delta, "flags": vars(args)}
+                tensors = optimizer_tensors(model, optimizer, moving)
+                save_checkpoint(folder, step, model.model, tokenizer, source, tensors, state, args.keep_checkpoints, ranks)
                 if stopping:
                     log.bar.close()
                     say(f"stopped after step {step} of {steps}; to go on: python train.py --output_dir {folder} --resume")
@@ -817,9 +945,8 @@ def main(argv, ranks):
             since += time.perf_counter() - pause
 
         log.bar.close()
-        if ranks.rank == 0:
-            save(model.model, tokenizer, folder, source, flags=vars(args))
-            print(f"saved in {folder}" + (sum_up(looks["world"]) if home else ""))
+        save(model.model, tokenizer, folder, source, ranks, flags=vars(args))
+        say(f"saved in {folder}" + (sum_up(looks["world"]) if home else ""))
     return False
 
 

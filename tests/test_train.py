@@ -264,15 +264,15 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(folder, pairs, tmp_path
 def test_only_the_last_checkpoints_are_kept_and_each_is_whole(uninterrupted):
     out, _ = uninterrupted
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-110", "checkpoint-115"]
-    assert all((path / "state.pt").exists() and weights(path) for path in out.glob("checkpoint-*"))
-    assert not [path for path in out.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+    assert all((path / "state.json").exists() and weights(path) for path in out.glob("checkpoint-*"))
+    assert not [path for path in out.rglob("*") if path.name.startswith(".") and path.name != ".lock" or path.suffix == ".tmp"]
 
 
 def test_a_half_written_checkpoint_is_not_mistaken_for_one(fit, tmp_path):
     """What a kill while saving leaves: the folder written aside, and no more."""
     fit(max_steps=4, save_every=2)
     (tmp_path / "out" / ".checkpoint").mkdir()
-    (tmp_path / "out" / ".checkpoint" / "state.pt").write_bytes(b"half")
+    (tmp_path / "out" / ".checkpoint" / "model.safetensors").write_bytes(b"half")
     assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
