@@ -5,12 +5,14 @@
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import os
 import pathlib
 import re
 import shutil
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.pytorch_utils import Conv1D
 
 transformers.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", ".*broadcast_buffers")  # of DDP: deprecated since torch 2.13, but what replaces it is not in 2.11
 transformers.logging.disable_progress_bar()
 
 
@@ -428,7 +431,8 @@ def init_distributed():
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    patience = datetime.timedelta(hours=2)  # the others wait while rank 0 tokenises; one that dies is missed by torchrun at once
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device if cuda else None)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

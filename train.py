@@ -49,7 +49,7 @@ from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter,
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so says its checkpoint when one process saves alone
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
-FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir"}  # change no weight
+FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel"}  # change no weight
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -599,16 +599,20 @@ def mean_over_ranks(totals, count, ranks):
     return dict(zip(totals, (sums / count).tolist()))
 
 
-def stop_if_not_finite(step, values, seen, ranks=None):
-    """A loss or gradient that is not a number would be in every weight after the next update: name the rows, and stop."""
+def stop_if_not_finite(step, values, seen, ranks=None, policy=None):
+    """A loss or gradient that is not a number would be in every weight after the next update: name rows or weights, and stop."""
     if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         return
     rows = [f"{row}: " + ", ".join(f"{name} {value[i]:.6g}" for name, value in metrics.items())
             for ids, metrics in seen for i, row in enumerate(ids) if not all(value[i].isfinite() for value in metrics.values())]
-    rows = [row for part in (gather(rows, ranks) if ranks else [rows]) for row in part]
+    spoiled = [name for name, parameter in policy.named_parameters() if parameter.grad is not None
+               and not shard(parameter.grad).isfinite().all()] if policy else []
+    ids = [row for ids, _ in seen for row in ids]
+    rows, spoiled, ids = ([each for part in (gather(found, ranks) if ranks else [found]) for each in part] for found in (rows, spoiled, ids))
     raise FloatingPointError(
         f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; nothing of this step was saved\n"
-        + "\n".join(rows[:8] or ["every pair's loss is finite, so it is the backward pass that overflows; try a lower --lr"]))
+        + "\n".join(rows[:8] or [f"every pair's loss is finite, so it is the backward pass that overflows, in {', '.join(spoiled[:4])} and "
+                                 f"{max(0, len(spoiled) - 4)} more, on the rows {'; '.join(ids[:8])}; try a lower --lr"]))
 
 
 def evaluate(logps, loss, hyper, link, model, rows, size, delta, ranks):
@@ -790,6 +794,19 @@ def brief(values, more={}):
 
 
 @contextlib.contextmanager
+def spared(folder):
+    """What fails to be written, on a full disk say, takes nothing with it: its remains are removed, and the rest is as it was."""
+    try:
+        yield
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        for remains in (".checkpoint", ".saving"):
+            shutil.rmtree(folder / remains, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        raise ValueError(f"--output_dir {folder}: could not be written ({cause}); what was there before is whole. Make room, then: "
+                         f"python train.py --output_dir {folder} --resume") from error
+
+
+@contextlib.contextmanager
 def caught_signals():
     """A list that the first Ctrl-C or SIGTERM is put on, for the loop to see after its step; the second ends the process."""
     caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -885,7 +902,7 @@ def main(argv, ranks):
             looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
         return looks
 
-    with claim(folder, args.resume, ranks), caught_signals() as stopped:
+    with claim(folder, args.resume, ranks), spared(folder), caught_signals() as stopped:
         log, since, count = Log(folder, vars(args), start, steps, ranks), time.perf_counter(), 0
         for step in range(start + 1, steps + 1):
             # ------------------------------------------------------------------------------------ one training step ---
@@ -909,7 +926,7 @@ def main(argv, ranks):
                 seen.append((columns["id"], metrics))
             values = {"grad_norm": clip_gradients(policy, args.max_grad_norm), "lr": scheduler.get_last_lr()[0]}
             values |= mean_over_ranks(totals, len(window), ranks)
-            stop_if_not_finite(step, values, seen, ranks)
+            stop_if_not_finite(step, values, seen, ranks, policy)
             if "delta" in tensor_arguments(loss):
                 values["delta"], delta = delta, update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
             optimizer.step()
@@ -950,6 +967,21 @@ def main(argv, ranks):
     return False
 
 
+def explain(error):
+    """A sentence for what is not the program's fault; None for what is."""
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (ValueError, FloatingPointError)) and raised_in.parent == pathlib.Path(__file__).parent:
+        return str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
+        return (f"out of memory ({first}). What needs less, the cheapest first: a lower --micro_batch_size, --gradient_checkpointing, --ref "
+                "cache, a lower --max_length, --parallel fsdp, --lora_rank, --quantize nf4")
+    if "RANK" in os.environ and isinstance(error, RuntimeError) and re.search("onnection (closed|reset)|gloo|NCCL|[Tt]imed out", str(error)):
+        return (f"another process of this run has ended, or does not answer ({first[:120]}); what it printed says why. What was saved is "
+                "whole: start again with --output_dir and --resume")
+    return None
+
+
 def run():
     """main, with errors for people: one sentence and exit status 2; a traceback only where the fault is in the program."""
     rank = int(os.environ.get("RANK", 0))
@@ -958,11 +990,10 @@ def run():
         stopped = main(sys.argv[1:], ranks)
         leave_distributed(ranks)
         sys.exit(130 if stopped else 0)
-    except (ValueError, FloatingPointError) as error:
-        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if raised_in.parent != pathlib.Path(__file__).parent:
-            raise  # not one of our sentences
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        if explain(error) is None:
+            raise
+        print(f"error{f' on rank {rank}' if rank else ''}: {explain(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted before the first step: nothing was saved", file=sys.stderr)

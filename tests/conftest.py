@@ -42,13 +42,17 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     """Byte-level BPE, so that any text can be encoded."""
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator([" ".join(row.values()) for row in make_rows(200)], vocab_size=320, special_tokens=["<eos>", "<pad>"],
                                 show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 def tiny_model(kind, tokenizer, **options):

@@ -1,0 +1,201 @@
+"""Whatever ends a run, nothing that was saved is lost, and the next run says what is wrong or goes on exactly."""
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ALONE, command, make_rows, read_metrics, tiny_model, weights, write_jsonl
+
+import model as models
+import train
+
+STEPS = dict(max_steps=6, save_every=2)
+
+
+def unfinished(out):
+    """As a run is whose end was cut off: checkpoints, and no model beside them."""
+    (out / "config.json").write_text(json.dumps({"flags": json.loads((out / "config.json").read_text())["flags"]}))
+    for path in out.iterdir():
+        if path.is_file() and path.name not in ("config.json", "metrics.jsonl", ".lock"):
+            path.unlink()
+    return out
+
+
+def resume(out):
+    return train.main(["--output_dir", str(out), "--resume"], ALONE)
+
+
+def check_equal(left, right):
+    a, b = weights(left), weights(right)
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    strip = lambda path: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
+    assert strip(left) == strip(right)
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond this many bytes: to a process that is what a full disk is, an error in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [5_000, 100_000, 200_000])  # fails in the tokenizer's file, in the model's, in the optimizer's
+def test_a_full_disk_loses_nothing_that_was_saved_and_the_run_goes_on_once_there_is_room(fit, full_disk, size):
+    whole, _ = fit(**STEPS, out="whole")
+    out, _ = fit(**STEPS)
+    for path in ("checkpoint-4", "metrics.jsonl"):
+        (out / path).rename(out.parent / path)  # only the first checkpoint is there
+    (out.parent / "metrics.jsonl").rename(out / "metrics.jsonl")
+    unfinished(out)
+    full_disk(size)
+    with pytest.raises(ValueError, match=r"could not be written \(.*File too large.*; what was there before is whole. Make room, then: python"):
+        resume(out)
+    full_disk(resource.RLIM_INFINITY)
+    assert {path.name for path in out.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint-2"}
+    resume(out)
+    check_equal(whole, out)
+
+
+def spoil(path, how):
+    if how == "gone":
+        return path.unlink()
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2] if how == "truncated" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "gone"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "optimizer"])
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_comes_to_the_same_end(fit, capsys, file, how):
+    whole, _ = fit(**STEPS, out="whole")
+    out = unfinished(fit(**STEPS)[0])
+    path = out / "checkpoint-4" / file
+    path = next(path.iterdir()) if path.is_dir() else path
+    if file == "state.json" and how == "flipped":  # valid JSON, but of another file
+        path.write_text(path.read_text().replace('"files": {', '"files": {"more": "0", '))
+    else:
+        spoil(path, how)
+    resume(out)
+    assert "checkpoint-4 is damaged (" in capsys.readouterr().out
+    assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-2", "damaged-checkpoint-4", "checkpoint-4"}
+    check_equal(whole, out)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused(fit):
+    out = unfinished(fit(**STEPS)[0])
+    for path in out.glob("checkpoint-*/model.safetensors"):
+        spoil(path, "truncated")
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged; begin again in another --output_dir"):
+        resume(out)
+
+
+def test_loading_a_checkpoint_unpickles_nothing(fit, monkeypatch):
+    """A pickle may run any code. The files are safetensors and JSON, and torch.load is not called."""
+    out = unfinished(fit(**STEPS)[0])
+    suffixes = {path.suffix for path in out.glob("checkpoint-*/**/*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".jinja"}
+    import pickle
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, lambda *given, **named: pytest.fail("unpickled"))
+    resume(out)
+
+
+def test_another_reference_is_refused_by_name(fit, tokenizer, tmp_path):
+    other = tiny_model("llama", tokenizer)
+    models.save_model(other, tokenizer, tmp_path / "other")
+    out = unfinished(fit(**STEPS, ref_model=tmp_path / "other")[0])
+    other.lm_head.weight.data.mul_(2)
+    models.save_model(other, tokenizer, tmp_path / "other")
+    with pytest.raises(ValueError, match="--resume: the reference, or the model below the adapter, has other weights than when this run began"):
+        resume(out)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_step_weight_and_rows_and_spoils_nothing(fit, monkeypatch, tmp_path):
+    load = train.load_policy
+
+    def spoiled(*given):
+        module, calls = load(*given), []
+        module.model.lm_head.weight.register_hook(lambda gradient: gradient * (float("inf") if calls.append(1) or len(calls) > 9 else 1))
+        return module
+
+    monkeypatch.setattr(train, "load_policy", spoiled)
+    with pytest.raises(FloatingPointError, match=r"step 4: the loss is 0\.\d+, the gradient norm (inf|nan); (.|\n)*backward pass that overflows, in "
+                       r"model.lm_head.weight and 0 more, on the rows .*pairs.jsonl, row \d+"):
+        fit(**STEPS)
+    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out" / "checkpoint-2").values())
+
+
+def test_out_of_memory_names_the_flags_that_help(fit, monkeypatch, capsys, folder, pairs, tmp_path):
+    monkeypatch.setattr(train, "collate", lambda *given: torch.empty(2 ** 50))
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--model={folder}", f"--dataset={pairs}", "--max_length=64", f"--output_dir={tmp_path / 'out'}"])
+    monkeypatch.setattr(train, "init_distributed", lambda: ALONE)
+    with pytest.raises(SystemExit) as stop:
+        train.run()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: out of memory (") and said.count("\n") == 1
+    for flag in ("micro_batch_size", "gradient_checkpointing", "ref cache", "max_length", "parallel fsdp", "lora_rank", "quantize"):
+        assert f"--{flag}" in said and flag.split()[0] in vars(train.parse_args([])[0])
+
+
+def launch(folder, pairs, out, torchrun=0, **more):
+    flags = dict(model=folder, dataset=pairs, output_dir=out, batch_size=8, micro_batch_size=3, max_length=64, lr=1e-2, eval_share=0.1,
+                 log_every=1, epochs=4000, save_every=5) | more
+    return subprocess.Popen(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=torchrun), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_checkpoint(process, out):
+    while not list(out.glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def test_two_runs_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(folder, pairs, tmp_path):
+    process = launch(folder, pairs, tmp_path / "out")
+    wait_for_checkpoint(process, tmp_path / "out")
+    for flags in (["--resume"], [f"--model={folder}", f"--dataset={pairs}"]):
+        with pytest.raises(ValueError, match="another run is writing there"):
+            train.main([f"--output_dir={tmp_path / 'out'}", *flags], ALONE)
+    process.kill()
+    process.wait()
+    with train.claim(tmp_path / "out", True, ALONE):
+        pass
+
+
+def workers(process):
+    """The processes that torchrun started."""
+    stats = (path.read_text().rsplit(")", 1) for path in pathlib.Path("/proc").glob("[0-9]*/stat"))
+    return [int(head.split()[0]) for head, tail in stats if int(tail.split()[1]) == process.pid]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_where_one_process_is_killed_the_others_say_so_and_end_within_a_minute(folder, pairs, tmp_path, parallel):
+    process = launch(folder, pairs, tmp_path / "out", torchrun=2, parallel=parallel)
+    wait_for_checkpoint(process, tmp_path / "out")
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert "another process of this run has ended, or does not answer" in stderr and process.returncode != 0
+    assert train.newest_checkpoint(tmp_path / "out", ALONE)[0]
+
+
+def test_a_sharded_run_that_was_stopped_goes_on_with_another_number_of_processes(fit, folder, pairs, tmp_path):
+    """Two processes and FSDP first, then one: a learning rate and a float64 under which any difference in state would show."""
+    flags = dict(epochs=40, save_every=5, dtype="float64", loss="bco_pair", sync_ref_every=7)
+    process = launch(folder, pairs, tmp_path / "out", torchrun=2, parallel="fsdp", **flags)
+    wait_for_checkpoint(process, tmp_path / "out")
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert "to go on: python train.py" in stdout, stderr[-2000:]
+    train.main([f"--output_dir={tmp_path / 'out'}", "--resume", "--parallel=ddp"], ALONE)
+    whole, metrics = fit(**flags, out="whole")
+    again = weights(tmp_path / "out")
+    assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in weights(whole).items())
+    for a, b in zip(metrics, read_metrics(tmp_path / "out"), strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-6)

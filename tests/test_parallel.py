@@ -1,0 +1,173 @@
+"""One batch is one update, whatever the number of micro-batches, processes and shards it is cut into.
+
+`torchrun tests/test_parallel.py CASES OUT` runs the cases (JSON: name -> flags) on its processes; pytest compares them with one process.
+"""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ALONE, ROOT, make_rows, read_metrics, tiny_model, write_jsonl
+
+import model as models
+import train
+from losses import LOSSES, find, hyperparameters, needs_reference
+
+SUMS = ["sigmoid:0.8,bco_pair:0.2,sft:1", "aot,sft"]
+CUTS = {"whole": 8, "halves": 4, "uneven": 3, "quarters": 2}  # name: micro_batch_size; windows of 8 pairs and of 3
+COMMON = {"batch_size": 8, "max_length": 64, "dtype": "float64", "lr": 1e-30, "log_every": 1, "epochs": 1, "max_grad_norm": 1e-3}
+
+
+def record(flags, out, ranks):
+    """The gradients that the optimizer of each step is given, after clipping; and metrics.jsonl. The weights stay as they are."""
+    gradients, clip = [], train.clip_gradients
+
+    def clipped(module, max_norm):
+        norm = clip(module, max_norm)
+        gradients.append({name.removeprefix("module."): train.whole(parameter.grad).clone() for name, parameter in module.named_parameters()
+                          if parameter.requires_grad})
+        return norm
+
+    train.clip_gradients = clipped
+    try:
+        train.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in (flags | {"output_dir": out}).items()], ranks)
+    finally:
+        train.clip_gradients = clip
+    return gradients
+
+
+@pytest.fixture(scope="module")
+def world(tokenizer, tmp_path_factory):
+    """The flags of every case, on 11 rows and 5 held out, with a reference that is another model than the policy."""
+    home = tmp_path_factory.mktemp("parallel")
+    for name, seed in (("policy", 0), ("reference", 1)):
+        model = tiny_model("llama", tokenizer)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        models.save_model(model, tokenizer, home / name)
+    for name, count in (("rows", 11), ("held_out", 5)):
+        write_jsonl(home / f"{name}.jsonl", [row | {"chosen_score": 2.0 + i % 3, "rejected_score": 1.0 + 0.1 * i}
+                                            for i, row in enumerate(make_rows(count, seed=len(name)))])
+    return home
+
+
+def flags_of(world, loss, **more):
+    flags = COMMON | {"loss": loss, "model": world / "policy", "dataset": world / "rows.jsonl", "eval_dataset": world / "held_out.jsonl"}
+    names = hyperparameters(find(loss))
+    flags |= {"beta": 0.3} if "beta" in names else {}
+    flags |= {"ref_model": world / "reference"} if needs_reference(find(loss)) and more.get("ref") != "adapter_off" else {}
+    return {name: value if value is True else str(value) for name, value in (flags | more).items()}
+
+
+def torchrun(cases, out):
+    """Run the cases on two processes -> {case: gradients}."""
+    out.mkdir(parents=True)
+    (out / "cases.json").write_text(json.dumps(cases))
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__,
+                             str(out / "cases.json"), str(out)], capture_output=True, text=True, timeout=600,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert (out / "gradients.pt").exists(), result.stdout[-2000:] + result.stderr[-5000:]
+    return torch.load(out / "gradients.pt")
+
+
+@pytest.fixture(scope="module")
+def two_processes(world):
+    """Every loss on two processes with DDP, in micro-batches of 2 pairs."""
+    cases = {loss: flags_of(world, loss, micro_batch_size=2) for loss in [*LOSSES, *SUMS]}
+    return torchrun(cases, world / "ddp"), world / "ddp"
+
+
+def same(left, right, tolerance=1e-10):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        assert a.keys() == b.keys()
+        scale = max(gradient.abs().max() for gradient in a.values())
+        for name in a:
+            assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
+
+
+def same_metrics(left, right, tolerance=1e-9):
+    rows = [[row for row in read_metrics(path)] for path in (left, right)]
+    assert [(row["step"], row["split"]) for row in rows[0]] == [(row["step"], row["split"]) for row in rows[1]]
+    assert [row["split"] for row in rows[0]] == ["train", "train", "eval"]
+    for a, b in zip(*rows):
+        for name in set(a) - {"tokens_per_second", "split"}:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (name, a["step"], a["split"])
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *SUMS])
+def test_gradients_and_metrics_are_those_of_the_whole_batch_however_it_is_cut(loss, world, two_processes, tmp_path):
+    found = {cut: record(flags_of(world, loss, micro_batch_size=size), tmp_path / cut, ALONE) for cut, size in CUTS.items()}
+    assert sum(gradient.abs().sum() for gradient in found["whole"][0].values()) > 0
+    for cut in ("halves", "uneven", "quarters"):
+        same(found["whole"], found[cut])
+        same_metrics(tmp_path / "whole", tmp_path / cut)
+    gradients, out = two_processes
+    same(found["whole"], gradients[loss])
+    same_metrics(tmp_path / "whole", out / loss)
+
+
+SHARDED = {f"{loss}, {kind}{', checkpointing' if checkpointing else ''}": (loss, more | checkpointing)
+           for loss in ("sigmoid", "aot", "simpo", "sft") for checkpointing in ({}, {"gradient_checkpointing": True})
+           for kind, more in (("full", {}), ("LoRA", {"lora_rank": 4}))}
+SHARDED["sigmoid, DoRA with its base as the reference"] = "sigmoid", {"lora_rank": 4, "dora": True, "ref": "adapter_off"}
+SHARDED["sigmoid, a cached reference"] = "sigmoid", {"ref": "cache"}
+SHARDED["sigmoid, tied embeddings"] = "sigmoid", {}
+
+
+@pytest.fixture(scope="module")
+def shards(world, tokenizer):
+    """A few losses under FSDP2 and DDP, and the same flags for one process."""
+    models.save_model(tiny_model("gpt2", tokenizer), tokenizer, world / "gpt2")
+    cases = {case: flags_of(world, loss, micro_batch_size=2, **more) for case, (loss, more) in SHARDED.items()}
+    cases["sigmoid, tied embeddings"]["model"] = str(world / "gpt2")
+    sharded = {f"fsdp, {case}": flags | {"parallel": "fsdp"} for case, flags in cases.items()}
+    replicated = {f"ddp, {case}": flags for case, flags in cases.items() if "LoRA" in case or "checkpointing" in case}
+    return torchrun(sharded | replicated, world / "fsdp"), cases
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_weights_give_the_gradients_and_metrics_of_whole_ones(case, world, shards, tmp_path):
+    gradients, cases = shards
+    one = record(cases[case], tmp_path / "one", ALONE)
+    for kind in ("fsdp", "ddp"):
+        if f"{kind}, {case}" in gradients:
+            same(one, gradients[f"{kind}, {case}"])
+            same_metrics(tmp_path / "one", world / "fsdp" / f"{kind}, {case}")
+
+
+def test_a_sharded_run_leaves_one_folder_in_the_format_of_any_other(world, shards):
+    """At a learning rate of 1e-30 the weights are those of the start, and tied weights are stored once."""
+    for case, start in (("fsdp, sigmoid, full", "policy"), ("fsdp, sigmoid, tied embeddings", "gpt2")):
+        saved, before = (models.load_model(str(path), torch.float64).state_dict() for path in (world / "fsdp" / case, world / start))
+        assert all(torch.allclose(value, saved[name], rtol=0, atol=1e-20) for name, value in before.items())
+    stored = train.load_file(world / "fsdp" / "fsdp, sigmoid, tied embeddings" / "model.safetensors")
+    assert "lm_head.weight" not in stored and "transformer.wte.weight" in stored
+    assert models.read_adapter(world / "fsdp" / "fsdp, sigmoid, LoRA")[0].rank == 4
+
+
+def test_aot_sorts_the_whole_batch_and_not_a_part_of_it(world, tmp_path):
+    """What is computed from micro-batches that each sort for themselves is another gradient: the equality above is no accident."""
+    flags = flags_of(world, "aot", micro_batch_size=2)
+    right = record(flags, tmp_path / "right", ALONE)
+    marks, find("aot").marks = find("aot").marks, frozenset()
+    try:
+        wrong = record(flags, tmp_path / "wrong", ALONE)
+    finally:
+        find("aot").marks = marks
+    with pytest.raises(AssertionError):
+        same(right, wrong, 1e-3)
+
+
+if __name__ == "__main__":
+    ranks = models.init_distributed()
+    gathered = {}
+    for case, flags in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
+        gathered[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
+    if ranks.rank == 0:
+        torch.save(gathered, pathlib.Path(sys.argv[2]) / "gradients.pt")
+    models.leave_distributed(ranks)
