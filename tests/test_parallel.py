@@ -150,6 +150,13 @@ def test_a_sharded_run_leaves_one_folder_in_the_format_of_any_other(world, shard
     assert models.read_adapter(world / "fsdp" / "fsdp, sigmoid, LoRA")[0].rank == 4
 
 
+def test_under_fsdp_the_first_process_alone_reads_the_weights(shards):
+    """Policy and reference, once each: host memory holds one copy of a model, however many processes there are."""
+    reads = shards[0]["reads"]
+    assert reads["fsdp, sigmoid, full"] == [2, 0] and reads["fsdp, aot, LoRA"] == [2, 0] and reads["fsdp, sft, full"] == [1, 0]
+    assert reads["ddp, aot, LoRA"] == [2, 2]
+
+
 def test_aot_sorts_the_whole_batch_and_not_a_part_of_it(world, tmp_path):
     """What is computed from micro-batches that each sort for themselves is another gradient: the equality above is no accident."""
     flags = flags_of(world, "aot", micro_batch_size=2)
@@ -165,9 +172,12 @@ def test_aot_sorts_the_whole_batch_and_not_a_part_of_it(world, tmp_path):
 
 if __name__ == "__main__":
     ranks = models.init_distributed()
-    gathered = {}
+    found, calls, load = {"reads": {}}, [], models.load_pretrained
+    models.load_pretrained = lambda kind, *given, **named: calls.append(kind) or load(kind, *given, **named)
     for case, flags in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
-        gathered[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
+        calls.clear()
+        found[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
+        found["reads"][case] = models.gather(calls.count(models.AutoModelForCausalLM), ranks)
     if ranks.rank == 0:
-        torch.save(gathered, pathlib.Path(sys.argv[2]) / "gradients.pt")
+        torch.save(found, pathlib.Path(sys.argv[2]) / "gradients.pt")
     models.leave_distributed(ranks)
