@@ -973,6 +973,8 @@ def explain(error):
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, (ValueError, FloatingPointError)) and raised_in.parent == pathlib.Path(__file__).parent:
         return str(error)
+    if isinstance(error, (OSError, SafetensorError)):
+        return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
         return (f"out of memory ({first}). What needs less, the cheapest first: a lower --micro_batch_size, --gradient_checkpointing, --ref "
                 "cache, a lower --max_length, --parallel fsdp, --lora_rank, --quantize nf4")
@@ -990,7 +992,7 @@ def run():
         stopped = main(sys.argv[1:], ranks)
         leave_distributed(ranks)
         sys.exit(130 if stopped else 0)
-    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if explain(error) is None:
             raise
         print(f"error{f' on rank {rank}' if rank else ''}: {explain(error)}", file=sys.stderr, flush=True)
