@@ -208,7 +208,7 @@ def settle_reference(args, loss):
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     if not needs_reference(loss):
-        args.ref = "none"
+        args.ref, args.sync_ref_every = "none", None
         return
     natural = "model" if args.ref_model else "adapter" if args.adapter else "adapter_off" if args.lora_rank else "model"
     args.ref = args.ref or ("none" if args.reference_free else natural)
@@ -394,20 +394,26 @@ def load_policy(args, source, newest, dtype, device):
 
 
 def load_reference(args, policy, source, dtype, ranks):
-    """-> what preference_step calls as its reference (None: nothing), {name: tensor} of it if it moves."""
+    """-> what preference_step calls as its reference; None: nothing."""
     if args.ref == "none":
-        return None, {}
+        return None
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
-        reference = place(lambda device: SequenceLogps(load_weights(args, args.ref_model or source, dtype, device)).requires_grad_(False),
-                          ranks, args.parallel, dtype)
-        return reference, dict(reference.state_dict()) if args.sync_ref_every else {}
+        return place(lambda device: SequenceLogps(load_weights(args, args.ref_model or source, dtype, device)).requires_grad_(False),
+                     ranks, args.parallel, dtype)
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
 
     def reference(**inputs):
         with use_adapter(policy.model, name):
             return policy(**inputs)
 
-    return reference, adapter_tensors(policy.model, name) if args.sync_ref_every else {}
+    return reference
+
+
+def moving_tensors(args, policy, reference):
+    """{name: tensor} of a reference that moves. Asked for anew each time: at the first forward FSDP may put shards elsewhere."""
+    if not args.sync_ref_every:
+        return {}
+    return adapter_tensors(policy.model, "reference") if args.ref == "adapter" else reference.state_dict()
 
 
 def fingerprint(policy, reference, ranks):
@@ -424,9 +430,9 @@ def fingerprint(policy, reference, ranks):
 
 
 @torch.no_grad()
-def move_reference(moving, policy, args):
+def move_reference(args, policy, reference):
     """TR-DPO (arXiv:2404.09656): θ_ref <- α θ + (1 − α) θ_ref, buffers too."""
-    source = adapter_tensors(policy.model, "policy") if args.ref == "adapter" else policy.state_dict()
+    moving, source = moving_tensors(args, policy, reference), adapter_tensors(policy.model, "policy") if args.ref == "adapter" else policy.state_dict()
     for name, tensor in moving.items():
         tensor.copy_(torch.lerp(tensor, source[name].to(tensor.dtype), args.sync_ref_alpha) if tensor.is_floating_point() else source[name])
 
@@ -683,13 +689,13 @@ def save(model, tokenizer, folder, base, ranks, **extra):
 def optimizer_tensors(model, optimizer, moving):
     """{name: tensor} of AdamW's state, made where there has been no step yet, and of a reference that moves."""
     tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
-            if not state:
-                state |= {"step": torch.zeros((), device=parameter.device)}
-                state |= {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in zip(names, optimizer.param_groups[0]["params"]):  # the optimizer's own: FSDP's may be whole ones after an evaluation
+        state = optimizer.state[parameter]
+        if not state:
+            state |= {"step": torch.zeros((), device=parameter.device)}
+            state |= {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
     return tensors
 
 
@@ -847,7 +853,7 @@ def main(argv, ranks):
         tokenizer.chat_template = data.read_template(args.chat_template)
     model = place(lambda device: load_policy(args, source, newest, dtype, device), ranks, args.parallel, dtype)
     check_model(args, model.model, tokenizer)
-    reference, moving = load_reference(args, model, source, dtype, ranks)
+    reference = load_reference(args, model, source, dtype, ranks)
     weights, (options, link) = fingerprint(model, reference, ranks), variants(args)
 
     def forward(model, columns, state=None, against=None):
@@ -873,7 +879,7 @@ def main(argv, ranks):
     # --- optimizer and schedule, from the start or from where the run stopped
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
-    start, delta = load_checkpoint(newest, saved, fixed, optimizer_tensors(model, optimizer, moving), optimizer, scheduler, ranks
+    start, delta = load_checkpoint(newest, saved, fixed, optimizer_tensors(model, optimizer, moving_tensors(args, model, reference)), optimizer, scheduler, ranks
                                    ) if newest else (0, 0.0)
     policy = wrap(model, ranks)
     say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
@@ -932,8 +938,8 @@ def main(argv, ranks):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            if moving and step % args.sync_ref_every == 0:
-                move_reference(moving, model, args)
+            if args.sync_ref_every and step % args.sync_ref_every == 0:
+                move_reference(args, model, reference)
             # ---------------------------------------------------------------------------------------------------------
             stopping, last = values.pop("stop") > 0, step == steps
             count += int(tokens[window].sum())
@@ -953,7 +959,7 @@ def main(argv, ranks):
 
             if not last and (stopping or args.save_every and step % args.save_every == 0):
                 state = fixed | {"scheduler": scheduler.state_dict(), "delta": delta, "flags": vars(args)}
-                tensors = optimizer_tensors(model, optimizer, moving)
+                tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
                 save_checkpoint(folder, step, model.model, tokenizer, source, tensors, state, args.keep_checkpoints, ranks)
                 if stopping:
                     log.bar.close()

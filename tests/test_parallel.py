@@ -5,6 +5,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -81,6 +82,15 @@ def two_processes(world):
     return torchrun(cases, world / "ddp"), world / "ddp"
 
 
+def half_of(whole, half):
+    """What a run leaves that is killed after its checkpoint of step 2."""
+    half.mkdir()
+    shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", half)
+    flags = json.loads((whole / "config.json").read_text())["flags"]
+    (half / "config.json").write_text(json.dumps({"flags": flags | {"output_dir": str(half)}}))
+
+
 def same(left, right, tolerance=1e-10):
     assert len(left) == len(right) > 0
     for a, b in zip(left, right):
@@ -93,7 +103,7 @@ def same(left, right, tolerance=1e-10):
 def same_metrics(left, right, tolerance=1e-9):
     rows = [[row for row in read_metrics(path)] for path in (left, right)]
     assert [(row["step"], row["split"]) for row in rows[0]] == [(row["step"], row["split"]) for row in rows[1]]
-    assert [row["split"] for row in rows[0]] == ["train", "train", "eval"]
+    assert [row["split"] for row in rows[0]].count("eval") == (3 if len(rows[0]) > 3 else 1)
     for a, b in zip(*rows):
         for name in set(a) - {"tokens_per_second", "split"}:
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (name, a["step"], a["split"])
@@ -117,6 +127,8 @@ SHARDED = {f"{loss}, {kind}{', checkpointing' if checkpointing else ''}": (loss,
 SHARDED["sigmoid, DoRA with its base as the reference"] = "sigmoid", {"lora_rank": 4, "dora": True, "ref": "adapter_off"}
 SHARDED["sigmoid, a cached reference"] = "sigmoid", {"ref": "cache"}
 SHARDED["sigmoid, tied embeddings"] = "sigmoid", {}
+LONG = {"lr": 1e-2, "epochs": 3, "save_every": 2, "eval_every": 2, "keep_checkpoints": 9, "micro_batch_size": 2}
+MOVING = {"bco_pair, a model that moves": ("bco_pair", {"sync_ref_every": 1}), "aot, LoRA": ("aot", {"lora_rank": 4, "ref": "adapter_off"})}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +139,9 @@ def shards(world, tokenizer):
     cases["sigmoid, tied embeddings"]["model"] = str(world / "gpt2")
     sharded = {f"fsdp, {case}": flags | {"parallel": "fsdp"} for case, flags in cases.items()}
     replicated = {f"ddp, {case}": flags for case, flags in cases.items() if "LoRA" in case or "checkpointing" in case}
+    for case, (loss, more) in MOVING.items():
+        cases[case] = flags_of(world, loss, **LONG, **more)
+        sharded |= {f"fsdp, {case}": cases[case] | {"parallel": "fsdp"}, f"resumed, {case}": {"resume": True}}
     return torchrun(sharded | replicated, world / "fsdp"), cases
 
 
@@ -138,6 +153,19 @@ def test_sharded_weights_give_the_gradients_and_metrics_of_whole_ones(case, worl
         if f"{kind}, {case}" in gradients:
             same(one, gradients[f"{kind}, {case}"])
             same_metrics(tmp_path / "one", world / "fsdp" / f"{kind}, {case}")
+
+
+@pytest.mark.parametrize("case", MOVING)
+def test_a_sharded_run_of_many_steps_is_that_of_one_process_and_goes_on_bit_for_bit(case, world, shards, tmp_path):
+    """Evaluated and saved at the same steps, its reference moved; the second was begun from the first's checkpoint of step 2."""
+    gradients, cases = shards
+    one = record(cases[case], tmp_path / "one", ALONE)
+    whole, resumed = gradients[f"fsdp, {case}"], gradients[f"resumed, {case}"]
+    same(one, whole, 1e-6)
+    assert len(whole) == 6 and len(resumed) == 4
+    same(whole[2:], resumed, 0)
+    same_metrics(tmp_path / "one", world / "fsdp" / f"fsdp, {case}", 1e-6)
+    same_metrics(world / "fsdp" / f"fsdp, {case}", world / "fsdp" / f"resumed, {case}", 0)
 
 
 def test_a_sharded_run_leaves_one_folder_in_the_format_of_any_other(world, shards):
@@ -176,6 +204,9 @@ if __name__ == "__main__":
     models.load_pretrained = lambda kind, *given, **named: calls.append(kind) or load(kind, *given, **named)
     for case, flags in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
         calls.clear()
+        if "resume" in flags and ranks.rank == 0:
+            half_of(pathlib.Path(sys.argv[2]) / case.replace("resumed", "fsdp"), pathlib.Path(sys.argv[2]) / case)
+        models.barrier(ranks)
         found[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
         found["reads"][case] = models.gather(calls.count(models.AutoModelForCausalLM), ranks)
     if ranks.rank == 0:
