@@ -566,26 +566,46 @@ def epoch_order(count, seed, epoch, shuffle):
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
 
 
-def micro_batches(window, size, rank, ranks):
+def micro_batches(window, size, rank, ranks, tokens=None):
     """This rank's share of a window in pieces of at most `size` pairs -> [(indices, weight)]. A rank left without a pair gets
-    one of weight 0, since all ranks must take part in the step."""
+    one of weight 0, since all ranks must take part in the step. With the `tokens` of all rows, `size` is of tokens."""
+    if tokens is not None:
+        pieces = [fill(share, tokens[share], size) for share in np.array_split(window, ranks)]
+        return [(piece, 1.0) for piece in pieces[rank]] + [(window[:1], 0.0)] * (max(map(len, pieces)) - len(pieces[rank]))
     mine = np.array_split(window, ranks)[rank]
     return [(mine[i:i + size], 1.0) for i in range(0, len(mine), size)] or [(window[:1], 0.0)]
 
 
+def fill(indices, tokens, most):
+    """Indices in pieces of at most so many tokens, in their order. A longer row is a piece of its own."""
+    pieces, held = [], math.inf
+    for index, count in zip(indices, tokens):
+        if held + count > most:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(index)
+        held += count
+    return [np.array(piece) for piece in pieces]
+
+
 def collate(rows, pad_token_id):
     """{column: list of lists} -> a batch for dpo.py, both sides right-padded to the longest row of either."""
-    batch, sides = {"id": rows["id"]}, [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+    batch, sides = known(rows), [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
     width = max(len(p) + len(a) for side in sides for p, a in zip(rows["prompt_ids"], rows[f"{side}_ids"]))
     for side in sides:
         pairs = list(zip(rows["prompt_ids"], rows[f"{side}_ids"]))
         batch[f"{side}_input_ids"] = padded([p + a for p, a in pairs], width, pad_token_id)  # (B, T)
         batch[f"{side}_labels"] = padded([[IGNORE] * len(p) + a for p, a in pairs], width, IGNORE)  # (B, T)
         batch[f"{side}_attention_mask"] = padded([[1] * len(p + a) for p, a in pairs], width, 0)  # (B, T)
-        for column, name in ((f"{side}_score", f"{side}_scores"), (f"ref_{side}_logp", f"ref_{side}_logps")):
-            if column in rows:
-                batch[name] = torch.tensor(rows[column], dtype=torch.float64)  # (B,)
     return batch
+
+
+def known(rows):
+    """What a batch has besides tokens: id, and where there are such columns scores and the reference's log-probs."""
+    columns = {f"{side}_score": f"{side}_scores" for side in ("chosen", "rejected")} | {
+        f"ref_{side}_logp": f"ref_{side}_logps" for side in ("chosen", "rejected")}
+    return {"id": rows["id"]} | {name: torch.tensor(rows[column], dtype=torch.float64)  # (B,)
+                                 for column, name in columns.items() if column in rows}
 
 
 def padded(rows, width, value):

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import data
+import packing
 import world
 from data import at_least
 from dpo import SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, preference_step
@@ -41,7 +42,8 @@ from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter,
                    remove_adapter, save_adapter, save_model, sum_over_ranks, sync_gradients, use_adapter, wrap)
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
-FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir"}  # change no weight
+FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir",
+                  "attention"}  # change no weight, but by rounding
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -111,6 +113,7 @@ def build_parser(loss):
     add = parser.add_argument_group("the optimizer").add_argument
     add("--batch_size", type=at_least(1, int), default=64, help="pairs per optimizer step, all ranks together")
     add("--micro_batch_size", type=at_least(1, int), default=4, help="pairs per forward on one rank: less saves memory")
+    add("--tokens_per_micro_batch", type=at_least(1, int), help="in place of a number of pairs: as many as have so many tokens, prompts once")
     add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
     add("--lr", type=above_zero, help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; with an adapter ten times that)")
@@ -126,6 +129,8 @@ def build_parser(loss):
     add = parser.add_argument_group("the run").add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
         help="of the computation; bfloat16: autocast over float32 weights; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--attention", choices=("auto", "packed", "padded"), default="auto", help="packed: each prompt once and no padding, by `sdpa` below; "
+        "auto: where that is right and faster")
     add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
     add("--eval_every", type=at_least(0, int), default=200, help="steps between evaluations (0: at the end only)")
     add("--save_every", type=at_least(0, int), default=200, help="steps between checkpoints (0: only when interrupted)")
@@ -315,10 +320,10 @@ def sum_up(values):
             f"correlation of implicit and true reward    {v['correlation']:.3f}")
 
 
-def collate(rows, tokenizer, device):
+def collate(rows, tokenizer, device, packed=False):
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked either way
     return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in data.collate(rows, pad).items()}
+            for name, value in (data.known(rows) | packing.collate(rows) if packed else data.collate(rows, pad)).items()}
 
 
 def load_rows(args, loss, tokenizer, home, ranks):
@@ -401,6 +406,21 @@ def move_reference(moving, policy, args):
         tensor.copy_(torch.lerp(tensor, source[name].to(tensor.dtype), args.sync_ref_alpha) if tensor.is_floating_point() else source[name])
 
 
+def choose_attention(args, models, rows, dtype, device):
+    """Settle --attention auto -> a line that says which way the rows go, and why not the other."""
+    lengths = [data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens")]
+    reason = None if args.attention == "packed" or packing.is_faster(
+        *lengths, args.micro_batch_size, models[0].model.get_input_embeddings().embedding_dim) else "packed, rows as short as these would be slower"
+    if args.attention != "padded" and not reason:
+        for model in models:  # an adapter's dropout would be noise here
+            with autocast(dtype, device), use_adapter(model.model, None):
+                reason = reason or packing.can_pack(model.model)
+    if reason and args.attention == "packed":
+        raise ValueError(f"--attention packed: {reason}")
+    args.attention, asked = "padded" if reason or args.attention == "padded" else "packed", args.attention
+    return f"attention: {args.attention} rows" + (f"; {reason}" if reason and asked == "auto" else "")
+
+
 def memory_line(policy, reference):
     """What is held besides activations, on each rank."""
     def size(tensors):
@@ -436,7 +456,8 @@ def reference_logps(args, reference, rows, indices, tokenizer, dtype, device, de
     size, found = args.ref_batch_size or args.micro_batch_size, []
     for i in tqdm.trange(0, len(indices), size, desc=desc, disable=desc is None, mininterval=0.2 if sys.stderr.isatty() else 5):
         with autocast(dtype, device):
-            out = concatenated_forward(reference, collate(rows[indices[i:i + size]], tokenizer, device), ld_alpha=args.ld_alpha)
+            out = concatenated_forward(reference, collate(rows[indices[i:i + size]], tokenizer, device, args.attention == "packed"),
+                                       ld_alpha=args.ld_alpha)
         found.append(torch.stack([out["chosen_logps"], out["rejected_logps"]], 1).double())
     return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.float64, device=device)
 
@@ -556,11 +577,16 @@ def stop_if_not_finite(step, values, seen, ranks=None):
         + "\n".join(rows[:8] or ["every pair's loss is finite, so it is the backward pass that overflows; try a lower --lr"]))
 
 
+def micro_batches(args, indices, tokens, ranks):
+    size = args.tokens_per_micro_batch
+    return data.micro_batches(indices, size or args.micro_batch_size, ranks.rank, ranks.size, tokens if size else None)
+
+
 @torch.no_grad()
-def evaluate(forward, model, rows, micro_batch_size, delta, ranks):
+def evaluate(forward, model, rows, args, delta, ranks):
     """Mean metrics over the held-out rows. On the bare model, since ranks may have unequal numbers of batches."""
     totals, state = {}, {"mean_chosen_length": float(data.column(rows, "chosen_length").mean()), "delta": delta}
-    for indices, weight in data.micro_batches(np.arange(len(rows)), micro_batch_size, ranks.rank, ranks.size):
+    for indices, weight in micro_batches(args, np.arange(len(rows)), data.column(rows, "tokens"), ranks):
         add(totals, forward(model, rows[indices], state)[1], weight)
     return mean_over_ranks(totals, len(rows), ranks)
 
@@ -718,11 +744,13 @@ def main(argv, ranks):
     def forward(model, columns, state=None, against=None):
         """Losses (B,) and metrics of some rows: the one way that checking, training and evaluating share."""
         with autocast(dtype, ranks.device):
-            batch = collate(columns, tokenizer, ranks.device)
+            batch = collate(columns, tokenizer, ranks.device, args.attention == "packed")
             return preference_step(model, against or reference, batch, loss, hyper, state, **variants(args))
 
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
+    checked = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
+    say(choose_attention(args, checked, rows, dtype, ranks.device))
     if args.ref == "cache":
         rows, held_out = cache_reference(args, reference, (rows, held_out), model, tokenizer, dtype, ranks)
         reference = None  # and with it its memory
@@ -743,7 +771,8 @@ def main(argv, ranks):
         say(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
     say(memory_line(model, reference))
     if "batch" in loss.marks:
-        say(f"{args.loss} compares pairs with each other: here those of one micro-batch, {args.micro_batch_size} pairs")
+        say(f"{args.loss} compares pairs with each other: here those of one micro-batch, " +
+            (f"{args.tokens_per_micro_batch} tokens" if args.tokens_per_micro_batch else f"{args.micro_batch_size} pairs"))
     if start:
         say(f"resumed after step {start}")
     elif args.ref != "none" and args.ref_model:
@@ -756,7 +785,7 @@ def main(argv, ranks):
 
     def look():
         """{split: metrics} on the held-out rows and, in the world, against the truth."""
-        looks = {"eval": evaluate(forward, model, held_out, args.micro_batch_size, delta, ranks)} if len(held_out) else {}
+        looks = {"eval": evaluate(forward, model, held_out, args, delta, ranks)} if len(held_out) else {}
         if home:
             beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA  # else it is no weight of the KL
             looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
@@ -770,10 +799,10 @@ def main(argv, ranks):
             state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
             totals, seen = {"stop": float(bool(stopped))}, []
             torch.manual_seed(args.seed + 1_000_003 * (step * ranks.size + ranks.rank))  # of an adapter's dropout, if it has any
-            micro_batches = data.micro_batches(window, args.micro_batch_size, ranks.rank, ranks.size)
-            for i, (indices, weight) in enumerate(micro_batches):
+            pieces = micro_batches(args, window, tokens, ranks)
+            for i, (indices, weight) in enumerate(pieces):
                 columns = rows[indices]
-                sync_gradients(policy, on=i == len(micro_batches) - 1)
+                sync_gradients(policy, on=i == len(pieces) - 1)
                 losses, metrics = forward(policy, columns, state)
                 (weight * losses.sum() * ranks.size / len(window)).backward()  # the window's mean; DDP divides by the ranks
                 add(totals, metrics, weight)
