@@ -51,10 +51,12 @@ def segments(packed):
 
 @functools.lru_cache(maxsize=2)  # computed for the first layer of a micro-batch
 def index_of(packed, device):
-    """-> where the keys of all segments stand in the row (K,); how many queries and how many keys each has."""
+    """-> where the keys of all segments stand in the row (K,); how many queries and how many keys each has; the ends of both."""
     found = segments(packed)
     keys = [np.r_[prefix:prefix + length, first:first + count] for prefix, length, first, count in found]
-    return torch.from_numpy(np.concatenate(keys)).to(device), [count for *_, count in found], list(map(len, keys))
+    sizes = [count for *_, count in found], list(map(len, keys))
+    ends = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in sizes]
+    return torch.from_numpy(np.concatenate(keys)).to(device), *sizes, ends
 
 
 def attention(module, query, key, value, attention_mask, packed=None, **options):
@@ -63,15 +65,15 @@ def attention(module, query, key, value, attention_mask, packed=None, **options)
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"its attention has {unknown[0]}")
-    index, queries, keys = index_of(packed, query.device)
+    index, *sizes = index_of(packed, query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
     key, value = key[index], value[index]  # (K, key heads, size)
     on_gpu = query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16)
     attend = in_one_call if on_gpu else one_by_one
-    return attend(query, key, value, queries, keys, options.get("scaling"), options.get("sliding_window"))[None], None
+    return attend(query, key, value, *sizes, options.get("scaling"), options.get("sliding_window"))[None], None
 
 
-def one_by_one(query, key, value, queries, keys, scale, window):
+def one_by_one(query, key, value, queries, keys, ends, scale, window):
     """A call of SDPA for each segment. `split` and `cat`, since in backward each slice of a row would be as long as the row."""
     groups, out = query.shape[1] // key.shape[1], []
     for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys)):
@@ -92,9 +94,8 @@ def visible(queries, keys, window, device):
     return (places <= own) & (places > own - (window or keys))
 
 
-def in_one_call(query, key, value, queries, keys, scale, window):
+def in_one_call(query, key, value, queries, keys, ends, scale, window):
     """All segments in one call. Never run where this was written, which has no GPU: `can_pack` must pass under the run's own autocast."""
-    ends = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=query.device) for x in (queries, keys)]
     return varlen_attn(query, key, value, *ends, max(queries), max(keys), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
                        window_size=(-1 if window is None else window - 1, 0))  # aligned at the last key, as `visible` is
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import tiny_model
+from conftest import tiny_model, weights
+from torch.distributed.fsdp import fully_shard
 
 import data
 import dpo
@@ -140,6 +141,29 @@ def test_an_adapter_on_and_off_and_a_frozen_base(tokenizer):
     assert distance(reference, concatenated_forward(bare, PACKED)["rejected_logps"]) > 1e-3
     with models.adapters_off(model):
         assert distance(concatenated_forward(bare, PACKED)["rejected_logps"], reference) < 1e-12
+
+
+@pytest.mark.parametrize("window", [None, 6, 100])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_kernel_for_gpus_is_asked_for_the_same_attention(monkeypatch, window, groups):
+    """By what torch's page of varlen_attn says it does; the kernel itself runs on no CPU."""
+    def varlen_attn(query, key, value, queries, keys, most_queries, most_keys, *, scale, enable_gqa, window_size):
+        assert enable_gqa == (groups > 1) and queries.dtype == keys.dtype == torch.int32
+        assert (most_queries, most_keys) == (queries.diff().max(), keys.diff().max())
+        out, (left, right) = [], window_size
+        for (a, b), (c, d) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist()):
+            behind = (torch.arange(b - a)[:, None] + (d - c) - (b - a)) - torch.arange(d - c)  # aligned at the last key
+            mask = (behind >= -right) & ((behind <= left) if left >= 0 else True)
+            heads = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+            out.append(torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
+    torch.manual_seed(0)
+    index, *sizes = packing.index_of(PACKED["packed"], torch.device("cpu"))
+    query, key, value = (torch.randn(PACKED["input_ids"].shape[1], heads, 8) for heads in (4, 4 // groups, 4 // groups))
+    found, expected = (f(query, key[index], value[index], *sizes, 0.3, window) for f in (packing.in_one_call, packing.one_by_one))
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 # --- what makes it fast, and what it leaves alone
@@ -324,3 +348,82 @@ def test_a_head_that_scales_its_logits_is_asked_for_them_packed_too(monkeypatch)
     model = SequenceLogps(build("Cohere", logit_scale=0.5).double())
     monkeypatch.setattr(packing, "FULL_LOGITS", 1)
     assert not model.bare_head and distance(outcome(model, PACKED)[0], outcome(model, PADDED)[0]) < 1e-12
+
+
+# --- the flags
+
+def test_packed_and_padded_runs_end_with_the_same_weights_but_for_rounding(fit):
+    runs = [fit(*flags, out=str(i), dtype="float64", epochs=2)[0] for i, flags in enumerate((
+        ["--attention=padded"], ["--attention=packed"], ["--attention=packed", "--tokens_per_micro_batch=70"], ["--tokens_per_micro_batch=1"]))]
+    for other in runs[1:]:
+        assert all(distance(found, expected) < 1e-5 for found, expected in zip(weights(other).values(), weights(runs[0]).values()))
+    flags = [json.loads((run / "config.json").read_text())["flags"] for run in runs]
+    assert [(f["attention"], f["tokens_per_micro_batch"]) for f in flags] == [("padded", None), ("packed", None), ("packed", 70), ("padded", 1)]
+
+
+def test_auto_says_which_path_it_took_and_why_not_the_other(fit, tokenizer, tmp_path, monkeypatch, capsys):
+    fit(max_steps=1, out="short")
+    assert "attention: padded rows; packed, rows as short as these would be slower" in capsys.readouterr().out
+    monkeypatch.setattr(packing, "BREAK_EVEN", 0)
+    fit(max_steps=1, out="long", lora_rank=2, lora_dropout=0.1)
+    assert "attention: packed rows\n" in capsys.readouterr().out
+    models.save_model(build("Lfm2", **PACKS_NOT["Lfm2"][0] | {"vocab_size": len(tokenizer)}), tokenizer, tmp_path / "lfm2")
+    fit(max_steps=1, out="lfm2 out", model=tmp_path / "lfm2")
+    assert "attention: padded rows; an answer's log-prob depends on other tokens than its own" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--attention packed: an answer's log-prob depends on other tokens"):
+        fit("--attention=packed", max_steps=1, out="not", model=tmp_path / "lfm2")
+
+
+def test_long_rows_are_packed_and_those_of_the_world_are_not():
+    lengths = {"hh": (117, 39, 208), "world": (3, 4, 11), "chosen alone": (117, 39, 156)}
+    arrays = {name: [np.full(100, n) for n in found] for name, found in lengths.items()}
+    assert packing.is_faster(*arrays["hh"], 4, 64) and not packing.is_faster(*arrays["world"], 128, 64)
+    assert not packing.is_faster(*arrays["chosen alone"], 4, 64)  # nothing is shared and nothing padded
+    uneven = np.where(np.arange(100) % 4, 20, 300)  # one long prompt in each batch
+    assert packing.is_faster(uneven, np.full(100, 39), uneven + 39, 4, 64)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_packs_hold_each_pair_once_fit_the_budget_and_are_as_many_on_each_rank(ranks):
+    tokens = np.random.default_rng(0).integers(10, 90, 200)
+    window = np.random.default_rng(1).permutation(200)[:50]
+    found = [data.micro_batches(window, 150, rank, ranks, tokens) for rank in range(ranks)]
+    assert len({len(pieces) for pieces in found}) == 1
+    assert [i for pieces in found for piece, weight in pieces for i in piece if weight] == window.tolist()
+    assert all(tokens[piece].sum() <= 150 for pieces in found for piece, _ in pieces)
+    assert [len(piece) for piece, _ in data.micro_batches(window[:3], 1, 0, 1, tokens)] == [1, 1, 1]  # a longer row goes alone
+    assert [weight for rank in range(4) for _, weight in data.micro_batches(window[:2], 150, rank, 4, tokens)] == [1, 1, 0, 0]
+
+
+# --- many processes
+
+CASES = [("fsdp", 2**27, False), ("fsdp", 97 * 20, False), ("fsdp", 97 * 20, True), ("ddp", 97 * 20, True)]  # FULL_LOGITS, tied head
+
+
+def on_one_of_two_ranks(rank, folder):
+    """What the rank finds on its own rows goes to `folder`/rank."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    found = []
+    for kind, packing.FULL_LOGITS, tied in CASES:
+        model = SequenceLogps(build("Llama", tie_word_embeddings=tied).double())
+        for part in (*model.model.model.layers, model) if kind == "fsdp" else ():
+            fully_shard(part)
+        policy = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+        losses = preference_step(policy, None, packing.collate(make_columns(seed=rank)), sigmoid, reference_free=True)[0]
+        losses.mean().backward()
+        found.append((losses.detach(), {name: getattr(p.grad, "full_tensor", lambda: p.grad)() for name, p in model.named_parameters()}))
+    torch.save(found, f"{folder}/{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_with_ddp_and_fsdp2_find_what_one_process_does(tmp_path):
+    torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    for (_, _, tied), *ranks in zip(CASES, *(torch.load(tmp_path / str(rank)) for rank in range(2))):
+        model = SequenceLogps(build("Llama", tie_word_embeddings=tied).double())
+        for rank, (losses, _) in enumerate(ranks):
+            expected, _ = preference_step(model, None, data.collate(make_columns(seed=rank), 0), sigmoid, reference_free=True)
+            (expected.mean() / 2).backward()
+            assert distance(losses, expected.detach()) < 1e-12
+        assert all(distance(ranks[0][1][name], p.grad) < 1e-6 for name, p in model.named_parameters())
