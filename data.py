@@ -35,9 +35,7 @@ IGNORE = -100  # label of a token that is not scored: torch's ignore_index, and 
 SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()  # caches made by other code are not ours
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Files -> rows
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Files -> rows ----------------------------------------------------------------------------------------------------
 
 def json_rows(path):
     """JSON lines, numbered as the lines of the file, or one JSON list, numbered from 1."""
@@ -146,9 +144,7 @@ def read_rows(source):
             raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Rows -> prompt and answers, as text or as messages
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Rows -> prompt and answers, as text or as messages ---------------------------------------------------------------
 
 TURN = "\n\nAssistant:"  # what comes before an answer in HH-RLHF and the sets made like it
 
@@ -291,9 +287,7 @@ def load_text(source, sides, scored=False, columns=()):
         raise error.__cause__ from None  # ours, with the file and the row in it
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Prompt and answers -> token ids
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Prompt and answers -> token ids ----------------------------------------------------------------------------------
 
 class Limits(NamedTuple):
     """Most tokens of a whole row, of its prompt and of an answer with its EOS. A prompt limit of None leaves the prompt what
@@ -485,9 +479,7 @@ def hold_out(rows, share):
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# The report
-# ------------------------------------------------------------------------------------------------------------------------
+# --- The report -------------------------------------------------------------------------------------------------------
 
 def name_rows(groups):
     """{reason: {count, first}} -> a sentence."""
@@ -550,9 +542,7 @@ def show(rows, tokenizer, count=2, most=None):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Token ids -> batches
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Token ids -> batches ---------------------------------------------------------------------------------------------
 
 def window(step, count, batch_size, seed, shuffle):
     """Indices of the pairs of one optimizer step, over all ranks: a function of its arguments alone, so that a run can stop and
@@ -566,36 +556,56 @@ def epoch_order(count, seed, epoch, shuffle):
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
 
 
-def micro_batches(window, size, rank, ranks):
-    """This rank's share of a window in pieces of at most `size` pairs -> [(indices, weight)]. All ranks get as many pieces, since a
-    forward of sharded weights needs them all; where pairs are lacking, a piece is one pair of weight 0."""
+def micro_batches(window, size, rank, ranks, tokens=None):
+    """This rank's share of a window in pieces of at most `size` pairs, or of `size` tokens if those of each entry are given -> [(indices,
+    weight)]. All ranks get as many pieces, since a forward of sharded weights needs them all; where pairs are lacking, a piece is one pair
+    of weight 0."""
     shares = np.array_split(window, ranks)
-    pieces = np.array_split(shares[rank], math.ceil(len(shares[0]) / size))
-    return [(piece, 1.0) if len(piece) else (window[:1], 0.0) for piece in pieces]
+    if tokens is None:
+        cut = [np.array_split(share, math.ceil(len(shares[0]) / size)) for share in shares]
+    else:
+        cut = [fill(share, tokens[share], size) for share in shares]
+    pieces = [piece for piece in cut[rank] if len(piece)]
+    return [(piece, 1.0) for piece in pieces] + [(window[:1], 0.0)] * (max(map(len, cut)) - len(pieces))
+
+
+def fill(indices, tokens, most):
+    """Indices in pieces of at most so many tokens, in their order. A longer row is a piece of its own."""
+    pieces, held = [], math.inf
+    for index, count in zip(indices, tokens):
+        if held + count > most:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(index)
+        held += count
+    return [np.array(piece) for piece in pieces]
 
 
 def collate(rows, pad_token_id):
     """{column: list of lists} -> a batch for dpo.py, both sides right-padded to the longest row of either."""
-    batch, sides = {"id": rows["id"]}, [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+    batch, sides = known(rows), [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
     width = max(len(p) + len(a) for side in sides for p, a in zip(rows["prompt_ids"], rows[f"{side}_ids"]))
     for side in sides:
         pairs = list(zip(rows["prompt_ids"], rows[f"{side}_ids"]))
         batch[f"{side}_input_ids"] = padded([p + a for p, a in pairs], width, pad_token_id)  # (B, T)
         batch[f"{side}_labels"] = padded([[IGNORE] * len(p) + a for p, a in pairs], width, IGNORE)  # (B, T)
         batch[f"{side}_attention_mask"] = padded([[1] * len(p + a) for p, a in pairs], width, 0)  # (B, T)
-        for column, name in ((f"{side}_score", f"{side}_scores"), (f"ref_{side}_logp", f"ref_{side}_logps")):
-            if column in rows:
-                batch[name] = torch.tensor(rows[column], dtype=torch.float64)  # (B,)
     return batch
+
+
+def known(rows):
+    """What a batch has besides tokens: id, and where there are such columns scores and the reference's log-probs."""
+    columns = {f"{side}_score": f"{side}_scores" for side in ("chosen", "rejected")} | {
+        f"ref_{side}_logp": f"ref_{side}_logps" for side in ("chosen", "rejected")}
+    return {"id": rows["id"]} | {name: torch.tensor(rows[column], dtype=torch.float64)  # (B,)
+                                 for column, name in columns.items() if column in rows}
 
 
 def padded(rows, width, value):
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# python data.py
-# ------------------------------------------------------------------------------------------------------------------------
+# --- python data.py ---------------------------------------------------------------------------------------------------
 
 def at_least(low, kind):
     """The type of a flag that is a number."""

@@ -2,11 +2,13 @@
 
 Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T tokens, N scored tokens, V vocabulary, H hidden.
 A batch comes from data.collate: for each side, `chosen` and `rejected`, right-padded (B, T) tensors `{side}_input_ids`,
-`{side}_attention_mask` and `{side}_labels`, labels being the input ids where a token is scored and IGNORE elsewhere.
+`{side}_attention_mask` and `{side}_labels`, labels being the input ids where a token is scored and IGNORE elsewhere. Or from
+packing.collate: the same rows in one, without padding.
 """
 import torch
 import torch.nn.functional as F
 
+import packing
 from losses import LOSSES, f_divergence_score, hyperparameters, needs_reference, needs_rejected, tensor_arguments
 
 IGNORE = -100  # label of a token that is not scored (prompt, padding): torch's and transformers' own value
@@ -54,9 +56,13 @@ class SequenceLogps(torch.nn.Module):
     """A causal language model that answers with log-probs: ids in, `get_batch_logps` of them out.
 
     The head runs on the scored positions alone: (N, V) logits in place of (2B, T, V), which for a long prompt is most of the
-    memory of a step. It happens inside the root module's forward because that is what DDP and FSDP hook into.
+    memory of a step; and where even those are many, on some at a time. It happens inside the root module's forward because that is
+    what DDP and FSDP hook into.
 
-    token_weights (2B, T), optional: each scored token's log-prob is multiplied by its weight before the sum.
+    labels (2B, T), padded as the other inputs are; or with `predictors` (2B, L), of packing.collate: the labels alone, and at which
+    position of all inputs each is predicted.
+    Without labels, for packing.can_pack: the logits.
+    token_weights like labels, optional: each scored token's log-prob is multiplied by its weight before the sum.
     alignment: also return each row's mean of `aligned_logps`, (2B,), without a graph.
     """
 
@@ -65,16 +71,25 @@ class SequenceLogps(torch.nn.Module):
         self.model = model
         self.bare_head = has_bare_head(model)
 
-    def forward(self, input_ids, attention_mask, labels, token_weights=None, alignment=False):
-        labels = labels[:, 1:]
+    def forward(self, labels=None, predictors=None, token_weights=None, alignment=False, **inputs):
+        if "packed" in inputs:
+            packing.enable(self.model)
+        if labels is None:
+            return self.model(**inputs, use_cache=False).logits
+        if predictors is None:  # each position predicts the next
+            predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
+            labels, token_weights = labels[:, 1:], None if token_weights is None else token_weights[:, 1:]
         scored = labels != IGNORE  # (2B, T-1)
+        predictors, targets, lengths = predictors[scored], labels[scored], scored.sum(-1)  # (N,), (N,), (2B,)
+        head = self.model.get_output_embeddings()
         if self.bare_head:
-            body = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            logits = self.model.get_output_embeddings()(body.last_hidden_state[:, :-1][scored])  # (N, V)
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[predictors]  # (N, H)
+        if self.bare_head and not alignment and not packing.fits(len(targets), head):
+            token_logps = packing.ChunkedLogps.apply(hidden, head.weight, head.bias, targets)  # (N,)
         else:  # logits that are scaled or capped after the head: only the model itself knows how
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][scored]
-        token_logps, lengths = selected_logps(logits, labels[scored]), scored.sum(-1)  # (N,), (2B,)
-        weighted = token_logps if token_weights is None else token_logps * token_weights[:, 1:][scored]
+            logits = head(hidden) if self.bare_head else self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors]
+            token_logps = selected_logps(logits, targets)
+        weighted = token_logps if token_weights is None else token_logps * token_weights[scored]
         out = sum_scored(weighted, scored), lengths
         return (*out, sum_scored(aligned_logps(logits, token_logps), scored) / lengths) if alignment else out
 
@@ -90,7 +105,9 @@ def has_bare_head(model):
 
 
 def concatenated_inputs(batch, sides=("chosen", "rejected")):
-    """Chosen rows, then rejected rows, as one batch: input_ids, attention_mask and labels, each (2B, T)."""
+    """Chosen rows, then rejected rows, as one batch: input_ids, attention_mask and labels, each (2B, T). Packed rows are that already."""
+    if "packed" in batch:
+        return {name: batch[name] for name in packing.INPUTS}
     return {name: torch.cat([batch[f"{side}_{name}"] for side in sides]) for name in ("input_ids", "attention_mask", "labels")}
 
 

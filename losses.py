@@ -42,9 +42,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------------------------------
-# The registry. Adding a loss is writing its function: everything else reads the signature and the marks.
-# ------------------------------------------------------------------------------------------------------------------------
+# --- The registry. Adding a loss is writing its function: everything else reads the signature and the marks. ----------
 
 LOSSES = {}
 
@@ -697,9 +695,7 @@ def slic(policy_chosen_logps, policy_rejected_logps, policy_target_logps=None, *
     return F.relu(slic_delta - policy_chosen_logps + policy_rejected_logps) - slic_lambda * target
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Likelihood: no pair, no reference. The stage that makes a reference policy, and the anchor that other losses are mixed with.
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Likelihood: no pair, no reference. The stage that makes a reference policy, and the anchor that other losses are mixed with. ---
 
 @loss()
 def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
@@ -718,9 +714,7 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
     return -policy_chosen_logps / mean_chosen_length
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# A link for margin losses: other divergences than the KL between π and π_ref
-# ------------------------------------------------------------------------------------------------------------------------
+# --- A link for margin losses: other divergences than the KL between π and π_ref --------------------------------------
 
 def f_divergence_score(logratio, f_divergence="reverse_kl", alpha=0.5):
     """f-DPO: the score s(a) that stands for the log-ratio a in a margin loss when π is held near π_ref by another f-divergence.
@@ -750,9 +744,7 @@ def f_divergence_score(logratio, f_divergence="reverse_kl", alpha=0.5):
     return -(torch.expm1(cap) + cap.exp() * (x - cap)) / alpha
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# python losses.py
-# ------------------------------------------------------------------------------------------------------------------------
+# --- python losses.py -------------------------------------------------------------------------------------------------
 
 def table():
     """The losses as the lines of a markdown table, read off signatures and pages."""

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 import data
+import packing
 import world
 from data import at_least
 from dpo import (SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, logp_gradients, preference_logps, preference_loss,
@@ -49,12 +50,11 @@ from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter,
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so says its checkpoint when one process saves alone
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
-FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel"}  # change no weight
+FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
+                  "attention"}  # change no weight, but by rounding
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Flags
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Flags ------------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -118,7 +118,8 @@ def build_parser(loss):
 
     add = parser.add_argument_group("the optimizer").add_argument
     add("--batch_size", type=at_least(1, int), default=64, help="pairs per optimizer step, all ranks together")
-    add("--micro_batch_size", type=at_least(1, int), default=4, help="pairs per forward on one rank: less saves memory")
+    add("--micro_batch_size", type=at_least(1, int), help="pairs per forward on one rank: less saves memory (default 4)")
+    add("--tokens_per_micro_batch", type=at_least(1, int), help="in place of a number of pairs: as many as have so many tokens, prompts once")
     add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
     add("--lr", type=above_zero, help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; with an adapter ten times that)")
@@ -135,6 +136,8 @@ def build_parser(loss):
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: weights, gradients and optimizer in shards, one on each rank")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
         help="of the computation; bfloat16: autocast over float32 weights; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--attention", choices=("auto", "packed", "padded"), default="auto", help="packed: each prompt once and no padding, by `sdpa` below; "
+        "auto: where that is right and faster")
     add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
     add("--eval_every", type=at_least(0, int), default=200, help="steps between evaluations (0: at the end only)")
     add("--save_every", type=at_least(0, int), default=200, help="steps between checkpoints (0: only when interrupted)")
@@ -156,7 +159,7 @@ def build_parser(loss):
 def parse_args(argv):
     """-> args, loss function, its hyper-parameters. The loss is read first, then the flags that it makes."""
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--loss", "--dataset", "--output_dir"):
+    for flag in ("--loss", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
         first.add_argument(flag)
     first.add_argument("--resume", action="store_true")
     early = first.parse_known_args(argv)[0]
@@ -168,6 +171,8 @@ def parse_args(argv):
         raise ValueError(f"--{error}") from None
     parser = build_parser(loss)
     brings = world.flags(early.loss) if (early.dataset or saved.get("dataset", "world")) == "world" else {}
+    if early.tokens_per_micro_batch:
+        brings = {name: value for name, value in brings.items() if name != "micro_batch_size"}
     known = vars(parser.parse_args([]))
     parser.set_defaults(**{name: value for name, value in brings.items() if name in known and name != "epochs"} | saved)
     args, unknown = parser.parse_known_args(argv)
@@ -177,6 +182,8 @@ def parse_args(argv):
     check_args(args, saved)
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
+    if not args.tokens_per_micro_batch:
+        args.micro_batch_size = args.micro_batch_size or 4
     full, adapter = (5e-7, 5e-6) if needs_rejected(loss) else (1e-5, 1e-4)
     args.lr = args.lr or (adapter if args.adapter or args.lora_rank else full)
     if not args.max_steps:
@@ -252,6 +259,8 @@ def check_args(args, saved):
         raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how long to train: give one")
     if args.model == "world" and args.dataset != "world":
         raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own data's; give another --model")
+    if args.tokens_per_micro_batch and args.micro_batch_size:
+        raise ValueError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch {args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
     if args.eval_share is not None and (args.eval_share >= 1 or args.eval_dataset or args.dataset == "world"):
         raise ValueError(f"--eval_share {args.eval_share}: " + ("leaves nothing to train on" if args.eval_share >= 1 else
@@ -274,9 +283,7 @@ def check_loss(args, loss, hyper):
         raise ValueError(f"--{error}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Before the loop
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Before the loop --------------------------------------------------------------------------------------------------
 
 def make_world(ranks):
     """The folder of the embedded world, made first if it is not there: by rank 0 alone, with this same loop."""
@@ -330,10 +337,10 @@ def sum_up(values):
             f"correlation of implicit and true reward    {v['correlation']:.3f}")
 
 
-def collate(rows, tokenizer, device):
+def collate(rows, tokenizer, device, packed=False):
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked either way
     return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in data.collate(rows, pad).items()}
+            for name, value in (data.known(rows) | packing.collate(rows) if packed else data.collate(rows, pad)).items()}
 
 
 def load_rows(args, loss, tokenizer, home, ranks):
@@ -437,6 +444,21 @@ def move_reference(args, policy, reference):
         tensor.copy_(torch.lerp(tensor, source[name].to(tensor.dtype), args.sync_ref_alpha) if tensor.is_floating_point() else source[name])
 
 
+def choose_attention(args, models, rows, dtype, device):
+    """Settle --attention auto -> a line that says which way the rows go, and why not the other."""
+    lengths = [data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens")]
+    reason = None if args.attention == "packed" or packing.is_faster(
+        *lengths, args.micro_batch_size or max(1, args.tokens_per_micro_batch // int(lengths[2].mean())), models[0].model.get_input_embeddings().embedding_dim) else "packed, rows as short as these would be slower"
+    if args.attention != "padded" and not reason:
+        for model in models:  # an adapter's dropout would be noise here
+            with autocast(dtype, device), use_adapter(model.model, None):
+                reason = reason or packing.can_pack(model)
+    if reason and args.attention == "packed":
+        raise ValueError(f"--attention packed: {reason}")
+    args.attention, asked = "padded" if reason or args.attention == "padded" else "packed", args.attention
+    return f"attention: {args.attention} rows" + (f"; {reason}" if reason and asked == "auto" else "")
+
+
 def memory_line(policy, reference):
     """What is held besides activations, on each rank."""
     def size(tensors):
@@ -462,12 +484,18 @@ def cache_key(args, weights, splits, dtype):
     return digest.hexdigest()
 
 
+def cut(args, indices, tokens, ranks, size=None):
+    """[(places in `indices`, weight)]: this rank's micro-batches. `tokens` are those of all rows."""
+    most = None if size else args.tokens_per_micro_batch
+    return data.micro_batches(np.arange(len(indices)), size or most or args.micro_batch_size, ranks.rank, ranks.size, tokens[indices] if most else None)
+
+
 @torch.no_grad()
-def of_all_pairs(compute, rows, indices, size, ranks, desc=None):
+def of_all_pairs(compute, rows, indices, pieces, ranks, desc=None):
     """{name: (len(indices),)}, on every rank, of what compute(columns) -> {name: (B,)} finds for each pair. The ranks share the work;
     each number is sent as a sum in which all other ranks have zeros, so it stays what it was, in fp64."""
     tables, bar = {}, {"desc": desc, "disable": desc is None or ranks.rank > 0, "mininterval": 0.2 if sys.stderr.isatty() else 5}
-    for places, weight in tqdm.tqdm(data.micro_batches(np.arange(len(indices)), size, ranks.rank, ranks.size), **bar):
+    for places, weight in tqdm.tqdm(pieces, **bar):
         for name, values in compute(rows[indices[places]]).items():
             table = tables.setdefault(name, torch.zeros(len(indices), dtype=torch.float64, device=values.device))
             table[places] += weight * values.double()
@@ -478,10 +506,12 @@ def reference_logps(args, reference, rows, indices, tokenizer, dtype, ranks, des
     """(len(indices), 2) log-probs of chosen and rejected under the reference."""
     def compute(columns):
         with autocast(dtype, ranks.device):
-            out = concatenated_forward(reference, collate(columns, tokenizer, ranks.device), ld_alpha=args.ld_alpha)
+            batch = collate(columns, tokenizer, ranks.device, args.attention == "packed")
+            out = concatenated_forward(reference, batch, ld_alpha=args.ld_alpha)
         return {side: out[f"{side}_logps"] for side in ("chosen", "rejected")}
 
-    found = of_all_pairs(compute, rows, indices, args.ref_batch_size or args.micro_batch_size, ranks, desc)
+    pieces = cut(args, indices, data.column(rows, "tokens"), ranks, args.ref_batch_size)
+    found = of_all_pairs(compute, rows, indices, pieces, ranks, desc)
     return torch.stack([found["chosen"], found["rejected"]], 1).cpu()
 
 
@@ -589,9 +619,7 @@ def check_start(forward, model, columns, tolerance):
     return expected.mean().item()
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# In the loop: metrics
-# ------------------------------------------------------------------------------------------------------------------------
+# --- In the loop: metrics ---------------------------------------------------------------------------------------------
 
 def add(totals, metrics, weight=1.0):
     """Add the pairs of a micro-batch to the sums of its step."""
@@ -621,23 +649,21 @@ def stop_if_not_finite(step, values, seen, ranks=None, policy=None):
                                  f"{max(0, len(spoiled) - 4)} more, on the rows {'; '.join(ids[:8])}; try a lower --lr"]))
 
 
-def evaluate(logps, loss, hyper, link, model, rows, size, delta, ranks):
-    """Mean metrics over the held-out rows, all of which a loss that compares pairs sees at once. On the bare model under DDP."""
+def evaluate(logps, loss, hyper, link, rows, pieces, delta, ranks):
+    """Mean metrics over the held-out rows, all of which a loss that compares pairs sees at once."""
     state = {"mean_chosen_length": float(data.column(rows, "chosen_length").mean()), "delta": delta}
-    tensors = of_all_pairs(lambda columns: logps(model, columns), rows, np.arange(len(rows)), size, ranks)
+    tensors = of_all_pairs(logps, rows, np.arange(len(rows)), pieces, ranks)
     return {name: values.mean().item() for name, values in preference_loss(tensors | state, loss, hyper, **link)[1].items()}
 
 
-def compare_all(logps, loss, hyper, link, model, rows, window, state, size, ranks):
+def compare_all(logps, loss, hyper, link, rows, window, pieces, state, ranks):
     """A loss that compares pairs, on the whole window: the weight of each log-prob in its gradient, and the metrics, (len(window),) each.
     It costs a forward, of the policy alone where the batch brings the reference's log-probs."""
-    tensors = of_all_pairs(lambda columns: logps(model, columns), rows, window, size, ranks)
+    tensors = of_all_pairs(logps, rows, window, pieces, ranks)
     return logp_gradients(tensors | state, loss, hyper, **link)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# In the loop: files. Everything is written aside and renamed.
-# ------------------------------------------------------------------------------------------------------------------------
+# --- In the loop: files. Everything is written aside and renamed. -----------------------------------------------------
 
 def write(path, text):
     aside = path.with_name(path.name + ".tmp")
@@ -828,9 +854,7 @@ def caught_signals():
         signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------------------------------
+# --- The loop ---------------------------------------------------------------------------------------------------------
 
 def main(argv, ranks):
     """Train. Returns whether a signal ended it early."""
@@ -859,16 +883,19 @@ def main(argv, ranks):
     def forward(model, columns, state=None, against=None):
         """Losses (B,) and metrics of some rows."""
         with autocast(dtype, ranks.device):
-            batch = collate(columns, tokenizer, ranks.device)
+            batch = collate(columns, tokenizer, ranks.device, args.attention == "packed")
             return preference_step(model, against or reference, batch, loss, hyper, state, **options, **link)
 
-    def logps(model, columns, **more):
-        """What the loss will be told of them."""
+    def logps(columns, model=model, **more):
+        """What the loss will be told of them: on the bare model, outside of DDP."""
         with autocast(dtype, ranks.device):
-            return preference_logps(model, reference, collate(columns, tokenizer, ranks.device), loss, **options | more)
+            batch = collate(columns, tokenizer, ranks.device, args.attention == "packed")
+            return preference_logps(model, reference, batch, loss, **options | more)
 
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
+    checked = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
+    say(choose_attention(args, checked, rows, dtype, ranks.device))
     if args.ref == "cache":
         rows, held_out = cache_reference(args, reference, (rows, held_out), weights, tokenizer, dtype, ranks)
         reference = None  # and with it its memory
@@ -895,14 +922,17 @@ def main(argv, ranks):
     elif args.ref != "none" and args.ref_model:
         say(f"no step-0 check: --ref_model {args.ref_model} is another model on purpose")
     elif args.ref != "none":
-        first = rows[data.window(0, len(rows), args.micro_batch_size, args.seed, args.shuffle)]
+        first = rows[data.window(0, len(rows), args.micro_batch_size or 4, args.seed, args.shuffle)]
         rounding = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 2e-2}[dtype]  # cached from batches of other shapes
         value = check_start(forward, model, first, rounding if args.ref == "cache" else 1e-5)
         say(f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference")
 
     def look():
         """{split: metrics} on the held-out rows and, in the world, against the truth."""
-        looks = {"eval": evaluate(logps, loss, hyper, link, model, held_out, args.micro_batch_size, delta, ranks)} if len(held_out) else {}
+        looks = {}
+        if len(held_out):
+            pieces = cut(args, np.arange(len(held_out)), data.column(held_out, "tokens"), ranks)
+            looks["eval"] = evaluate(logps, loss, hyper, link, held_out, pieces, delta, ranks)
         if home:
             beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA  # else it is no weight of the KL
             looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
@@ -916,14 +946,14 @@ def main(argv, ranks):
             state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
             totals, seen = {"stop": float(bool(stopped))}, []
             torch.manual_seed(args.seed + 1_000_003 * (step * ranks.size + ranks.rank))  # of an adapter's dropout, if it has any
+            pieces = cut(args, window, tokens, ranks)
             if "batch" in loss.marks:
-                slopes, found = compare_all(logps, loss, hyper, link, model, rows, window, state, args.micro_batch_size, ranks)
-            micro_batches = data.micro_batches(np.arange(len(window)), args.micro_batch_size, ranks.rank, ranks.size)
-            for i, (places, weight) in enumerate(micro_batches):
+                slopes, found = compare_all(logps, loss, hyper, link, rows, window, pieces, state, ranks)
+            for i, (places, weight) in enumerate(pieces):
                 columns = rows[window[places]]
-                sync_gradients(policy, on=i == len(micro_batches) - 1)
+                sync_gradients(policy, on=i == len(pieces) - 1)
                 if "batch" in loss.marks:
-                    out = logps(policy, columns, reference_free=True)  # the slopes know the reference already
+                    out = logps(columns, policy, reference_free=True)  # the slopes know the reference already
                     losses, metrics = sum(slopes[name][places] * out[name] for name in slopes), {name: found[name][places] for name in found}
                 else:
                     losses, metrics = forward(policy, columns, state)

@@ -40,9 +40,7 @@ def flags(loss):
     return FLAGS | OWN_FLAGS.get(loss, {})
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# The language, the truth, and the chain that the reference imitates
-# ------------------------------------------------------------------------------------------------------------------------
+# --- The language, the truth, and the chain that the reference imitates -----------------------------------------------
 
 def prompts():
     return [f"the {thing} is" for thing in THINGS]
@@ -109,9 +107,7 @@ def sample_pairs(logps, count, seed):
     return things, chosen, rejected, scores
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# What can be said exactly of a policy
-# ------------------------------------------------------------------------------------------------------------------------
+# --- What can be said exactly of a policy -----------------------------------------------------------------------------
 
 def metrics(policy, reference, beta):
     """Compare a policy with the truth, from its and the reference's log-probs of every answer, (X, A) each.
@@ -135,9 +131,7 @@ def metrics(policy, reference, beta):
     return {f"world/{name}": value.item() for name, value in values.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Its folder: sft.jsonl, every.jsonl (all prompts and answers), reference/ (a model), reference.npy, pairs.jsonl, eval.jsonl
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Its folder: sft.jsonl, every.jsonl (all prompts and answers), reference/ (a model), reference.npy, pairs.jsonl, eval.jsonl ---
 
 def folder():
     """Named after this very file: a world made by other code is another world."""

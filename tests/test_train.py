@@ -348,6 +348,7 @@ def test_resume_needs_a_run(tmp_path):
     (["--loss"], "argument --loss: expected one argument"),
     (["--columns", "prompt:q"], "--columns prompt:q: write OURS=THEIRS"),
     (["--chat_template", "/nowhere"], "--chat_template /nowhere: no such file"),
+    (["--micro_batch_size", "2", "--tokens_per_micro_batch", "99"], "--micro_batch_size 2 and --tokens_per_micro_batch 99: give one"),
     (["--overlong", "squeeze"], "argument --overlong: invalid choice: 'squeeze'"),
 ])
 def test_a_wrong_flag_is_named_with_what_is_right(flags, message):
