@@ -51,7 +51,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so says it
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
 FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-                  "attention"}  # change no weight, but by rounding
+                  "attention", "profile"}  # change no weight, but by rounding
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ def build_parser(loss):
         help="of the computation; bfloat16: autocast over float32 weights; auto: bfloat16 on a GPU, float32 on a CPU")
     add("--attention", choices=("auto", "packed", "padded"), default="auto", help="packed: each prompt once and no padding, by `sdpa` below; "
         "auto: where that is right and faster")
+    add("--profile", action="store_true", help="log the seconds that go into data, reference, forward, backward, optimizer and logging")
     add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
     add("--eval_every", type=at_least(0, int), default=200, help="steps between evaluations (0: at the end only)")
     add("--save_every", type=at_least(0, int), default=200, help="steps between checkpoints (0: only when interrupted)")
@@ -444,15 +445,15 @@ def move_reference(args, policy, reference):
         tensor.copy_(torch.lerp(tensor, source[name].to(tensor.dtype), args.sync_ref_alpha) if tensor.is_floating_point() else source[name])
 
 
-def choose_attention(args, models, rows, dtype, device):
+def choose_attention(args, models, rows, dtype, ranks):
     """Settle --attention auto -> a line that says which way the rows go, and why not the other."""
     lengths = [data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens")]
     reason = None if args.attention == "packed" or packing.is_faster(
         *lengths, args.micro_batch_size or max(1, args.tokens_per_micro_batch // int(lengths[2].mean())), models[0].model.get_input_embeddings().embedding_dim) else "packed, rows as short as these would be slower"
     if args.attention != "padded" and not reason:
         for model in models:  # an adapter's dropout would be noise here
-            with autocast(dtype, device), use_adapter(model.model, None):
-                reason = reason or packing.can_pack(model)
+            with autocast(dtype, ranks.device), use_adapter(model.model, None):
+                reason = reason or broadcast(packing.can_pack(model), ranks)
     if reason and args.attention == "packed":
         raise ValueError(f"--attention packed: {reason}")
     args.attention, asked = "padded" if reason or args.attention == "padded" else "packed", args.attention
@@ -789,6 +790,27 @@ def load_checkpoint(folder, state, fixed, tensors, optimizer, scheduler, ranks):
     return state["step"], state["delta"]
 
 
+class Clock:
+    """Seconds by what they went into, if it is on; off, it waits for no GPU."""
+
+    def __init__(self, on, device):
+        self.on, self.device, self.spent, self.name, self.since = on, device, {}, None, 0.0
+
+    def __call__(self, name):
+        """From here on time goes into `name`, or with None into nothing."""
+        if self.on:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if self.name:
+                self.spent[f"time/{self.name}"] = self.spent.get(f"time/{self.name}", 0.0) + now - self.since
+            self.name, self.since = name, now
+
+    def emptied(self):
+        spent, self.spent = self.spent, {}
+        return spent
+
+
 class Log:
     """config.json, metrics.jsonl, the bar and the lines between: on rank 0, and silent elsewhere."""
 
@@ -879,23 +901,32 @@ def main(argv, ranks):
     check_model(args, model.model, tokenizer)
     reference = load_reference(args, model, source, dtype, ranks)
     weights, (options, link) = fingerprint(model, reference, ranks), variants(args)
+    clock = Clock(args.profile, ranks.device)
+
+    def timed(**inputs):
+        clock("reference")
+        out = reference(**inputs)
+        clock("forward")
+        return out
 
     def forward(model, columns, state=None, against=None):
         """Losses (B,) and metrics of some rows."""
         with autocast(dtype, ranks.device):
             batch = collate(columns, tokenizer, ranks.device, args.attention == "packed")
-            return preference_step(model, against or reference, batch, loss, hyper, state, **options, **link)
+            clock("forward")
+            return preference_step(model, against or timed, batch, loss, hyper, state, **options, **link)
 
     def logps(columns, model=model, **more):
         """What the loss will be told of them: on the bare model, outside of DDP."""
         with autocast(dtype, ranks.device):
             batch = collate(columns, tokenizer, ranks.device, args.attention == "packed")
-            return preference_logps(model, reference, batch, loss, **options | more)
+            clock("forward")
+            return preference_logps(model, timed, batch, loss, **options | more)
 
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     checked = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
-    say(choose_attention(args, checked, rows, dtype, ranks.device))
+    say(choose_attention(args, checked, rows, dtype, ranks))
     if args.ref == "cache":
         rows, held_out = cache_reference(args, reference, (rows, held_out), weights, tokenizer, dtype, ranks)
         reference = None  # and with it its memory
@@ -942,6 +973,7 @@ def main(argv, ranks):
         log, since, count = Log(folder, vars(args), start, steps, ranks), time.perf_counter(), 0
         for step in range(start + 1, steps + 1):
             # ------------------------------------------------------------------------------------ one training step ---
+            clock("data")
             window = data.window(step - 1, len(rows), args.batch_size, args.seed, args.shuffle)  # the pairs of all ranks
             state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
             totals, seen = {"stop": float(bool(stopped))}, []
@@ -950,6 +982,7 @@ def main(argv, ranks):
             if "batch" in loss.marks:
                 slopes, found = compare_all(logps, loss, hyper, link, rows, window, pieces, state, ranks)
             for i, (places, weight) in enumerate(pieces):
+                clock("data")
                 columns = rows[window[places]]
                 sync_gradients(policy, on=i == len(pieces) - 1)
                 if "batch" in loss.marks:
@@ -957,9 +990,11 @@ def main(argv, ranks):
                     losses, metrics = sum(slopes[name][places] * out[name] for name in slopes), {name: found[name][places] for name in found}
                 else:
                     losses, metrics = forward(policy, columns, state)
+                clock("backward")
                 (weight * losses.sum() * ranks.size / len(window)).backward()  # the window's mean; DDP divides by the ranks
                 add(totals, metrics, weight)
                 seen.append((columns["id"], metrics))
+            clock("optimizer")
             values = {"grad_norm": clip_gradients(policy, args.max_grad_norm), "lr": scheduler.get_last_lr()[0]}
             values |= mean_over_ranks(totals, len(window), ranks)
             stop_if_not_finite(step, values, seen, ranks, policy)
@@ -971,15 +1006,17 @@ def main(argv, ranks):
             if args.sync_ref_every and step % args.sync_ref_every == 0:
                 move_reference(args, model, reference)
             # ---------------------------------------------------------------------------------------------------------
+            clock("logging")
             stopping, last = values.pop("stop") > 0, step == steps
             count += int(tokens[window].sum())
             values["tokens_per_second"] = count / (time.perf_counter() - since)
             log.tick(values)
 
             if step % args.log_every == 0 or last:
-                log.row(step, "train", values)
+                log.row(step, "train", values | clock.emptied())
                 since, count = time.perf_counter(), 0
 
+            clock(None)
             pause = time.perf_counter()
             if last or args.eval_every and step % args.eval_every == 0:
                 looks = look()

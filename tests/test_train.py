@@ -147,6 +147,16 @@ def test_bfloat16_trains_and_leaves_float32_weights(fit):
     assert {value.dtype for value in weights(out).values()} == {torch.float32}
 
 
+def test_profile_names_what_the_time_of_a_step_goes_into_and_changes_nothing_else(fit):
+    _, plain = fit(max_steps=3, out="plain")
+    _, metrics = fit("--profile", max_steps=3)
+    same_metrics([{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics], plain, 0)
+    for row in metrics[:3]:
+        spent = {name.removeprefix("time/"): value for name, value in row.items() if name.startswith("time/")}
+        assert spent.keys() == {"data", "reference", "forward", "backward", "optimizer"} | ({"logging"} if row["step"] > 1 else set())
+        assert all(seconds > 0 for seconds in spent.values())
+
+
 # --- the check before the first step
 
 @pytest.mark.parametrize("loss, value", [("sigmoid", 0.6931), ("hinge", 1.0), ("ipo", 25.0)])
