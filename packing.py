@@ -236,11 +236,6 @@ def narrow_windows(model, width):
 # Log-probs without all logits at once
 # ------------------------------------------------------------------------------------------------------------------------
 
-def fits(positions, head):
-    """May all logits of so many positions be held at once?"""
-    return positions * head.weight.shape[0] <= FULL_LOGITS
-
-
 class ChunkedLogps(torch.autograd.Function):
     """log π(target) at each position without the (N, V) log-softmax and its gradients: (N, H), (V, H), (V,) or None, (N,), keep -> (N,) in
     fp32 or better.
