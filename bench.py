@@ -6,9 +6,9 @@
 It is train.main that runs, and the clock is read at the end of each optimizer step: between two is all that a user waits for, rows and
 metrics too. `unique_tokens_per_s` counts each prompt once, `nonpad_tokens_per_s` before each answer.
 
-Peak memory above the state, MB: of weights, reference and AdamW's moments; so it is activations, logits and gradients. On a CPU it is
-peak_rss_mb - rss_before_train_mb - optimizer_mb, both the highest so far in the process, one when models and rows are there and no batch is
-yet, the other at the end of the last step; on a GPU peak_gpu_mb - state_mb. What another trainer doesn't print of this is taken from our line.
+Peak memory above the state (weights, reference, AdamW's moments) is of activations, logits and gradients. On a CPU peak_rss_mb −
+rss_before_train_mb − optimizer_mb: the most the process ever had, at the end and when models and rows were there but no batch yet; on a GPU
+peak_gpu_mb − state_mb. What another trainer doesn't print of this is taken from our line.
 """
 import argparse
 import contextlib
@@ -62,9 +62,9 @@ def now():
 
 
 def memory():
-    """MB: the most that this process had so far; on a GPU, what is held there now and the most that was."""
-    gpu = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else ()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, *(size / 2**20 for size in gpu or (0, 0))
+    """MB: the most that this process had so far; on a GPU, what is held there now and the most that was, else zeros."""
+    most, *gpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return [size / 2**20 for size in (most, *gpu)]
 
 
 def run(args, ranks, rows):
@@ -74,12 +74,11 @@ def run(args, ranks, rows):
              "lr": 1e-6, "lr_schedule": "constant", "warmup_steps": 0, "eval_share": 0, "eval_every": 0, "save_every": 0, "log_every": 1,
              "shuffle": "false" if args.no_shuffle else "true", "dtype": "bfloat16" if args.bf16 else "float32"}
     flags |= ({"lora_rank": args.lora_r} if args.lora_r else {}) | ({"ref": "cache"} if args.precompute_ref else {})
-    seen = {"marks": [now()], "losses": [], "inner": train.make_optimizer}
+    seen = {"marks": [now()], "losses": []}
 
     class Clock(train.Log):
-        def __init__(self, folder, flags, *others):
-            super().__init__(folder, flags, *others)
-            seen["attention"] = flags["attention"]
+        def __init__(self, *given):
+            super().__init__(*given)
             seen["marks"].append(now())
 
         def tick(self, values):
@@ -88,20 +87,16 @@ def run(args, ranks, rows):
             seen["peak"] = memory()
             super().tick(values)
 
-    def make_optimizer(model, *others):  # models and rows are there
-        seen["before"], seen["model"] = memory(), model.model
-        return seen["inner"](model, *others)
-
-    def load_rows(*others, inner=train.load_rows):
-        seen["rows"] = inner(*others)
-        return seen["rows"]
+    def choose_attention(flags, models, rows, *others, inner=train.choose_attention):
+        seen["flags"], seen["model"], seen["rows"], seen["before"] = flags, models[0].model, rows, memory()
+        return inner(flags, models, rows, *others)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr), \
             unittest.mock.patch.object(datasets.config, "HF_DATASETS_CACHE", folder), \
-            unittest.mock.patch.multiple(train, Log=Clock, make_optimizer=make_optimizer, load_rows=load_rows):
+            unittest.mock.patch.multiple(train, Log=Clock, choose_attention=choose_attention):
         pathlib.Path("rows.jsonl").write_text("".join(rows))
         train.main([*(f"--{name}={value}" for name, value in flags.items()), *["--gradient_checkpointing"][:args.gc]], ranks)
-        prompt, chosen, tokens = (data.column(seen["rows"][0], name) for name in ("prompt_length", "chosen_length", "tokens"))
+        prompt, chosen, tokens = (data.column(seen["rows"], name) for name in ("prompt_length", "chosen_length", "tokens"))
     return seen | {"lengths": np.stack([prompt, chosen, tokens - prompt - chosen], 1)}
 
 
@@ -116,20 +111,19 @@ def measure(args):
     windows = [data.window(step, need, args.batch_size, 0, not args.no_shuffle) for step in range(args.warmup, args.steps)]
     times, lengths = np.diff(seen["marks"]), seen["lengths"][windows]  # of each step, after the start; (steps, B, 3)
     total, unique, prompts, model = times[1 + args.warmup:].sum(), lengths.sum(), lengths[..., 0].sum(), seen["model"]
-    size, fed = args.micro_batch_size or args.batch_size, 0
-    for piece in (lengths[:, i:i + size] for i in range(0, args.batch_size, size)):  # padded, (steps, b, 3)
-        fed += (2 * piece.shape[1] * (piece[..., 0] + piece[..., 1:].max(-1)).max(1)).sum()
+    size = args.micro_batch_size or args.batch_size
+    longest = [(piece[..., 0] + piece[..., 1:].max(-1)).max(1) * piece.shape[1] for piece in np.split(lengths, range(size, args.batch_size, size), 1)]
     held, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
     outer = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values()
     passes = 1 + (1 if args.lora_r else 2) + (not args.precompute_ref)
     least = floor(lengths.reshape(-1, 3), held - sum(p.numel() for p in outer), *model.get_output_embeddings().weight.shape,
                   model.config.num_hidden_layers, passes) / len(lengths)
     peak, median = matmul_peak(torch.bfloat16 if args.bf16 else torch.float32, ranks.device), np.median(times[1 + args.warmup:])
-    line = {"impl": "ours", "torch": torch.__version__, "device": ranks.device.type, "attention": seen["attention"], "micro_batch_size": size,
+    line = {"impl": "ours", "torch": torch.__version__, "device": ranks.device.type, "attention": seen["flags"].attention, "micro_batch_size": size,
             **{name: getattr(args, name) for name in (*NUMBERS, *SWITCHES)}, "parameters": held, "trained_parameters": trained,
             "step_s_median": median, "step_s_mean": total / len(lengths), "pairs_per_s": lengths[..., 0].size / total,
             "nonpad_tokens_per_s": (unique + prompts) / total, "unique_tokens_per_s": unique / total,
-            "padding_fraction": 1 - (unique + prompts) / fed if seen["attention"] == "padded" else 0.0, "init_s": times[0],
+            "padding_fraction": 1 - (unique + prompts) / (2 * np.sum(longest)) if seen["flags"].attention == "padded" else 0.0, "init_s": times[0],
             "rss_before_train_mb": seen["before"][0], "peak_rss_mb": seen["peak"][0], "peak_gpu_mb": seen["peak"][2] or None,
             "optimizer_mb": 8 * trained / 2**20, "state_mb": seen["before"][1] + 8 * trained / 2**20,  # on the GPU
             "first_loss": seen["losses"][0], "last_loss": seen["losses"][-1],
