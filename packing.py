@@ -25,7 +25,9 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 IGNORE = -100  # label of a token that is not scored, as everywhere
-FULL_LOGITS = 2**27  # so many are held at once, 512 MiB of fp32; of more, a quarter at a time
+FULL_LOGITS = 2**27  # so many are kept for backward, 512 MiB of fp32; more are made twice
+CHUNK = 2**24  # so many are worked on at a time
+CACHE = 2**18  # and so many by a CPU
 BREAK_EVEN = 150_000  # see is_faster
 NAME = "sdpa_or_packed"
 INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "labels", "predictors")  # what `collate` makes
@@ -226,26 +228,24 @@ def narrow_windows(model, width):
 
 # --- Log-probs without all logits at once -----------------------------------------------------------------------------
 
-def fits(positions, head):
-    """May all logits of so many positions be held at once?"""
-    return positions * head.weight.shape[0] <= FULL_LOGITS
-
-
 class ChunkedLogps(torch.autograd.Function):
-    """log π(target) at each position without the (N, V) logits: (N, H), (V, H), (V,) or None, (N,) -> (N,) in fp32 or better.
+    """log π(target) at each position without the (N, V) log-softmax and its gradients: (N, H), (V, H), (V,) or None, (N,), keep -> (N,) in
+    fp32 or better.
 
-    ∂ log π(target) / ∂ logits = onehot(target) − π. Kept for backward is the normaliser alone; logits are made again, some positions at a
-    time, and the gradient of the head is added up in fp32 or better.
+    ∂ log π(target) / ∂ logits = onehot(target) − π. What is kept for backward is the normaliser and, with `keep`, the logits, which become
+    their own gradient; else they are made again, some positions at a time. The gradient of the head is added up in fp32 or better.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
+    def forward(ctx, hidden, weight, bias, targets, keep):
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.kept = []
         logps, total = (torch.empty(len(hidden), dtype=torch.promote_types(ctx.dtype, torch.float32), device=hidden.device) for _ in range(2))
         for rows, _, logits in chunks(hidden, weight, bias, ctx.dtype):
-            total[rows] = logits.logsumexp(-1)
+            total[rows] = normalisers(logits)
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - total[rows]
+            ctx.kept += [logits] if keep else []
         ctx.save_for_backward(hidden, weight, bias, targets, total)
         return logps
 
@@ -255,22 +255,31 @@ class ChunkedLogps(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden)
         of_weight, of_bias = (torch.zeros_like(x, dtype=total.dtype) if x is not None and needed else None
                               for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
-        for rows, some, logits in chunks(hidden, weight, bias, ctx.dtype):
+        kept, ctx.kept = ctx.kept, []  # a second backward makes them again
+        for rows, some, logits in chunks(hidden, weight, bias, ctx.dtype, kept):
             delta = logits.sub_(total[rows, None]).exp_().mul_(-gradient[rows, None])  # (n, V)
             delta[torch.arange(len(delta)), targets[rows]] += gradient[rows]
             if of_bias is not None:
                 of_bias += delta.sum(0)
             delta = delta.to(ctx.dtype)
             of_hidden[rows] = (delta @ weight.to(ctx.dtype)).to(hidden.dtype)
-            if of_weight is not None:
+            if of_weight is not None and of_weight.dtype == ctx.dtype:
+                of_weight.addmm_(delta.T, some)
+            elif of_weight is not None:
                 of_weight += delta.T @ some
-        return of_hidden, *(x if x is None else x.to(of.dtype) for x, of in ((of_weight, weight), (of_bias, bias))), None
+        return of_hidden, *(x if x is None else x.to(of.dtype) for x, of in ((of_weight, weight), (of_bias, bias))), None, None
 
 
-def chunks(hidden, weight, bias, dtype):
-    """-> slice, its hidden states (n, H) and logits (n, V), which are the caller's to change."""
-    weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-    size = max(1, FULL_LOGITS // 4 // len(weight))
+def normalisers(logits):
+    """logsumexp of each row (n,); on a CPU of so few rows at a time that they stay in its cache, which halves the time."""
+    return torch.cat([some.logsumexp(-1) for some in logits.split(len(logits) if logits.is_cuda else max(1, CACHE // logits.shape[1]))])
+
+
+def chunks(hidden, weight, bias, dtype, kept=()):
+    """-> slice, its hidden states (n, H) and logits (n, V), which are the caller's to change. Those `kept` from before are not made again, and
+    are let go."""
+    weight, bias, kept = weight.to(dtype), bias if bias is None else bias.to(dtype), list(kept)
+    size = max(1, CHUNK // len(weight))
     for start in range(0, len(hidden), size):
         some = hidden[start:start + size].to(dtype)
-        yield slice(start, start + size), some, F.linear(some, weight, bias).to(torch.promote_types(dtype, torch.float32))
+        yield slice(start, start + size), some, kept.pop(0) if kept else F.linear(some, weight, bias).to(torch.promote_types(dtype, torch.float32))

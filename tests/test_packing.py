@@ -307,17 +307,18 @@ def test_a_layout_that_is_wrong_is_refused(monkeypatch, mutation, autocast):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_chunked_log_probs_are_those_of_all_logits_in_value_and_gradient(monkeypatch, bias, frozen):
-    monkeypatch.setattr(packing, "FULL_LOGITS", 8 * 97 * 4)  # 4 positions at a time, and a rest
+    monkeypatch.setattr(packing, "CHUNK", 97 * 4)  # 4 positions at a time, and a rest
     torch.manual_seed(0)
     hidden, weight, offset = torch.randn(23, 16).double(), torch.randn(97, 16).double(), torch.randn(97).double()
     targets, slope, gradients = torch.randint(97, (23,)), torch.randn(23).double(), []
-    for function in (ChunkedLogps.apply, lambda h, w, b, t: dpo.selected_logps(torch.nn.functional.linear(h, w, b), t)):
+    for function in (lambda *given: ChunkedLogps.apply(*given, False), lambda *given: ChunkedLogps.apply(*given, True),
+                     lambda h, w, b, t: dpo.selected_logps(torch.nn.functional.linear(h, w, b), t)):
         parts = [x.clone().requires_grad_(not frozen or x is hidden) for x in (hidden, weight, offset)]
         logps = function(parts[0], parts[1], parts[2] if bias else None, targets)
         (logps * slope).sum().backward()
         gradients.append([logps.detach(), *(part.grad for part in parts)])
-    for found, expected in zip(*gradients):
-        assert found is expected is None or torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    for found, kept, expected in zip(*gradients):
+        assert found is kept is expected is None or all(torch.allclose(x, expected, rtol=1e-12, atol=1e-12) for x in (found, kept))
 
 
 @pytest.mark.parametrize("name, options", [("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("GPT2", PACKS["GPT2"])])
@@ -326,20 +327,30 @@ def test_many_positions_are_scored_in_chunks_and_change_nothing(monkeypatch, nam
     model = SequenceLogps(build(name, **options).double())
     whole, gradient = outcome(model, batch)
     monkeypatch.setattr(packing, "FULL_LOGITS", 97 * 20)
+    monkeypatch.setattr(packing, "CHUNK", 97 * 5)
     monkeypatch.setattr(dpo, "selected_logps", None)  # not called
     found, chunked = outcome(model, batch)
     assert distance(found, whole) < 1e-12 and distance(chunked, gradient) < 1e-6
+
+
+def test_kept_logits_are_let_go_and_a_second_backward_finds_the_same():
+    hidden, weight, targets = torch.randn(23, 16).double(), torch.randn(97, 16).double().requires_grad_(), torch.randint(97, (23,))
+    logps = ChunkedLogps.apply(hidden, weight, None, targets, True)
+    first, second = (torch.autograd.grad(logps.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and not logps.grad_fn.kept
 
 
 def test_chunks_under_autocast_round_as_all_logits_do(monkeypatch):
     model = SequenceLogps(build("Llama"))
     exact = outcome(model.double(), PACKED)
     with torch.autocast("cpu", torch.bfloat16):
-        whole = outcome(model.float(), PACKED)
+        kept = outcome(model.float(), PACKED)
         monkeypatch.setattr(packing, "FULL_LOGITS", 97 * 20)
         chunked = outcome(model, PACKED)
-    for found, other, value in zip(chunked, whole, exact):
-        assert distance(found, value) < 1.5 * distance(other, value) + 1e-7
+        monkeypatch.setattr(model, "bare_head", False)
+        whole = outcome(model, PACKED)
+    for found in (kept, chunked):
+        assert all(distance(x, value) < 1.5 * distance(other, value) + 1e-7 for x, other, value in zip(found, whole, exact))
 
 
 def test_wpo_asks_for_all_logits_however_many(monkeypatch, llama):

@@ -10,7 +10,7 @@ import train
 
 ARROWS = {  # file: what of ours it may import
     "losses": set(), "data": set(), "model": set(), "world": set(), "packing": set(), "dpo": {"losses", "packing"},
-    "train": {"losses", "dpo", "data", "model", "world", "packing"},
+    "train": {"losses", "dpo", "data", "model", "world", "packing"}, "bench": {"data", "model", "train"},
 }
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py") if not path.name.startswith("test_")}
 

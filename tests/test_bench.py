@@ -1,0 +1,82 @@
+"""What bench.py prints can be reckoned by hand, and both sides of a comparison are of the same work."""
+import json
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+
+
+def test_the_floor_of_one_pair_by_hand():
+    """Prompt 2, chosen 3, rejected 1; body 10 weights, vocabulary 7, hidden 4, 5 layers. The prompt's queries see 1 + 2 keys, the chosen's
+    3 + 4 + 5, the rejected's 3."""
+    forward = 2 * 10 * 6 + 2 * 7 * 4 * (3 + 1) + 4 * 4 * 5 * (3 + 12 + 3)
+    assert bench.floor(np.array([[2, 3, 1]]), 10, 7, 4, 5, passes=1) == forward
+    assert bench.floor(np.array([[2, 3, 1]] * 3), 10, 7, 4, 5, passes=4) == 3 * 4 * forward
+
+
+def test_the_peak_of_the_machine_is_a_rate():
+    assert 1e8 < bench.matmul_peak(torch.float32, torch.device("cpu"), size=128, repeats=3) < 1e15
+
+
+@pytest.fixture
+def flags(folder, pairs):
+    return ["--model", folder, "--data", pairs, "--batch_size", "4", "--steps", "3", "--warmup", "1", "--max_length", "64", "--no_shuffle"]
+
+
+@pytest.mark.parametrize("more", [[], ["--attention=packed", "--micro_batch_size=3", "--gc"], ["--lora_r=2", "--bf16"], ["--precompute_ref"]])
+def test_a_run_prints_one_json_line(flags, more, capsys):
+    threads = torch.get_num_threads()
+    bench.main([*flags, *more])
+    torch.set_num_threads(threads)
+    line, = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["first_loss"] == pytest.approx(0.6931, abs=1e-4) and line["last_loss"] == pytest.approx(0.6931, abs=1e-2)
+    assert line["attention"] == ("packed" if "--attention=packed" in more else "padded")
+    assert (line["padding_fraction"] == 0) == (line["attention"] == "packed")
+    assert 0 < line["unique_tokens_per_s"] < line["nonpad_tokens_per_s"]
+    assert line["step_s_mean"] == pytest.approx(4 / line["pairs_per_s"], rel=1e-2)
+    assert line["peak_rss_mb"] >= line["rss_before_train_mb"] > 0 and 0 < line["share_of_peak"] < 1
+    assert line["optimizer_mb"] == pytest.approx(8 * line["trained_parameters"] / 2**20, abs=1e-3)
+
+
+def test_every_epoch_of_few_rows_is_whole_batches(flags, capsys):
+    """As other trainers are given them: 22 rows and again the first 2, in 3 batches of 8."""
+    bench.main([*flags, "--batch_size", "8"])
+    assert json.loads(capsys.readouterr().out)["pairs_per_s"] > 0
+
+
+def test_rows_that_would_be_dropped_are_an_error(flags, tmp_path):
+    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": " cat", "rejected": " dog"}\n{"prompt": "a", "chosen": " b", "rejected": " b"}\n')
+    with pytest.raises(ValueError, match="6 of its first rows"):
+        bench.main([*flags, "--data", str(tmp_path / "same.jsonl")])
+
+
+def fake(tmp_path, **changes):
+    """A trainer that prints what we print, but for some changes, each a pair of name and factor."""
+    script = tmp_path / "fake.py"
+    script.write_text("import json, subprocess, sys\n"
+                      f"done = subprocess.run([sys.executable, {bench.__file__!r}, *sys.argv[1:]], capture_output=True, text=True)\n"
+                      f"line, changes = json.loads(done.stdout), {changes}\n"
+                      "print('a line before')\nprint(json.dumps(line | {name: line[name] * by for name, by in changes.items()}))\n")
+    return shlex.join([sys.executable, str(script)])
+
+
+def test_a_comparison_is_of_the_same_flags_in_turn(flags, tmp_path, capsys):
+    bench.main([*flags, "--repeats", "1", "--compare", fake(tmp_path, unique_tokens_per_s=0.01, step_s_mean=100)])
+    found = json.loads(capsys.readouterr().out)
+    assert found["speed"] == found["speeds"][0] > 10
+    assert len(found["peak_above_state_mb"]) == 1 and found["shares_of_peak"][0][0] > 0
+
+
+@pytest.mark.parametrize("changes", [{"last_loss": 1.1}, {"unique_tokens_per_s": 1.5}])
+def test_a_comparison_of_other_work_is_refused(changes, flags, tmp_path):
+    with pytest.raises(ValueError, match="not the same work"):
+        bench.main([*flags, "--repeats", "1", "--compare", fake(tmp_path, **changes)])
+
+
+def test_a_command_that_fails_is_quoted(flags):
+    with pytest.raises(ValueError, match="ended with status 3\nno such thing"):
+        bench.call([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"], 1)
