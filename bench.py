@@ -10,7 +10,6 @@ Peak memory above the state (weights, reference, AdamW's moments) is of activati
 rss_before_train_mb − optimizer_mb: the most the process ever had, at the end and when models and rows were there but no batch yet; on a GPU
 peak_gpu_mb − state_mb. What another trainer doesn't print of this is taken from our line.
 """
-import argparse
 import contextlib
 import json
 import os

@@ -249,10 +249,6 @@ def use_adapter(model, name):
             layer.active = active
 
 
-def adapters_off(model):
-    return use_adapter(model, None)
-
-
 # Files as peft has them: adapter_config.json, and adapter_model.safetensors with base_model.model.{layer}.lora_A.weight (r, in),
 # .lora_B.weight (out, r) and for DoRA .lora_magnitude_vector (out,)
 

@@ -11,7 +11,6 @@ Bad input is a ValueError with a sentence for the user, in every module; `run` p
 import argparse
 import contextlib
 import difflib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -448,9 +447,10 @@ def move_reference(args, policy, reference):
 def choose_attention(args, models, rows, dtype, ranks):
     """Settle --attention auto -> a line that says which way the rows go, and why not the other."""
     lengths = [data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens")]
-    reason = None if args.attention == "packed" or packing.is_faster(
-        *lengths, args.micro_batch_size or max(1, args.tokens_per_micro_batch // int(lengths[2].mean())), models[0].model.get_input_embeddings().embedding_dim) else "packed, rows as short as these would be slower"
-    if args.attention != "padded" and not reason:
+    size = args.micro_batch_size or max(1, args.tokens_per_micro_batch // int(lengths[2].mean()))
+    worth = args.attention == "packed" or packing.is_faster(*lengths, size, models[0].model.get_input_embeddings().embedding_dim)
+    reason = None if worth else "packed, rows as short as these would be slower"
+    if args.attention != "padded" and worth:
         for model in models:  # an adapter's dropout would be noise here
             with autocast(dtype, ranks.device), use_adapter(model.model, None):
                 reason = reason or broadcast(packing.can_pack(model), ranks)
@@ -650,10 +650,11 @@ def stop_if_not_finite(step, values, seen, ranks=None, policy=None):
                                  f"{max(0, len(spoiled) - 4)} more, on the rows {'; '.join(ids[:8])}; try a lower --lr"]))
 
 
-def evaluate(logps, loss, hyper, link, rows, pieces, delta, ranks):
+def evaluate(args, logps, loss, hyper, link, rows, delta, ranks):
     """Mean metrics over the held-out rows, all of which a loss that compares pairs sees at once."""
     state = {"mean_chosen_length": float(data.column(rows, "chosen_length").mean()), "delta": delta}
-    tensors = of_all_pairs(logps, rows, np.arange(len(rows)), pieces, ranks)
+    indices = np.arange(len(rows))
+    tensors = of_all_pairs(logps, rows, indices, cut(args, indices, data.column(rows, "tokens"), ranks), ranks)
     return {name: values.mean().item() for name, values in preference_loss(tensors | state, loss, hyper, **link)[1].items()}
 
 
@@ -762,13 +763,13 @@ def newest_checkpoint(folder, ranks):
         try:
             state = json.loads((path / "state.json").read_text())
         except (OSError, ValueError):
-            state = {"files": None}
-        digests = file_digests(path, ranks)
-        if digests == state["files"]:
+            state = {}
+        known, found_now = state.get("files", {}), file_digests(path, ranks)
+        if known == found_now and state:
             return path, state
         if ranks.rank == 0:
-            odd = sorted(name for name in digests.keys() | (state["files"] or {}).keys() if digests.get(name) != (state["files"] or {}).get(name))
-            print(f"{path} is damaged ({', '.join(odd[:3]) or 'state.json'}) and is now {path.with_name(f'damaged-{path.name}')}")
+            odd = sorted({name for name, _ in known.items() ^ found_now.items()}) if known else ["state.json"]
+            print(f"{path} is damaged ({', '.join(odd[:3])}) and is now {path.with_name(f'damaged-{path.name}')}")
             os.replace(path, path.with_name(f"damaged-{path.name}"))
         barrier(ranks)
     if found:
@@ -805,10 +806,6 @@ class Clock:
             if self.name:
                 self.spent[f"time/{self.name}"] = self.spent.get(f"time/{self.name}", 0.0) + now - self.since
             self.name, self.since = name, now
-
-    def emptied(self):
-        spent, self.spent = self.spent, {}
-        return spent
 
 
 class Log:
@@ -937,8 +934,8 @@ def main(argv, ranks):
     # --- optimizer and schedule, from the start or from where the run stopped
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
-    start, delta = load_checkpoint(newest, saved, fixed, optimizer_tensors(model, optimizer, moving_tensors(args, model, reference)), optimizer, scheduler, ranks
-                                   ) if newest else (0, 0.0)
+    start, delta = load_checkpoint(newest, saved, fixed, optimizer_tensors(model, optimizer, moving_tensors(args, model, reference)), optimizer,
+                                   scheduler, ranks) if newest else (0, 0.0)
     policy = wrap(model, ranks)
     say(f"{args.loss} {hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, {len(held_out)} rows held out; "
         f"{dtype} on {ranks.size} x {ranks.device.type}{', ' + args.parallel if ranks.size > 1 else ''}; {folder}")
@@ -960,10 +957,7 @@ def main(argv, ranks):
 
     def look():
         """{split: metrics} on the held-out rows and, in the world, against the truth."""
-        looks = {}
-        if len(held_out):
-            pieces = cut(args, np.arange(len(held_out)), data.column(held_out, "tokens"), ranks)
-            looks["eval"] = evaluate(logps, loss, hyper, link, held_out, pieces, delta, ranks)
+        looks = {"eval": evaluate(args, logps, loss, hyper, link, held_out, delta, ranks)} if len(held_out) else {}
         if home:
             beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA  # else it is no weight of the KL
             looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
@@ -1013,7 +1007,8 @@ def main(argv, ranks):
             log.tick(values)
 
             if step % args.log_every == 0 or last:
-                log.row(step, "train", values | clock.emptied())
+                log.row(step, "train", values | clock.spent)
+                clock.spent.clear()
                 since, count = time.perf_counter(), 0
 
             clock(None)

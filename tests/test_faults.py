@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ALONE, command, make_rows, read_metrics, tiny_model, weights, write_jsonl
+from conftest import ALONE, command, read_metrics, tiny_model, weights
 
 import model as models
 import train

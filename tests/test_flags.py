@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 import torch
-from conftest import ALONE, make_rows, read_metrics, tiny_model, weights, write_jsonl
+from conftest import ALONE, make_rows, read_metrics, tiny_model, write_jsonl
 
 import dpo
 import model as models

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import model as models
 import train
-from model import (Lora, LoraSettings, NF4Linear, adapter_tensors, adapters_off, add_adapter, find_targets, load_adapter, lora_layers, merge,
+from model import (Lora, LoraSettings, NF4Linear, adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, merge,
                    nf4_levels, nf4_quantize, quantize, save_adapter, use_adapter)
 
 IDS = torch.arange(24).view(2, 12) % 20 + 3
@@ -119,7 +119,7 @@ def test_the_reference_is_the_bare_base_and_the_adapter_comes_back_whatever_happ
     add_adapter(model, "policy", find_targets(model, None), KINDS["lora"])
     stir(model, "policy")
     on = logits(model)
-    with contextlib.suppress(RuntimeError), adapters_off(model):
+    with contextlib.suppress(RuntimeError), use_adapter(model, None):
         assert torch.equal(logits(model), bare)
         raise RuntimeError
     assert torch.equal(logits(model), on) and not torch.allclose(on, bare)
