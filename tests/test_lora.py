@@ -448,9 +448,8 @@ def test_a_sync_moves_parameters_and_buffers_alpha_of_the_way():
     policy, reference = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     for tensor in policy.state_dict().values():
         tensor.fill_(5)
-    moving = dict(reference.state_dict())
     for _ in range(2):
-        train.move_reference(moving, policy, train.argparse.Namespace(ref="model", sync_ref_alpha=0.25))
+        train.move_reference(train.argparse.Namespace(ref="model", sync_ref_every=1, sync_ref_alpha=0.25), policy, reference)
     assert torch.allclose(reference.bias, torch.full((3,), 5 * (1 - 0.75 ** 2)))
     assert torch.allclose(reference.running_mean, reference.bias) and reference.num_batches_tracked == 5
 

@@ -128,7 +128,7 @@ SHARDED["sigmoid, DoRA with its base as the reference"] = "sigmoid", {"lora_rank
 SHARDED["sigmoid, a cached reference"] = "sigmoid", {"ref": "cache"}
 SHARDED["sigmoid, tied embeddings"] = "sigmoid", {}
 LONG = {"lr": 1e-2, "epochs": 3, "save_every": 2, "eval_every": 2, "keep_checkpoints": 9, "micro_batch_size": 2}
-MOVING = {"bco_pair, a model that moves": ("bco_pair", {"sync_ref_every": 1}), "aot, LoRA": ("aot", {"lora_rank": 4, "ref": "adapter_off"})}
+MOVING = {"bco_pair, a model that moves": ("bco_pair", {"sync_ref_every": 1}), "aot, an adapter on its base": ("aot", {"lora_rank": 4, "ref": "adapter_off"})}
 
 
 @pytest.fixture(scope="module")
