@@ -922,8 +922,7 @@ def main(argv, ranks):
 
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    checked = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
-    say(choose_attention(args, checked, rows, dtype, ranks))
+    say(choose_attention(args, [module for module in (model, reference) if isinstance(module, SequenceLogps)], rows, dtype, ranks))
     if args.ref == "cache":
         rows, held_out = cache_reference(args, reference, (rows, held_out), weights, tokenizer, dtype, ranks)
         reference = None  # and with it its memory

@@ -1,10 +1,12 @@
 """Adapters, 4-bit weights, and every kind of reference."""
 import contextlib
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -382,11 +384,18 @@ def test_a_cached_reference_gives_the_same_run_and_is_read_the_next_time(fit, tm
 
 def test_after_the_pass_no_reference_is_in_memory(fit, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    seen = []
-    step = train.preference_step
-    monkeypatch.setattr(train, "preference_step", lambda model, reference, *rest, **named: seen.append(reference) or step(model, reference, *rest, **named))
+    loaded, alive, load, step = [], [], train.load_weights, train.preference_step
+
+    def watched(*given):
+        model = load(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train, "load_weights", watched)
+    monkeypatch.setattr(train, "preference_step", lambda *given, **named: alive.append(
+        (gc.collect(), [model() is not None for model in loaded])[1]) or step(*given, **named))
     fit(ref="cache", max_steps=2)
-    assert seen[-1] is None and len(seen) > 3
+    assert alive[-1] == [True, False]  # the policy, and no second model
 
 
 def test_a_cache_is_made_anew_for_other_weights_rows_or_token_weights(fit, tmp_path, monkeypatch):
