@@ -125,8 +125,7 @@ class LoraSettings(NamedTuple):
 
     @property
     def scale(self):
-        """α/r (arXiv:2106.09685, Sec. 4.1), or with rsLoRA α/√r, so that a large rank does not learn more slowly
-        (arXiv:2312.03732)."""
+        """α/r (arXiv:2106.09685, Sec. 4.1), or with rsLoRA α/√r, so that a large rank does not learn more slowly (arXiv:2312.03732)."""
         return self.alpha / (self.rank ** 0.5 if self.rslora else self.rank)
 
 
