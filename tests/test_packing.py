@@ -143,7 +143,7 @@ def test_an_adapter_on_and_off_and_a_frozen_base(tokenizer):
                 parameter.normal_(std=0.1)
     assert distance(outcome(bare, PACKED)[1], outcome(bare, PADDED)[1]) < 1e-6
     assert distance(reference, concatenated_forward(bare, PACKED)["rejected_logps"]) > 1e-3
-    with models.adapters_off(model):
+    with models.use_adapter(model, None):
         assert distance(concatenated_forward(bare, PACKED)["rejected_logps"], reference) < 1e-12
 
 
