@@ -1,6 +1,7 @@
 """Packed rows: the same log-probs as padded ones, or a reason why not."""
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ PACKS = {  # config: what differs from SIZES
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
     "Mixtral": EXPERTS}
 PACKS_NOT = {  # and a word of the reason
-    "Bloom": ({"n_layer": 2, "n_head": 4}, "eager"), "Gemma2": ({}, "eager"), "GptOss": (EXPERTS, "eager"),
+    "Bloom": ({"n_layer": 2, "n_head": 4}, "eager"), "Gemma2": ({}, "eager|softcap"), "GptOss": (EXPERTS, "eager"),
     "Mamba": ({"state_size": 4}, "eager"), "Lfm2": ({"layer_types": ["conv", "full_attention"], "initializer_range": 0.02}, "other tokens"),
     "RecurrentGemma": ({"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8}, "not what it is"),
     "Llama4Text": ({"num_local_experts": 2, "attention_chunk_size": 64}, "other tokens"),
@@ -222,7 +223,7 @@ def test_a_model_that_packs_right_is_found_to(name):
 @pytest.mark.parametrize("name", PACKS_NOT)
 def test_a_model_that_cannot_be_packed_is_found_out(name):
     options, reason = PACKS_NOT[name]
-    assert reason in can_pack(build(name, **options))
+    assert re.search(reason, can_pack(build(name, **options)))
 
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
