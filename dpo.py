@@ -85,8 +85,7 @@ class SequenceLogps(torch.nn.Module):
         if self.bare_head:
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[predictors]  # (N, H)
         if self.bare_head and not alignment:
-            keep = torch.is_grad_enabled() and len(targets) * head.weight.shape[0] <= packing.FULL_LOGITS
-            token_logps = packing.ChunkedLogps.apply(hidden, head.weight, head.bias, targets, keep)  # (N,)
+            token_logps = packing.ChunkedLogps.apply(hidden, head.weight, head.bias, targets, torch.is_grad_enabled())  # (N,)
         else:  # logits that are scaled or capped after the head: only the model itself knows how
             logits = head(hidden) if self.bare_head else self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors]
             token_logps = selected_logps(logits, targets)

@@ -1060,9 +1060,10 @@ def run():
         leave_distributed(ranks)
         sys.exit(130 if stopped else 0)
     except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        if explain(error) is None:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        print(f"error{f' on rank {rank}' if rank else ''}: {explain(error)}", file=sys.stderr, flush=True)
+        print(f"error{f' on rank {rank}' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted before the first step: nothing was saved", file=sys.stderr)

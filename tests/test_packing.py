@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -334,11 +335,16 @@ def test_many_positions_are_scored_in_chunks_and_change_nothing(monkeypatch, nam
     assert distance(found, whole) < 1e-12 and distance(chunked, gradient) < 1e-6
 
 
-def test_kept_logits_are_let_go_and_a_second_backward_finds_the_same():
+@pytest.mark.parametrize("budget, alive", [(97 * 23, [5, 4, 3, 2, 1]), (97 * 12, [2, 1, 0, 0, 0])])
+def test_logits_are_kept_up_to_the_budget_let_go_one_by_one_and_made_again_for_a_second_backward(monkeypatch, budget, alive):
+    monkeypatch.setattr(packing, "CHUNK", 97 * 5)
+    monkeypatch.setattr(packing, "FULL_LOGITS", budget)
     hidden, weight, targets = torch.randn(23, 16).double(), torch.randn(97, 16).double().requires_grad_(), torch.randint(97, (23,))
     logps = ChunkedLogps.apply(hidden, weight, None, targets, True)
+    kept, found = [weakref.ref(logits) for logits in logps.grad_fn.kept], []
+    monkeypatch.setattr(packing, "in_cache", lambda *parts: found.append(sum(x() is not None for x in kept)) or [[x[:] for x in parts]])
     first, second = (torch.autograd.grad(logps.sum(), weight, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second) and not logps.grad_fn.kept
+    assert found == alive + [0] * 5 and torch.equal(first, second)
 
 
 def test_chunks_under_autocast_round_as_all_logits_do(monkeypatch):
