@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (LOSSES, alphapo, aot, aot_unpaired, apo_down, apo_zero, bco_pair, cal_dpo, chipo, combine, cpo, discopop,
+from losses import (LOSSES, alphapo, aot_unpaired, apo_down, apo_zero, bco_pair, cal_dpo, chipo, discopop,
                     dpop, exo_pair, f_divergence_score, find, hinge, hyperparameters, ipo, kto_pair, nca_pair, needs_reference,
-                    needs_rejected, odpo, orpo, rdpo, robust, sft, sigmoid, sigmoid_norm, simpo, slic, sppo_hard, tensor_arguments,
+                    needs_rejected, odpo, orpo, rdpo, robust, sft, sigmoid, simpo, slic, sppo_hard, tensor_arguments,
                     update_delta)
 
 NAMES = [name for name, function in LOSSES.items() if name == function.__name__]

@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # before `datasets` is imported
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -94,6 +96,13 @@ def read_metrics(path):
     return [json.loads(line) for line in (pathlib.Path(path) / "metrics.jsonl").read_text().splitlines()]
 
 
+def same_metrics(left, right, tolerance):
+    assert [(row["step"], row["split"]) for row in left] == [(row["step"], row["split"]) for row in right]
+    for a, b in zip(left, right):
+        for name in set(a) - {"tokens_per_second", "split"}:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (name, a["step"], a["split"])
+
+
 def weights(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
 
@@ -101,3 +110,26 @@ def weights(path):
 def command(*arguments, torchrun=0):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
     return [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def launch(folder, pairs, out, torchrun=0, **more):
+    """A run in a process of its own, or in several."""
+    flags = dict(model=folder, dataset=pairs, output_dir=out, batch_size=8, micro_batch_size=3, max_length=64, lr=1e-2, eval_share=0.1,
+                 log_every=1, save_every=5) | more
+    return subprocess.Popen(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=torchrun), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_checkpoint(process, out):
+    while not list(out.glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def unfinished(out):
+    """As a run is whose end was cut off: checkpoints, and no model beside them."""
+    (out / "config.json").write_text(json.dumps({"flags": json.loads((out / "config.json").read_text())["flags"]}))
+    for path in out.iterdir():
+        if path.is_file() and path.name not in ("config.json", "metrics.jsonl", ".lock"):
+            path.unlink()
+    return out

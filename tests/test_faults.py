@@ -1,30 +1,18 @@
 """Whatever ends a run, nothing that was saved is lost, and the next run says what is wrong or goes on exactly."""
-import json
 import os
 import pathlib
 import resource
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ALONE, command, read_metrics, tiny_model, weights
+from conftest import ALONE, launch, read_metrics, tiny_model, unfinished, wait_for_checkpoint, weights
 
 import model as models
 import train
 
 STEPS = dict(max_steps=6, save_every=2)
-
-
-def unfinished(out):
-    """As a run is whose end was cut off: checkpoints, and no model beside them."""
-    (out / "config.json").write_text(json.dumps({"flags": json.loads((out / "config.json").read_text())["flags"]}))
-    for path in out.iterdir():
-        if path.is_file() and path.name not in ("config.json", "metrics.jsonl", ".lock"):
-            path.unlink()
-    return out
 
 
 def resume(out):
@@ -144,21 +132,8 @@ def test_out_of_memory_names_the_flags_that_help(fit, monkeypatch, capsys, folde
         assert f"--{flag}" in said and flag.split()[0] in vars(train.parse_args([])[0])
 
 
-def launch(folder, pairs, out, torchrun=0, **more):
-    flags = dict(model=folder, dataset=pairs, output_dir=out, batch_size=8, micro_batch_size=3, max_length=64, lr=1e-2, eval_share=0.1,
-                 log_every=1, epochs=4000, save_every=5) | more
-    return subprocess.Popen(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=torchrun), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for_checkpoint(process, out):
-    while not list(out.glob("checkpoint-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-
-
 def test_two_runs_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(folder, pairs, tmp_path):
-    process = launch(folder, pairs, tmp_path / "out")
+    process = launch(folder, pairs, tmp_path / "out", epochs=4000)
     wait_for_checkpoint(process, tmp_path / "out")
     for flags in (["--resume"], [f"--model={folder}", f"--dataset={pairs}"]):
         with pytest.raises(ValueError, match="another run is writing there"):
@@ -177,7 +152,7 @@ def workers(process):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_where_one_process_is_killed_the_others_say_so_and_end_within_a_minute(folder, pairs, tmp_path, parallel):
-    process = launch(folder, pairs, tmp_path / "out", torchrun=2, parallel=parallel)
+    process = launch(folder, pairs, tmp_path / "out", torchrun=2, parallel=parallel, epochs=4000)
     wait_for_checkpoint(process, tmp_path / "out")
     os.kill(workers(process)[-1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)

@@ -273,7 +273,7 @@ def one_later(batch):
 
 
 def first_of_rejected(batch):  # predicted by what stands before it in the row, which is the chosen answer
-    half, (_, *fed) = len(batch["labels"]) // 2, zip(*batch["packed"])
+    half = len(batch["labels"]) // 2
     ends = np.cumsum(batch["packed"])
     batch["predictors"][half:, 0] = torch.from_numpy(ends[1::3] - 1)
 

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ALONE, ROOT, SHARED, command, make_rows, read_metrics, tiny_model, weights, write_jsonl
+from conftest import (ALONE, ROOT, SHARED, command, launch, make_rows, read_metrics, same_metrics, tiny_model, unfinished, wait_for_checkpoint,
+                      weights, write_jsonl)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as models
@@ -19,13 +19,6 @@ from losses import find, hyperparameters
 
 def run(arguments, **options):
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
-
-
-def same_metrics(left, right, tolerance):
-    assert [(row["step"], row["split"]) for row in left] == [(row["step"], row["split"]) for row in right]
-    for a, b in zip(left, right):
-        for name in set(a) - {"tokens_per_second", "split"}:
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (name, a["step"], a["split"])
 
 
 # --- one optimizer step is one function of its pairs
@@ -211,19 +204,6 @@ def uninterrupted(fit):
     return fit(**LONG, out="whole")
 
 
-def start(folder, pairs, out, torchrun=0):
-    flags = dict(model=folder, dataset=pairs, output_dir=out, batch_size=8, micro_batch_size=3, max_length=64, lr=1e-2, eval_share=0.1,
-                 log_every=1) | LONG
-    return subprocess.Popen(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=torchrun), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for_checkpoint(process, out):
-    while not list(out.glob("checkpoint-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
-
-
 def check_resumed(out, uninterrupted):
     assert not (out / "model.safetensors").exists()  # it was stopped before its end
     with open(out / "metrics.jsonl", "a") as file:  # a step after the checkpoint, and a row torn by the kill
@@ -244,14 +224,13 @@ def test_the_running_shift_of_bco_goes_on_where_it_stopped(fit, tmp_path):
         delta = 0.9 * delta + 0.05 * (row["rewards/chosen"] + row["rewards/rejected"])
     assert delta != 0
     out, _ = fit(loss="bco_pair", max_steps=6, save_every=3, out="half")
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({"flags": config["flags"]}))  # as if it had been killed after its checkpoint
+    unfinished(out)
     train.main(["--output_dir", str(out), "--resume"], ALONE)
     same_metrics(whole, read_metrics(out), 0)
 
 
 def test_a_killed_run_that_is_resumed_ends_bit_for_bit_like_one_that_was_not(folder, pairs, tmp_path, uninterrupted):
-    process = start(folder, pairs, tmp_path / "killed")
+    process = launch(folder, pairs, tmp_path / "killed", **LONG)
     wait_for_checkpoint(process, tmp_path / "killed")
     process.kill()
     process.wait()
@@ -261,7 +240,7 @@ def test_a_killed_run_that_is_resumed_ends_bit_for_bit_like_one_that_was_not(fol
 @pytest.mark.parametrize("torchrun", [0, 2])
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(folder, pairs, tmp_path, uninterrupted, torchrun):
     out = tmp_path / "stopped"
-    process = start(folder, pairs, out, torchrun)
+    process = launch(folder, pairs, out, torchrun, **LONG)
     wait_for_checkpoint(process, out)
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
@@ -298,8 +277,7 @@ def test_a_complete_run_resumes_to_nothing_and_is_not_overwritten(fit, capsys):
 
 def test_a_resumed_run_may_not_change_what_it_computes(fit, tmp_path):
     out, _ = fit(max_steps=4, save_every=2)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({"flags": config["flags"]}))  # as before its end
+    unfinished(out)
     for flag, name in (("--beta=0.2", "beta"), ("--loss=ipo", "loss"), ("--lr=0.5", "lr"), ("--max_steps=9", "max_steps")):
         with pytest.raises(ValueError, match=f"--{name} .* may not change"):
             train.main(["--output_dir", str(out), "--resume", flag], ALONE)
@@ -308,8 +286,7 @@ def test_a_resumed_run_may_not_change_what_it_computes(fit, tmp_path):
 def test_a_resumed_run_may_not_change_its_rows(fit, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(30))
     out, _ = fit(dataset=path, max_steps=4, save_every=2, eval_share=0)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({"flags": config["flags"]}))
+    unfinished(out)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(20))
     with pytest.raises(ValueError, match="--resume: the data set is not the one that this run began with"):
         train.main(["--output_dir", str(out), "--resume"], ALONE)
