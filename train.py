@@ -196,22 +196,26 @@ def parse_args(argv):
 LORA = {"lora_alpha": None, "lora_target": None, "lora_dropout": 0.0, "rslora": False, "dora": False}  # and what they are left out
 
 
+def refuse(*cases):
+    """Each case: whether it is wrong, the flag with its value, the reason."""
+    for wrong, flag, reason in cases:
+        if wrong:
+            raise ValueError(f"--{flag}: {reason}")
+
+
 def settle_reference(args, loss):
     """Fill in what follows from other flags, and refuse what contradicts them."""
     if args.adapter and args.model == "world":
         args.model = read_adapter(args.adapter)[2] or args.model
     if unread := [name for name, unset in LORA.items() if getattr(args, name) != unset and (args.adapter or not args.lora_rank)]:
         raise ValueError(f"--{unread[0]}: is of a new adapter, so give --lora_rank" + (" and no --adapter" if args.adapter else ""))
-    if args.adapter and args.lora_rank:
-        raise ValueError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of its own; give one of them")
-    if args.lora_dropout and "batch" in loss.marks:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its log-probs twice, and they must be the same")
-    if args.quantize and args.parallel == "fsdp":
-        raise ValueError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; use --parallel ddp")
-    if args.lora_dropout >= 1:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
-    if args.quantize and not (args.adapter or args.lora_rank):
-        raise ValueError(f"--quantize {args.quantize}: 4-bit weights can't be trained; train an adapter, by --lora_rank or --adapter")
+    adapted, dropout, quantized = args.adapter or args.lora_rank, f"lora_dropout {args.lora_dropout}", f"quantize {args.quantize}"
+    refuse(
+        (args.adapter and args.lora_rank, f"lora_rank {args.lora_rank}", f"--adapter {args.adapter} has a rank of its own; give one of them"),
+        (args.lora_dropout and "batch" in loss.marks, dropout, f"{loss.__name__} computes its log-probs twice, and they must be the same"),
+        (args.lora_dropout >= 1, dropout, "leaves nothing; it must be below 1"),
+        (args.quantize and args.parallel == "fsdp", quantized, "weights of 4 bits are not sharded; use --parallel ddp"),
+        (args.quantize and not adapted, quantized, "4-bit weights can't be trained; train an adapter, by --lora_rank or --adapter"))
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     if not needs_reference(loss):
@@ -219,9 +223,9 @@ def settle_reference(args, loss):
         return
     natural = "model" if args.ref_model else "adapter" if args.adapter else "adapter_off" if args.lora_rank else "model"
     args.ref = args.ref or ("none" if args.reference_free else natural)
-    none, adapted, moves = args.ref == "none", args.adapter or args.lora_rank, args.ref in ("model", "adapter")
+    none, moves = args.ref == "none", args.ref in ("model", "adapter")
     alpha, batch = args.sync_ref_alpha, args.ref_batch_size
-    for wrong, flag, reason in (
+    refuse(
         (none and not args.reference_free, "ref none", "this loss has a reference; --reference_free puts zeros in its place"),
         (not none and args.reference_free, f"ref {args.ref}", "is not read with --reference_free"),
         (args.ref == "adapter" and not args.adapter, "ref adapter", "there is no --adapter to start from"),
@@ -231,10 +235,7 @@ def settle_reference(args, loss):
         (batch and args.ref != "cache", f"ref_batch_size {batch}", "is of --ref cache"),
         (args.sync_ref_every and not moves, f"sync_ref_every {args.sync_ref_every}", f"a reference of --ref {args.ref} can't move"),
         (alpha and not args.sync_ref_every, f"sync_ref_alpha {alpha}", "is read with --sync_ref_every"),
-        ((alpha or 0) > 1, f"sync_ref_alpha {alpha}", "must be in (0, 1]"),
-    ):
-        if wrong:
-            raise ValueError(f"--{flag}: {reason}")
+        ((alpha or 0) > 1, f"sync_ref_alpha {alpha}", "must be in (0, 1]"))
     if args.sync_ref_every and not args.sync_ref_alpha:
         args.sync_ref_alpha = 0.6
 
@@ -257,14 +258,14 @@ def check_args(args, saved):
                              "and may not change when it is resumed")
     if args.epochs and args.max_steps:
         raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how long to train: give one")
-    if args.model == "world" and args.dataset != "world":
-        raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own data's; give another --model")
     if args.tokens_per_micro_batch and args.micro_batch_size:
         raise ValueError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch {args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
-    if args.eval_share is not None and (args.eval_share >= 1 or args.eval_dataset or args.dataset == "world"):
-        raise ValueError(f"--eval_share {args.eval_share}: " + ("leaves nothing to train on" if args.eval_share >= 1 else
-                         "the held-out rows are " + (args.eval_dataset or "the world's own")))
+    share, other = args.eval_share, args.eval_dataset or args.dataset == "world" and "the world's own"
+    refuse((args.model == "world" and args.dataset != "world", f"dataset {args.dataset}", "--model world knows no words but its own data's; "
+            "give another --model"),
+           (share is not None and share >= 1, f"eval_share {share}", "leaves nothing to train on"),
+           (share is not None and other, f"eval_share {share}", f"the held-out rows are {other}"))
 
 
 def variants(args):
@@ -320,11 +321,6 @@ def answer_logps(model, home, tokenizer, device):
     batches = (collate(every[i:i + 1024], tokenizer, device) for i in range(0, len(every), 1024))
     logps = torch.cat([model(**concatenated_inputs(batch, ("chosen",)))[0] for batch in batches])
     return logps.view(len(world.THINGS), -1).cpu()
-
-
-def measure(model, home, tokenizer, device, beta):
-    reference = torch.from_numpy(np.load(home / "reference.npy"))
-    return world.metrics(answer_logps(model, home, tokenizer, device), reference, beta)
 
 
 def sum_up(values):
@@ -658,13 +654,6 @@ def evaluate(args, logps, loss, hyper, link, rows, delta, ranks):
     return {name: values.mean().item() for name, values in preference_loss(tensors | state, loss, hyper, **link)[1].items()}
 
 
-def compare_all(logps, loss, hyper, link, rows, window, pieces, state, ranks):
-    """A loss that compares pairs, on the whole window: the weight of each log-prob in its gradient, and the metrics, (len(window),) each.
-    It costs a forward, of the policy alone where the batch brings the reference's log-probs."""
-    tensors = of_all_pairs(logps, rows, window, pieces, ranks)
-    return logp_gradients(tensors | state, loss, hyper, **link)
-
-
 # --- In the loop: files. Everything is written aside and renamed. -----------------------------------------------------
 
 def write(path, text):
@@ -959,7 +948,8 @@ def main(argv, ranks):
         looks = {"eval": evaluate(args, logps, loss, hyper, link, held_out, delta, ranks)} if len(held_out) else {}
         if home:
             beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA  # else it is no weight of the KL
-            looks["world"] = measure(model, home, tokenizer, ranks.device, beta)
+            truth = torch.from_numpy(np.load(home / "reference.npy"))
+            looks["world"] = world.metrics(answer_logps(model, home, tokenizer, ranks.device), truth, beta)
         return looks
 
     with claim(folder, args.resume, ranks), spared(folder), caught_signals() as stopped:
@@ -973,7 +963,7 @@ def main(argv, ranks):
             torch.manual_seed(args.seed + 1_000_003 * (step * ranks.size + ranks.rank))  # of an adapter's dropout, if it has any
             pieces = cut(args, window, tokens, ranks)
             if "batch" in loss.marks:
-                slopes, found = compare_all(logps, loss, hyper, link, rows, window, pieces, state, ranks)
+                slopes, found = logp_gradients(of_all_pairs(logps, rows, window, pieces, ranks) | state, loss, hyper, **link)
             for i, (places, weight) in enumerate(pieces):
                 clock("data")
                 columns = rows[window[places]]
