@@ -1,7 +1,7 @@
 """Time the training step of train.py: how fast, in how much memory, and at which share of what the machine can do.
 
     python bench.py --model M --data pairs.jsonl --batch_size 8 --no_shuffle --threads 1         # prints one JSON line
-    python bench.py --compare "python bench_trl.py --compact_head" --model M ... --no_shuffle    # and its ratio to another trainer
+    python bench.py --compare "python tests/bench_trl.py" --model M ... --no_shuffle             # and its ratio to another trainer
 
 It is train.main that runs, and the clock is read at the end of each optimizer step: between two is all that a user waits for, rows and
 metrics too. `unique_tokens_per_s` counts each prompt once, `nonpad_tokens_per_s` before each answer.

@@ -12,6 +12,7 @@ Letters: B pairs, S sides (2, or 1 without rejected answers), T tokens fed, K ke
 """
 import contextlib
 import functools
+import inspect
 import itertools
 
 import numpy as np
@@ -21,11 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
+except ImportError:
+    varlen_attn = None
+if varlen_attn and "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # that of an older torch, which knows no windows either
     varlen_attn = None
 
 IGNORE = -100  # label of a token that is not scored, as everywhere
-FULL_LOGITS = 2**27  # so many are kept for backward, 512 MiB of fp32; more are made twice
+FULL_LOGITS = 2**27  # so many are kept for backward, 512 MiB in fp32; what is more is made twice
 CHUNK = 2**24  # so many are worked on at a time
 CACHE = 2**18  # and so many by a CPU
 BREAK_EVEN = 150_000  # see is_faster
@@ -287,7 +290,7 @@ def chunks(count, vocabulary):
 
 def in_cache(logits, *others):
     """These in parts of so few rows that a CPU keeps them in its cache through several element-wise steps, which halves their time."""
-    size = len(logits) if logits.is_cuda else max(1, CACHE // logits.shape[1])
+    size = max(1, CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     return zip(*(x.split(size) for x in (logits, *others)))
 
 

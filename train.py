@@ -30,10 +30,10 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import tqdm
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from transformers import get_scheduler
 
 import data
 import packing
@@ -921,7 +921,7 @@ def main(argv, ranks):
 
     # --- optimizer and schedule, from the start or from where the run stopped
     optimizer = make_optimizer(model, args.lr, ranks.device)
-    scheduler = transformers.get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
+    scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, args.warmup_steps, steps)
     start, delta = load_checkpoint(newest, saved, fixed, optimizer_tensors(model, optimizer, moving_tensors(args, model, reference)), optimizer,
                                    scheduler, ranks) if newest else (0, 0.0)
     policy = wrap(model, ranks)
