@@ -310,6 +310,7 @@ def test_a_layout_that_is_wrong_is_refused(monkeypatch, mutation, autocast):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_chunked_log_probs_are_those_of_all_logits_in_value_and_gradient(monkeypatch, bias, frozen):
     monkeypatch.setattr(packing, "CHUNK", 97 * 4)  # 4 positions at a time, and a rest
+    monkeypatch.setattr(packing, "CACHE", 97 * 3)  # in parts of 3 and 1
     torch.manual_seed(0)
     hidden, weight, offset = torch.randn(23, 16).double(), torch.randn(97, 16).double(), torch.randn(97).double()
     targets, slope, gradients = torch.randint(97, (23,)), torch.randn(23).double(), []
