@@ -22,8 +22,8 @@ def selected_logps(logits, targets):
 
 def sum_scored(token_values, scored):
     """Sum each row's scored tokens: (N,), (B, T) bool -> (B,). Added up along the row, so batch mates play no part."""
-    table = torch.zeros(scored.shape, dtype=token_values.dtype, device=token_values.device)
-    return table.masked_scatter(scored, token_values).sum(-1)
+    places = scored.flatten().nonzero()[:, 0].to(token_values.device, non_blocking=True)
+    return token_values.new_zeros(scored.numel()).index_copy(0, places, token_values).view(scored.shape).sum(-1)
 
 
 def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
@@ -60,7 +60,7 @@ class SequenceLogps(torch.nn.Module):
     what DDP and FSDP hook into.
 
     labels (2B, T), padded as the other inputs are; or with `predictors` (2B, L), of packing.collate: the labels alone, and at which
-    position of all inputs each is predicted.
+    position of all inputs each is predicted. Left on the CPU, they tell how many are scored without waiting for a GPU.
     Without labels, for packing.can_pack: the logits.
     token_weights like labels, optional: each scored token's log-prob is multiplied by its weight before the sum.
     alignment: also return each row's mean of `aligned_logps`, (2B,), without a graph.
@@ -80,7 +80,8 @@ class SequenceLogps(torch.nn.Module):
             predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
             labels, token_weights = labels[:, 1:], None if token_weights is None else token_weights[:, 1:]
         scored = labels != IGNORE  # (2B, T-1)
-        predictors, targets, lengths = predictors[scored], labels[scored], scored.sum(-1)  # (N,), (N,), (2B,)
+        predictors, targets, lengths = (x.to(inputs["input_ids"].device, non_blocking=True)
+                                        for x in (predictors[scored], labels[scored], scored.sum(-1)))  # (N,), (N,), (2B,)
         head = self.model.get_output_embeddings()
         if self.bare_head:
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[predictors]  # (N, H)
@@ -89,7 +90,7 @@ class SequenceLogps(torch.nn.Module):
         else:  # logits that are scaled or capped after the head: only the model itself knows how
             logits = head(hidden) if self.bare_head else self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors]
             token_logps = selected_logps(logits, targets)
-        weighted = token_logps if token_weights is None else token_logps * token_weights[scored]
+        weighted = token_logps if token_weights is None else token_logps * token_weights[scored].to(token_logps.device)
         out = sum_scored(weighted, scored), lengths
         return (*out, sum_scored(aligned_logps(logits, token_logps), scored) / lengths) if alignment else out
 

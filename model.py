@@ -461,8 +461,7 @@ def wrap(module, ranks):
     """Average gradients over the ranks during backward: what is sharded does so by itself."""
     if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
-    return DDP(module, device_ids=[ranks.device] if ranks.device.type == "cuda" else None, gradient_as_bucket_view=True,
-               broadcast_buffers=False)
+    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False)  # without device_ids, which would move labels to the GPU
 
 
 def sync_gradients(module, on):

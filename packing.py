@@ -58,8 +58,8 @@ def index_of(packed, device):
     found = segments(packed)
     keys = [np.r_[prefix:prefix + length, first:first + count] for prefix, length, first, count in found]
     sizes = [count for *_, count in found], list(map(len, keys))
-    ends = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in sizes]
-    return torch.from_numpy(np.concatenate(keys)).to(device), *sizes, ends
+    ends = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32).to(device, non_blocking=True) for x in sizes]
+    return torch.from_numpy(np.concatenate(keys)).to(device, non_blocking=True), *sizes, ends
 
 
 def attention(module, query, key, value, attention_mask, packed=None, **options):

@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import types
 import weakref
 
 import numpy as np
@@ -15,6 +16,7 @@ import data
 import dpo
 import model as models
 import packing
+import train
 from dpo import SequenceLogps, concatenated_forward, preference_step
 from losses import sft, sigmoid
 from packing import ChunkedLogps
@@ -109,6 +111,23 @@ def test_every_output_has_the_name_and_value_it_has_padded(llama):
     packed, padded = (concatenated_forward(llama, batch, alignment=True) for batch in (PACKED, PADDED))
     assert packed.keys() == padded.keys()
     assert all(torch.allclose(packed[name], padded[name], rtol=1e-10) for name in padded)
+
+
+@pytest.mark.parametrize("variant", [{}, {"wpo": True}, {"ld_alpha": 0.3}])
+def test_forward_and_backward_never_wait_to_read_a_value_from_the_device(monkeypatch, variant):
+    """Tensors on "meta" have none, so that a step there fails where one on a GPU would wait. (Padded, transformers' mask reads one.)
+    The attention that only a GPU runs is at least called there as torch allows."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no "meta"
+    if packing.varlen_attn and not variant:
+        monkeypatch.setattr(packing, "one_by_one", packing.in_one_call)
+    with torch.device("meta"):
+        policy, reference = (SequenceLogps(build("Llama")) for _ in range(2))
+    policy.bare_head = reference.bare_head = True
+    batch = train.collate(make_columns(), types.SimpleNamespace(pad_token_id=0), torch.device("meta"), packed=True)
+    losses, metrics = preference_step(policy, reference, batch, sigmoid, **variant)
+    losses.sum().backward()
+    assert losses.is_meta and all(value.is_meta for value in metrics.values())
+    assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
 def test_rows_without_rejected_answers_are_prompt_and_answer(llama):
