@@ -22,7 +22,7 @@ def selected_logps(logits, targets):
 
 def sum_scored(token_values, scored):
     """Sum each row's scored tokens: (N,), (B, T) bool -> (B,). Added up along the row, so batch mates play no part."""
-    places = scored.flatten().nonzero()[:, 0].to(token_values.device, non_blocking=True)
+    places = packing.to_device(scored.flatten().nonzero()[:, 0], token_values.device)
     return token_values.new_zeros(scored.numel()).index_copy(0, places, token_values).view(scored.shape).sum(-1)
 
 
@@ -80,7 +80,7 @@ class SequenceLogps(torch.nn.Module):
             predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
             labels, token_weights = labels[:, 1:], None if token_weights is None else token_weights[:, 1:]
         scored = labels != IGNORE  # (2B, T-1)
-        predictors, targets, lengths = (x.to(inputs["input_ids"].device, non_blocking=True)
+        predictors, targets, lengths = (packing.to_device(x, inputs["input_ids"].device)
                                         for x in (predictors[scored], labels[scored], scored.sum(-1)))  # (N,), (N,), (2B,)
         head = self.model.get_output_embeddings()
         if self.bare_head:
@@ -90,7 +90,7 @@ class SequenceLogps(torch.nn.Module):
         else:  # logits that are scaled or capped after the head: only the model itself knows how
             logits = head(hidden) if self.bare_head else self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors]
             token_logps = selected_logps(logits, targets)
-        weighted = token_logps if token_weights is None else token_logps * token_weights[scored].to(token_logps.device)
+        weighted = token_logps if token_weights is None else token_logps * packing.to_device(token_weights[scored], token_logps.device)
         out = sum_scored(weighted, scored), lengths
         return (*out, sum_scored(aligned_logps(logits, token_logps), scored) / lengths) if alignment else out
 

@@ -58,8 +58,13 @@ def index_of(packed, device):
     found = segments(packed)
     keys = [np.r_[prefix:prefix + length, first:first + count] for prefix, length, first, count in found]
     sizes = [count for *_, count in found], list(map(len, keys))
-    ends = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32).to(device, non_blocking=True) for x in sizes]
-    return torch.from_numpy(np.concatenate(keys)).to(device, non_blocking=True), *sizes, ends
+    ends = [to_device(torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32), device) for x in sizes]
+    return to_device(torch.from_numpy(np.concatenate(keys)), device), *sizes, ends
+
+
+def to_device(tensor, device):
+    """Without waiting for what a GPU is doing: only from pinned memory is it so."""
+    return (tensor.pin_memory() if tensor.is_cpu and device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def attention(module, query, key, value, attention_mask, packed=None, **options):
@@ -191,7 +196,7 @@ def compare(module):
         gradient = torch.autograd.grad(found[i], embedded, retain_graph=True)[0]  # (1, T, H)
         if not torch.equal(gradient.any(-1), expected.any(-1)):
             return "an answer's log-prob depends on other tokens than its own"
-        close = tolerance(dtype, embedded.device.type)
+        close = max(1e-4, 16 * (2**-10 if embedded.is_cuda and dtype == torch.float32 else torch.finfo(dtype).eps))  # 2⁻¹⁰: TF32
         if not torch.allclose(found[i], alone[0], rtol=close) or (gradient - expected).norm() > close * expected.norm():
             return "an answer's log-prob is not what it is in a row of its own"
 
@@ -207,11 +212,6 @@ def logps_and_embeddings(module, labels, predictors, **inputs):
         hook.remove()
     logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)[predictors]  # (S B, L, V)
     return (logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORE)).sum(-1), embedded[0], logits.dtype
-
-
-def tolerance(dtype, device):
-    """Relative, of deep models too."""
-    return max(1e-4, 16 * (2**-10 if device == "cuda" and dtype == torch.float32 else torch.finfo(dtype).eps))  # 2⁻¹⁰: TF32
 
 
 @contextlib.contextmanager

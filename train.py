@@ -336,7 +336,7 @@ def sum_up(values):
 def collate(rows, tokenizer, device, packed=False):
     """A batch on the device, but for labels and what goes with them: see SequenceLogps."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked either way
-    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) and not name.endswith(("labels", "predictors")) else value
+    return {name: packing.to_device(value, device) if torch.is_tensor(value) and not name.endswith(("labels", "predictors")) else value
             for name, value in (data.known(rows) | packing.collate(rows) if packed else data.collate(rows, pad)).items()}
 
 
