@@ -6,7 +6,8 @@ The positions of a rejected answer start again after its prompt, and it does not
 predicts nothing and is not fed. The hidden state at the end of a prompt predicts the first token of both answers, so it is used twice.
 
 A model is not patched: it is told to use the attention function registered here, which is transformers' own `sdpa` but where the
-keyword argument `packed` says how a row is laid out. Whether that is right for a model is not believed but tried: `can_pack`.
+keyword argument `packed` says how a row is laid out, and hooks in its last block leave out what nothing reads. Whether that is right
+for a model is not believed but tried: `can_pack`.
 
 Letters: B pairs, S sides (2, or 1 without rejected answers), T tokens fed, K keys, L tokens of the longest answer, N scored tokens.
 """
@@ -33,7 +34,7 @@ CHUNK = 2**24  # so many are worked on at a time
 CACHE = 2**18  # and so many by a CPU
 BREAK_EVEN = 150_000  # see is_faster
 NAME = "sdpa_or_packed"
-INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "labels", "predictors")  # what `collate` makes
+INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "read", "labels", "predictors")  # what `collate` makes
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -114,7 +115,38 @@ AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])  # where
 
 def enable(model):
     """From now on the model obeys `packed`. For good, since gradient checkpointing asks again in backward; not saved with the model."""
-    model.config._attn_implementation = NAME
+    if model.config._attn_implementation != NAME:
+        model.config._attn_implementation = NAME
+        blocks = [module for module in model.modules() if hasattr(module, "mlp")]
+        if blocks and not hasattr(blocks[-1].mlp, "told"):
+            leave_out_unread(blocks[-1])
+
+
+def leave_out_unread(block):
+    """What the last block makes of a prompt no attention reads, and the head at the prompt's end only. So its MLP runs on the tokens `read`,
+    and gives zeros elsewhere. It hears of them from the attention before it, which gradient checkpointing calls again too."""
+    block.mlp.told = told = {"read": None}
+    for child in block.children():
+        if "attention_mask" in inspect.signature(child.forward).parameters:
+            child.told = told
+            child.register_forward_pre_hook(tell, with_kwargs=True)
+    block.mlp.register_forward_pre_hook(take_out)
+    block.mlp.register_forward_hook(put_back)
+
+
+def tell(module, args, options):
+    module.told["read"] = options.get("read")
+
+
+def take_out(mlp, args):
+    if mlp.told["read"] is not None:
+        mlp.told["tokens"] = args[0].shape[1]
+        return args[0].index_select(1, mlp.told["read"])
+
+
+def put_back(mlp, args, out):
+    if mlp.told["read"] is not None:
+        return out.new_zeros(1, mlp.told["tokens"], out.shape[-1]).index_copy(1, mlp.told["read"], out)
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -123,8 +155,8 @@ def collate(rows):
     """{column: list of lists} -> the arguments of dpo.SequenceLogps.
 
     input_ids, position_ids (1, T); packed, see `segments`; attention_mask, of a shape that transformers hands on as it is instead of
-    making a (T, T) mask; labels (S B, L), the tokens to score, chosen answers first, IGNORE after the end of each; predictors (S B, L),
-    at which of the T tokens they are predicted
+    making a (T, T) mask; read, those of the T tokens that predict something; labels (S B, L), the tokens to score, chosen answers first,
+    IGNORE after the end of each; predictors (S B, L), at which of the T tokens they are predicted
     """
     prompts, answers = rows["prompt_ids"], [rows[f"{side}_ids"] for side in ("chosen", "rejected") if f"{side}_ids" in rows]
     fed = [(len(prompt), *(len(answer) - 1 for answer in pair)) for prompt, *pair in zip(prompts, *answers)]
@@ -137,7 +169,8 @@ def collate(rows):
     labels = np.full((len(lengths), len(rank)), IGNORE)
     labels[rank < lengths] = np.concatenate([answer for side in answers for answer in side])
     return {"input_ids": torch.tensor([list(itertools.chain(*ids))]), "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "packed": tuple(fed), "labels": torch.from_numpy(labels),
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "packed": tuple(fed),
+            "read": torch.from_numpy(np.concatenate([np.arange(end[0] - 1, end[-1]) for end in ends])), "labels": torch.from_numpy(labels),
             "predictors": torch.from_numpy(np.where(rank == 0, last, (begins + rank - 1) * (rank < lengths)))}
 
 
@@ -161,7 +194,7 @@ def can_pack(module):
     Tried on a few short rows, under the autocast of the run and without, and with every sliding window shrunk below their length. Each
     answer's log-prob must have its value, and so must its gradient by the token embeddings, which is exactly zero at all other tokens
     however little the model made of them. (Comparing bits instead would miss a leak that rounds to nothing, and refuse mixtures of
-    experts, whose bits depend on what else goes to an expert.) The model is left as it was.
+    experts, whose bits depend on what else goes to an expert.) The model is left as it was, but for hooks that no padded row wakes.
     """
     model = module.model
     before, device = model.config._attn_implementation, model.device.type

@@ -151,6 +151,11 @@ def test_gradient_checkpointing_recomputes_packed_rows_as_packed(llama):
     for found, value in zip(outcome(llama, PACKED), expected):
         assert torch.equal(found, value)
     assert distance(outcome(llama, PADDED)[1], expected[1]) < 1e-6
+    other = packing.collate(make_columns(seed=2, prompts=(3, 8), chosen=(2, 9), rejected=(6, 1)))
+    batches = [preference_step(llama, None, batch, sigmoid, reference_free=True)[0] for batch in (PACKED, other)]  # then both backward
+    llama.zero_grad()
+    batches[0].mean().backward()
+    assert distance(torch.cat([p.grad.flatten() for p in llama.parameters()]), expected[1]) < 1e-12
 
 
 def test_an_adapter_on_and_off_and_a_frozen_base(tokenizer):
@@ -200,6 +205,20 @@ def test_a_prompt_is_computed_once_and_nothing_is_padded():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4]]
     assert batch["labels"].tolist() == [chosen, rejected]
     assert batch["predictors"].tolist() == [[2, 3, 4], [2, 5, 6]]  # the end of the prompt predicts both answers
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_the_last_mlp_runs_only_where_something_is_predicted_the_others_everywhere(name):
+    model, seen = SequenceLogps(build(name, **PACKS[name])), []
+    packing.enable(model.model)
+    for module in model.modules():
+        if hasattr(module, "mlp"):
+            module.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[:2].numel()))  # after the hooks that are there
+    outcome(model, PACKED)
+    predicting = sorted({int(place) for place in PACKED["predictors"][PACKED["labels"] != dpo.IGNORE]})
+    assert seen == [PACKED["input_ids"].numel(), len(predicting)] and PACKED["read"].tolist() == predicting
+    outcome(model, PADDED)
+    assert seen[2:] == [2 * PADDED["chosen_input_ids"].numel()] * 2
 
 
 def test_a_model_that_has_run_packed_runs_padded_and_is_saved_as_before(llama, tmp_path):
@@ -291,6 +310,10 @@ def one_later(batch):
     batch["predictors"] = torch.where(batch["predictors"] > 0, batch["predictors"] + 1, 0).clamp(max=batch["input_ids"].shape[1] - 1)
 
 
+def without_an_end(batch):  # of the last prompt
+    batch["read"] = batch["read"][batch["read"] != batch["predictors"][-1, 0]]
+
+
 def first_of_rejected(batch):  # predicted by what stands before it in the row, which is the chosen answer
     half = len(batch["labels"]) // 2
     ends = np.cumsum(batch["packed"])
@@ -301,6 +324,7 @@ SEGMENTS = packing.segments
 MUTATIONS = {
     "positions restart at 0": with_batch(restart), "positions go on": with_batch(go_on),
     "every predictor one later": with_batch(one_later), "the end of chosen predicts rejected": with_batch(first_of_rejected),
+    "the last MLP leaves out the end of a prompt": with_batch(without_an_end),
     "rejected sees chosen": ("segments", lambda packed: [
         (p, n and first - p, first, c) for p, n, first, c in SEGMENTS(packed)]),
     "rejected sees no prompt": ("segments", lambda packed: [(p, 0, first, c) for p, n, first, c in SEGMENTS(packed)]),
