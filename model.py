@@ -207,18 +207,14 @@ def find_targets(model, target):
                              "to adapt, such as q_proj,k_proj,v_proj,o_proj")
         return names
     patterns = target.split(",")
-    found = [name for name in names if any(name == p or name.endswith(f".{p}") for p in patterns) or is_match(target, name)]
+    try:
+        found = [name for name in names if any(name == p or name.endswith(f".{p}") for p in patterns) or re.fullmatch(target, name)]
+    except re.error as error:
+        raise ValueError(f"--lora_target {target}: is no regular expression ({error})") from None
     if not found:
         raise ValueError(f"--lora_target {target}: no linear layer has such a name; there are "
                          f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in names}))}")
     return found
-
-
-def is_match(pattern, name):
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"--lora_target {pattern}: is no regular expression ({error})") from None
 
 
 def add_adapter(model, name, targets, settings, seed=0):

@@ -117,9 +117,13 @@ def enable(model):
     """From now on the model obeys `packed`. For good, since gradient checkpointing asks again in backward; not saved with the model."""
     if model.config._attn_implementation != NAME:
         model.config._attn_implementation = NAME
-        blocks = [module for module in model.modules() if hasattr(module, "mlp")]
-        if blocks and not hasattr(blocks[-1].mlp, "told"):
-            leave_out_unread(blocks[-1])
+        if (block := last_block(model)) and not hasattr(block.mlp, "told"):
+            leave_out_unread(block)
+
+
+def last_block(model):
+    """The last module that has an `mlp`, or None."""
+    return next((module for module in reversed(list(model.modules())) if getattr(module, "mlp", None)), None)
 
 
 def leave_out_unread(block):
