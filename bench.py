@@ -29,21 +29,20 @@ import torch
 
 import data
 import train
-from model import init_distributed
-from packing import last_block
+from parallel import init_distributed
 
 SWITCHES = {"bf16": "autocast", "gc": "gradient checkpointing", "precompute_ref": "the reference's log-probs before the first step",
             "no_shuffle": "rows in the order of the file"}
 NUMBERS = {"batch_size": 8, "steps": 6, "warmup": 2, "max_length": 1024, "lora_r": 0, "threads": torch.get_num_threads()}
 
 
-def floor(lengths, body, last, vocabulary, hidden, layers, passes):
-    """FLOPs that (B, 3) tokens of prompt, chosen and rejected can't do without: each goes through the body's weights once, but a prompt's end
-    alone through those of the last MLP, tokens of answers through the head, and queries meet the keys they see. A forward is one pass, a
+def floor(lengths, body, vocabulary, hidden, layers, passes):
+    """FLOPs that (B, 3) tokens of prompt, chosen and rejected can't do without: each goes through the body's weights once, tokens of
+    answers through the head too, and queries meet the keys they see. A forward is one pass, a
     backward two, or one where weights are frozen."""
     prompt, *answers = lengths.T
     seen = prompt * (prompt + 1) / 2 + sum(answer * prompt + answer * (answer + 1) / 2 for answer in answers)
-    weights = body * lengths.sum() - last * (prompt - 1).sum() + vocabulary * hidden * sum(answers).sum()
+    weights = body * lengths.sum() + vocabulary * hidden * sum(answers).sum()
     return passes * (2 * weights + 4 * hidden * layers * seen.sum())
 
 
@@ -118,8 +117,7 @@ def measure(args):
     held, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
     outer = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values()
     passes = 1 + (1 if args.lora_r else 2) + (not args.precompute_ref)
-    last = sum(p.numel() for p in getattr(last_block(model), "mlp", torch.nn.Identity()).parameters())
-    least = floor(lengths.reshape(-1, 3), held - sum(p.numel() for p in outer), last, *model.get_output_embeddings().weight.shape,
+    least = floor(lengths.reshape(-1, 3), held - sum(p.numel() for p in outer), *model.get_output_embeddings().weight.shape,
                   model.config.num_hidden_layers, passes) / len(lengths)
     peak, median = matmul_peak(torch.bfloat16 if args.bf16 else torch.float32, ranks.device), np.median(times[1 + args.warmup:])
     line = {"impl": "ours", "torch": torch.__version__, "device": ranks.device.type, "attention": seen["flags"].attention, "micro_batch_size": size,

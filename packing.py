@@ -34,7 +34,7 @@ CHUNK = 2**24  # so many are worked on at a time
 CACHE = 2**18  # and so many by a CPU
 BREAK_EVEN = 150_000  # see is_faster
 NAME = "sdpa_or_packed"
-INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "read", "labels", "predictors")  # what `collate` makes
+INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "labels", "predictors")  # what `collate` makes
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -117,40 +117,6 @@ def enable(model):
     """From now on the model obeys `packed`. For good, since gradient checkpointing asks again in backward; not saved with the model."""
     if model.config._attn_implementation != NAME:
         model.config._attn_implementation = NAME
-        if (block := last_block(model)) and not hasattr(block.mlp, "told"):
-            leave_out_unread(block)
-
-
-def last_block(model):
-    """The last module that has an `mlp`, or None."""
-    return next((module for module in reversed(list(model.modules())) if getattr(module, "mlp", None)), None)
-
-
-def leave_out_unread(block):
-    """What the last block makes of a prompt no attention reads, and the head at the prompt's end only. So its MLP runs on the tokens `read`,
-    and gives zeros elsewhere. It hears of them from the attention before it, which gradient checkpointing calls again too."""
-    block.mlp.told = told = {"read": None}
-    for child in block.children():
-        if "attention_mask" in inspect.signature(child.forward).parameters:
-            child.told = told
-            child.register_forward_pre_hook(tell, with_kwargs=True)
-    block.mlp.register_forward_pre_hook(take_out)
-    block.mlp.register_forward_hook(put_back)
-
-
-def tell(module, args, options):
-    module.told["read"] = options.get("read")
-
-
-def take_out(mlp, args):
-    if mlp.told["read"] is not None:
-        mlp.told["tokens"] = args[0].shape[1]
-        return args[0].index_select(1, mlp.told["read"])
-
-
-def put_back(mlp, args, out):
-    if mlp.told["read"] is not None:
-        return out.new_zeros(1, mlp.told["tokens"], out.shape[-1]).index_copy(1, mlp.told["read"], out)
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -159,7 +125,7 @@ def collate(rows):
     """{column: list of lists} -> the arguments of dpo.SequenceLogps.
 
     input_ids, position_ids (1, T); packed, see `segments`; attention_mask, of a shape that transformers hands on as it is instead of
-    making a (T, T) mask; read, those of the T tokens that predict something; labels (S B, L), the tokens to score, chosen answers first,
+    making a (T, T) mask; labels (S B, L), the tokens to score, chosen answers first,
     IGNORE after the end of each; predictors (S B, L), at which of the T tokens they are predicted
     """
     prompts, answers = rows["prompt_ids"], [rows[f"{side}_ids"] for side in ("chosen", "rejected") if f"{side}_ids" in rows]
@@ -174,7 +140,7 @@ def collate(rows):
     labels[rank < lengths] = np.concatenate([answer for side in answers for answer in side])
     return {"input_ids": torch.tensor([list(itertools.chain(*ids))]), "position_ids": torch.from_numpy(np.concatenate(positions))[None],
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "packed": tuple(fed),
-            "read": torch.from_numpy(np.concatenate([np.arange(end[0] - 1, end[-1]) for end in ends])), "labels": torch.from_numpy(labels),
+            "labels": torch.from_numpy(labels),
             "predictors": torch.from_numpy(np.where(rank == 0, last, (begins + rank - 1) * (rank < lengths)))}
 
 

@@ -42,9 +42,15 @@ from data import at_least
 from dpo import (SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, logp_gradients, preference_logps, preference_loss,
                  preference_step)
 from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
-from model import (LoraSettings, NF4Linear, Ranks, adapter_tensors, add_adapter, barrier, broadcast, clip_gradients, find_targets, gather,
-                   init_distributed, leave_distributed, load_adapter, load_model, load_tokenizer, lora_layers, new_model, place, quantize,
-                   read_adapter, save_adapter, save_model, shard, sum_over_ranks, sync_gradients, use_adapter, whole, wrap)
+from lora import (
+    adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, LoraSettings,
+    NF4Linear, quantize, read_adapter, save_adapter, use_adapter,
+)
+from model import load_model, load_tokenizer, new_model, save_model
+from parallel import (
+    barrier, broadcast, clip_gradients, gather, init_distributed, leave_distributed, place,
+    Ranks, shard, sum_over_ranks, sync_gradients, whole, wrap,
+)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so says its checkpoint when one process saves alone
 

@@ -18,12 +18,13 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+import parallel
 import model as models
 import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-ALONE = models.Ranks(0, 1, torch.device("cpu"))
+ALONE = parallel.Ranks(0, 1, torch.device("cpu"))
 
 WORDS = "the cat sat on a mat and saw one more dog that ran far from home in rain or sun".split()
 

@@ -11,11 +11,11 @@ import bench
 
 
 def test_the_floor_of_one_pair_by_hand():
-    """Prompt 2, chosen 3, rejected 1; body 10 weights, 3 of them in the last MLP, vocabulary 7, hidden 4, 5 layers. The prompt's queries see
-    1 + 2 keys, the chosen's 3 + 4 + 5, the rejected's 3; of the last MLP's output the prompt's first token's is not read."""
-    forward = 2 * (10 * 6 - 3 * 1) + 2 * 7 * 4 * (3 + 1) + 4 * 4 * 5 * (3 + 12 + 3)
-    assert bench.floor(np.array([[2, 3, 1]]), 10, 3, 7, 4, 5, passes=1) == forward
-    assert bench.floor(np.array([[2, 3, 1]] * 3), 10, 3, 7, 4, 5, passes=4) == 3 * 4 * forward
+    """Prompt 2, chosen 3, rejected 1; body 10 weights, vocabulary 7, hidden 4, 5 layers. The prompt's queries
+    see 1 + 2 keys, the chosen's 3 + 4 + 5, the rejected's 3."""
+    forward = 2 * 10 * 6 + 2 * 7 * 4 * (3 + 1) + 4 * 4 * 5 * (3 + 12 + 3)
+    assert bench.floor(np.array([[2, 3, 1]]), 10, 7, 4, 5, passes=1) == forward
+    assert bench.floor(np.array([[2, 3, 1]] * 3), 10, 7, 4, 5, passes=4) == 3 * 4 * forward
 
 
 def test_the_peak_of_the_machine_is_a_rate():

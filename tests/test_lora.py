@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import model as models
 import train
-from model import (Lora, LoraSettings, NF4Linear, adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, merge,
-                   nf4_levels, nf4_quantize, quantize, save_adapter, use_adapter)
+from lora import (
+    adapter_tensors, add_adapter, find_targets, load_adapter, Lora, lora_layers, LoraSettings,
+    merge, nf4_levels, nf4_quantize, NF4Linear, quantize, save_adapter, use_adapter,
+)
 
 IDS = torch.arange(24).view(2, 12) % 20 + 3
 KINDS = {"lora": LoraSettings(4, 8.0), "rslora": LoraSettings(4, 8.0, rslora=True), "dora": LoraSettings(4, 8.0, dora=True)}

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ALONE, ROOT, make_rows, read_metrics, same_metrics, tiny_model, write_jsonl
 
+import lora
+import parallel
 import model as models
 import train
 from losses import LOSSES, find, hyperparameters, needs_reference
@@ -172,7 +174,7 @@ def test_a_sharded_run_leaves_one_folder_in_the_format_of_any_other(world, shard
         assert all(torch.allclose(value, saved[name], rtol=0, atol=1e-20) for name, value in before.items())
     stored = train.load_file(world / "fsdp" / "fsdp, sigmoid, tied embeddings" / "model.safetensors")
     assert "lm_head.weight" not in stored and "transformer.wte.weight" in stored
-    assert models.read_adapter(world / "fsdp" / "fsdp, sigmoid, LoRA")[0].rank == 4
+    assert lora.read_adapter(world / "fsdp" / "fsdp, sigmoid, LoRA")[0].rank == 4
 
 
 def test_under_fsdp_the_first_process_alone_reads_the_weights(shards):
@@ -196,16 +198,16 @@ def test_aot_sorts_the_whole_batch_and_not_a_part_of_it(world, tmp_path):
 
 
 if __name__ == "__main__":
-    ranks = models.init_distributed()
+    ranks = parallel.init_distributed()
     found, calls, load = {"reads": {}}, [], models.load_pretrained
     models.load_pretrained = lambda kind, *given, **named: calls.append(kind) or load(kind, *given, **named)
     for case, flags in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
         calls.clear()
         if "resume" in flags and ranks.rank == 0:
             half_of(pathlib.Path(sys.argv[2]) / case.replace("resumed", "fsdp"), pathlib.Path(sys.argv[2]) / case)
-        models.barrier(ranks)
+        parallel.barrier(ranks)
         found[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
-        found["reads"][case] = models.gather(calls.count(models.AutoModelForCausalLM), ranks)
+        found["reads"][case] = parallel.gather(calls.count(models.AutoModelForCausalLM), ranks)
     if ranks.rank == 0:
         torch.save(found, pathlib.Path(sys.argv[2]) / "gradients.pt")
-    models.leave_distributed(ranks)
+    parallel.leave_distributed(ranks)
