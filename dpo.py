@@ -27,8 +27,8 @@ def selected_logps(logits, targets):
 
 
 def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
-    """Log-probability of each row's scored tokens, and their number. Sums, never averages: a loss that
-    averages divides by the number.
+    """Log-probability of each row's scored tokens, and their number. Sums, never averages: a loss
+    that averages divides by the number.
 
     Args      logits (B, T, V); labels (B, T), label_pad_token_id where a token is not scored
     Returns   logps (B,) in fp32 or better, lengths (B,) integers
@@ -51,8 +51,8 @@ def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
 
 
 class Targets(NamedTuple):
-    """Which tokens are scored, found on the CPU so that the forward never waits for the GPU to say how
-    many there are. (FSDP leaves tensors alone that are on the device already.)"""
+    """Which tokens are scored. Found on the CPU, so that the forward never waits for the GPU to say
+    how many there are, and copied before the forward, because FSDP copies what is left and waits."""
     predictors: torch.Tensor  # (N,) positions, of all rows in sequence, that predict a scored token
     ids: torch.Tensor  # (N,) the scored tokens
     places: torch.Tensor  # (N,) where each is in a flat table with a row for each answer
@@ -61,14 +61,14 @@ class Targets(NamedTuple):
     weights: torch.Tensor | None  # (N,)
 
     def sum_rows(self, token_values):
-        """(N,) -> (2B,). Each row is summed on its own, whatever the other rows in the batch are."""
+        """(N,) -> (2B,). Each row is summed on its own, so other rows cannot change its sum."""
         table = token_values.new_zeros(len(self.lengths) * self.width)
         return table.index_copy(0, self.places, token_values).view(-1, self.width).sum(-1)
 
 
 def find_targets(labels, predictors=None, token_weights=None, device=None) -> Targets:
-    """labels (2B, T): each position predicts the next. Or, packed, labels (2B, L) and the predictors of
-    packing.collate. token_weights like labels. Copied to the device without waiting for it."""
+    """labels (2B, T): each position predicts the next. Or, packed, labels (2B, L) and the predictors
+    of packing.collate. token_weights like labels. Copied to the device without waiting for it."""
     if predictors is None:
         predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
         labels = labels[:, 1:]
@@ -86,17 +86,17 @@ def find_targets(labels, predictors=None, token_weights=None, device=None) -> Ta
 
 
 class SequenceLogps(torch.nn.Module):
-    """Wraps a causal LM so that forward() returns summed log-probs, as `get_batch_logps` defines them.
+    """Wraps a causal LM so that forward() returns summed log-probs, as `get_batch_logps` does.
 
-    The head runs at the N positions that predict a scored token: (N, V) logits instead of (2B, T, V),
-    and where these are many, in chunks. This happens inside the root module's forward, because DDP and
-    FSDP hook into it.
+    The head runs at the N positions that predict a scored token: (N, V) logits instead of
+    (2B, T, V), and where these are many, in chunks. This happens inside the root module's forward,
+    because DDP and FSDP hook into it.
 
     Args of forward
       labels, predictors, token_weights   see `find_targets`, or
-      targets     what it returns. With neither, forward returns logits (packing.can_pack needs them)
-      alignment   also return each row's mean of log π(y_t) − log Σ_v π(v)², (2B,), without a graph: how
-                  probable a token is relative to a token that the policy samples there (WPO,
+      targets     what it returns. With neither, forward returns logits, for packing.can_pack
+      alignment   also return each row's mean of log π(y_t) − log Σ_v π(v)², (2B,), without a graph:
+                  how probable a token is relative to a token that the policy samples there (WPO,
                   arXiv:2406.11827v2, eq. 2)
       inputs      input_ids and attention_mask, or packed rows
     Returns logps (2B,), lengths (2B,) and, if asked for, alignments (2B,)
@@ -146,8 +146,8 @@ class SequenceLogps(torch.nn.Module):
 
 @torch.no_grad()
 def has_bare_head(model) -> bool:
-    """Whether the model's logits are head(hidden). Tried on four tokens, because some models scale or
-    cap them (Gemma 2)."""
+    """Whether the model's logits are head(hidden). Tried on four tokens, because some models scale
+    or cap them (Gemma 2)."""
     head = model.get_output_embeddings()
     if head is None or model.base_model is model or model.device.type == "meta":
         return False
@@ -185,12 +185,12 @@ def concatenated_forward(model, batch, sides=("chosen", "rejected"), ld_alpha=1.
 
 
 def length_weights(labels, ld_alpha):
-    """LD-DPO (arXiv:2409.06411): the longer answer's tokens beyond the length of the shorter one count
-    ld_alpha each.
+    """LD-DPO (arXiv:2409.06411): the longer answer's tokens beyond the length of the shorter one
+    count ld_alpha each.
 
-    labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after it.
-    Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to 0.28 and
-    LLaMA-Factory weight the policy's tokens only, and start elsewhere.
+    labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after
+    it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to 0.28
+    and LLaMA-Factory weight the policy's tokens only, and start elsewhere.
     """
     rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
     lengths = rank[:, -1].view(2, -1)  # (2, B)

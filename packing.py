@@ -1,6 +1,6 @@
 """The log-probs of dpo.py, faster: no padding, each prompt computed once, no full logits.
 
-    prompt a | chosen a | rejected a | prompt b | chosen b | ...    one row for a micro-batch, (1, T)
+    prompt a | chosen a | rejected a | prompt b | ...        one row for a micro-batch, (1, T)
 
 A rejected answer's positions restart after its prompt, and it does not attend to the chosen answer.
 The last token of an answer predicts nothing and is not fed. The hidden state at the end of a prompt
@@ -51,8 +51,8 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the queries and keys of every segment are. K counts the keys of all segments, and so the
-    tokens of a prompt once for each segment that attends to them."""
+    """Where the queries and keys of every segment are. K counts the keys of all segments: the tokens
+    of a prompt count once for each segment that attends to them."""
     keys: torch.Tensor  # (K,) places in the row
     own: torch.Tensor  # (T,) which of the K keys belong to the segment itself
     query_counts: list  # per segment
@@ -164,8 +164,8 @@ def one_by_one(query, key, value, layout, scale, window, masked=None):
     """One call of SDPA per segment: for CPUs, fp32, and head sizes that FlashAttention lacks.
 
     masked: a segment's queries get a mask over its keys, which is fast on a CPU. On a GPU the mask
-    would be kept for backward in every layer and would rule out the fast kernels. There the queries of
-    the prefix are computed again and dropped, so that `is_causal` describes the segment.
+    would be kept for backward in every layer and would rule out the fast kernels. There the queries
+    of the prefix are computed again and dropped, so that `is_causal` describes the segment.
     """
     masked = query.device.type != "cuda" if masked is None else masked
     query_counts = layout.query_counts
@@ -204,8 +204,8 @@ AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])  # for p
 
 
 def enable(model):
-    """Make the model obey `packed`. Permanently, because gradient checkpointing runs attention again
-    in backward. The setting is not saved with the model."""
+    """Make the model obey `packed`. Permanently, because gradient checkpointing runs attention
+    again in backward. The setting is not saved with the model."""
     model.config._attn_implementation = NAME
 
 
@@ -259,9 +259,9 @@ def is_faster(prompt, chosen, tokens, size, hidden) -> bool:
     """Whether packed rows are faster than padded ones in batches of `size`, from the numbers of
     tokens of each row's prompt, chosen answer and whole.
 
-    Packing saves about hidden² operations for each token and layer, and costs one SDPA call for each
-    answer and layer. Measured on one CPU core, both are equally fast when the tokens saved per row,
-    times hidden², are 90,000 (hidden 64) or 180,000 (hidden 128).
+    Packing saves about hidden² operations for each token and layer, and costs one SDPA call for
+    each answer and layer. Measured on one CPU core, both are equally fast when the tokens saved per
+    row, times hidden², are 90,000 (hidden 64) or 180,000 (hidden 128).
     """
     rejected = tokens - prompt - chosen
     answers = np.stack([chosen, rejected])[:, :10_000]  # the first rows are enough to judge by
@@ -292,9 +292,9 @@ def can_pack(module) -> str | None:
     Two short pairs are tried, with every sliding window shrunk below their length. Each answer's
     log-prob and its gradient by the token embeddings must be those of a row that is not packed, up
     to the rounding that the model shows between two forms of such a row. At all tokens that an
-    answer must not see, its gradient must be exactly zero. (Comparing values alone would miss a leak
-    below rounding. Comparing bits would refuse mixtures of experts, whose rounding depends on what
-    else an expert is given.) The model, which may be sharded, is left unchanged.
+    answer must not see, its gradient must be exactly zero. (Comparing values alone would miss a
+    leak below rounding. Comparing bits would refuse mixtures of experts, whose rounding depends on
+    what else an expert is given.) The model, which may be sharded, is left unchanged.
     """
     return verify(module, compare_packed)
 
@@ -389,8 +389,8 @@ def unpacked_trials(module):
 
     The rows are one batch. They are filled up on the right with other tokens, which a causal model
     does not see, without a mask. The first and the last row are computed again alone and not filled
-    up. That shows that the batch is right, and how much this model rounds: through 30 layers rounding
-    grows beyond a tolerance that is strict enough for 2 layers.
+    up. That shows that the batch is right, and how much this model rounds: through 30 layers
+    rounding grows beyond a tolerance that is strict enough for 2 layers.
     """
     prompts, answers, filler = trial_rows(module.model)
     rows = [(prompt, answer) for side in answers for prompt, answer in zip(prompts, side)]
@@ -464,8 +464,9 @@ def difference(found: Trial, expected: Trial, rounding: Rounding, where: str) ->
     logp, gradient = distances(found, expected)
     if logp <= rounding.logp and gradient <= rounding.gradient:
         return None
-    return (f"an answer's log-prob is not what it is {where}: it differs by {logp:.1e} and its gradient "
-            f"by {gradient:.1e}, where rounding explains {rounding.logp:.1e} and {rounding.gradient:.1e}")
+    explained = f"{rounding.logp:.1e} and {rounding.gradient:.1e}"
+    return (f"an answer's log-prob is not what it is {where}: it differs by {logp:.1e} and its "
+            f"gradient by {gradient:.1e}, where rounding explains {explained}")
 
 
 def logps_and_embeddings(module, labels, predictors, **inputs):
@@ -520,9 +521,9 @@ class ChunkedLogps(torch.autograd.Function):
     -> token log-probs (N,) in fp32 or better, and log Σ_v π(v)², without a gradient, (N,) with
     sums_of_squares and else (0,)
 
-    ∂ log π(target) / ∂ logits = onehot(target) − π. Backward needs the normalizer and, with `keep`, as
-    many logits as KEPT_LOGITS allows, which become their own gradient. Other logits are recomputed.
-    The head's gradient is accumulated in fp32 or better.
+    ∂ log π(target) / ∂ logits = onehot(target) − π. Backward needs the normalizer and, with `keep`,
+    as many logits as KEPT_LOGITS allows, which become their own gradient. Other logits are
+    recomputed. The head's gradient is accumulated in fp32 or better.
     """
 
     @staticmethod
@@ -629,7 +630,7 @@ def logits_of(hidden, weight, bias, room=None):
 def add_product(total, left, right):
     """total += left @ right, where the product of half-precision numbers on a GPU is fp32.
 
-    (torch.addmm with out_dtype would save the sum, but before torch 2.11 or so takes no fp32 `total`.)
+    (torch.addmm with out_dtype would save the sum, but older torch takes no fp32 `total` there.)
     """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
