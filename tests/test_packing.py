@@ -431,7 +431,7 @@ def test_a_layout_that_is_wrong_is_refused(monkeypatch, mutation, autocast):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_chunked_log_probs_are_those_of_all_logits_in_value_and_gradient(monkeypatch, bias, frozen):
-    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 4})  # 3 or 4 positions at a time
+    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 4})  # at most 4 positions at a time
     monkeypatch.setattr(packing, "CACHE", 97 * 3)  # in parts of 3 and 1
     torch.manual_seed(0)
     hidden, weight, offset = torch.randn(23, 16).double(), torch.randn(97, 16).double(), torch.randn(97).double()
