@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import distribute_tensor, DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 warnings.filterwarnings("ignore", ".*broadcast_buffers")  # DDP: deprecated since torch 2.13, its replacement is not in 2.11
@@ -34,28 +33,81 @@ def init_distributed():
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def place(make, ranks, parallel, dtype):
-    """make(device) -> the module that computes: for ddp a whole one on each rank's device, for fsdp each rank's shard of it.
+def place(make, ranks: Ranks, parallel: str, dtype: str):
+    """make(device) -> the module that computes on this rank.
 
-    FSDP2: each block and then the root gather their weights for their turn and drop them after it. Rank 0 alone reads the values, into host
-    memory; all ranks make the shapes, and are sent their shards.
+    ddp     each rank makes a whole module on its device, the ranks of a machine one after another
+    fsdp    each rank has a shard of each parameter (FSDP2). Each block, and then the root, gathers
+            its parameters for its forward and backward and frees them after it. Rank 0 alone
+            reads the weights, into host memory; the other ranks make shapes and receive shards.
     """
     if parallel == "ddp":
-        return make(ranks.device)
-    source, module = make(torch.device("cpu")) if ranks.rank == 0 else None, make(torch.device("meta"))
+        return in_turn(lambda: make(ranks.device), ranks)
+
+    source = make(torch.device("cpu")) if ranks.rank == 0 else None
+    module = make(torch.device("meta"))
     kinds = module.model._no_split_modules or ()
     blocks = [block for block in module.modules() if type(block).__name__ in kinds]
     if not blocks:
-        raise ValueError(f"--parallel fsdp: {type(module.model).__name__} does not say which of its modules are blocks; use ddp")
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if dtype == "bfloat16" else MixedPrecisionPolicy()
-    for part in (*blocks, module):
-        fully_shard(part, mp_policy=precision)
+        raise ValueError(f"--parallel fsdp: {type(module.model).__name__} does not say which of "
+                         "its modules are blocks; use ddp")
+
+    # Modules that transformers keeps in fp32 are in fp32 in the source alone
+    dtypes = {name: p.dtype for name, p in source.named_parameters()} if source else None
+    dtypes = broadcast(dtypes, ranks)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.to(torch.promote_types(parameter.dtype, dtypes[name]))
+
+    # fp32 weights that are trained in bf16 are gathered in bf16. Below an adapter nothing is cast:
+    # the frozen base is stored in bf16, and A, B and m keep the fp32 in which autocast reads them,
+    # as under ddp. The root of a module that never goes backward is resharded after forward too.
+    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    adapted = not frozen and not all(p.requires_grad for p in module.parameters())
+    precision = MixedPrecisionPolicy()
+    if dtype == "bfloat16" and not adapted:
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mp_policy=precision)
+    fully_shard(module, mp_policy=precision, reshard_after_forward=True if frozen else None)
+
     module.to_empty(device=ranks.device)
-    set_model_state_dict(module, source.state_dict() if source else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    for name, buffer in module.named_buffers():  # those that no file holds, such as a rotary embedding's frequencies
-        dist.broadcast(buffer.copy_(source.get_buffer(name)) if source else buffer, 0)
+    scatter(source, module, dtypes, ranks)
     module.bare_head = broadcast(source and source.bare_head, ranks)
     return module
+
+
+def in_turn(make, ranks: Ranks):
+    """make() on each rank, one rank of a machine at a time, so that a machine's memory has the
+    weights on their way to one GPU and not to eight."""
+    if ranks.size == 1:
+        return make()
+    local_rank = int(os.environ.get("LOCAL_RANK", ranks.rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    made = None
+    for turn in range(max(gather(local_size, ranks))):
+        if turn == local_rank:
+            made = make()
+        barrier(ranks)
+    return made
+
+
+@torch.no_grad()
+def scatter(source, module, dtypes, ranks: Ranks):
+    """Fill a sharded module with the values of rank 0's `source`, one parameter at a time.
+
+    A parameter is sent in the dtype of `source`, and each rank gets its shard alone and converts
+    it on its device.
+    """
+    for name, parameter in module.named_parameters():
+        full = torch.empty(parameter.shape, dtype=dtypes[name], device=ranks.device)
+        if source:
+            full.copy_(source.get_parameter(name))
+        part = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(part.to_local())
+    for name, buffer in module.named_buffers():  # also those that no file has, as inv_freq
+        if source:
+            buffer.copy_(source.get_buffer(name))
+        dist.broadcast(buffer, 0)
 
 
 def whole(tensor):

@@ -44,7 +44,7 @@ from dpo import (SequenceLogps, check_variants, concatenated_forward, concatenat
 from losses import LOSSES, find, hyperparameters, needs_reference, needs_rejected, tensor_arguments, update_delta
 from lora import (
     adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, LoraSettings,
-    NF4Linear, quantize, read_adapter, save_adapter, use_adapter,
+    NF4Linear, read_adapter, save_adapter, use_adapter,
 )
 from model import load_model, load_tokenizer, new_model, save_model
 from parallel import (
@@ -376,40 +376,50 @@ def autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def load_weights(args, name, dtype, device):
-    """A model, policy and second model alike. Below an adapter the weights are frozen: in bfloat16 if that is what is computed in, or in
-    4 bits; weights that are trained are float32 or better."""
-    bare = "float32" if dtype == "bfloat16" and not (args.adapter or args.lora_rank) else dtype
-    model = load_model(str(name), getattr(torch, bare), device)
-    if args.quantize:
-        quantize(model)
-    return model
+def load_weights(args, name, dtype: str, device, frozen: bool = False):
+    """The model of policy and reference: float32 weights where they are trained or averaged into,
+    bfloat16 ones in a bfloat16 run where they are frozen, 4-bit ones with --quantize.
+
+    A frozen model under ddp is float32 all the same: autocast computes its norms in the dtype of
+    their weights, and the policy's are float32. Under fsdp the policy's are gathered in bfloat16.
+    """
+    fixed = args.adapter or args.lora_rank or (frozen and args.parallel == "fsdp")
+    weights = getattr(torch, "float32" if dtype == "bfloat16" and not fixed else dtype)
+    upcast = args.parallel != "fsdp" or dtype == "float64"  # else where the shards arrive
+    return load_model(str(name), weights, device, bool(args.quantize), upcast)
 
 
-def load_policy(args, source, newest, dtype, device):
-    """What is trained: all of a model, or an adapter on a frozen one, where a frozen copy of it may be the reference. `newest` is the
-    checkpoint to go on from, or None."""
+def load_policy(args, source, newest, dtype: str, device):
+    """The model to train: all of it, or an adapter on a frozen base, of which a frozen copy may be
+    the reference. `newest` is the checkpoint to resume from, or None."""
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
     if adapted and (newest or args.adapter):
         load_adapter(model, newest or args.adapter)
     elif adapted:
-        settings = LoraSettings(args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
+        settings = LoraSettings(
+            args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
         add_adapter(model, "policy", find_targets(model, args.lora_target), settings, args.seed)
     if args.adapter and args.ref in ("adapter", "cache") and not args.ref_model:
         load_adapter(model, args.adapter, "reference", trainable=False)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return SequenceLogps(model)
 
 
-def load_reference(args, policy, source, dtype, ranks):
-    """-> what preference_step calls as its reference; None: nothing."""
+def load_reference(args, policy, source, dtype: str, ranks):
+    """-> what preference_step calls as its reference, or None without one."""
     if args.ref == "none":
         return None
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
-        return place(lambda device: SequenceLogps(load_weights(args, args.ref_model or source, dtype, device)).requires_grad_(False),
-                     ranks, args.parallel, dtype)
+        frozen = not args.sync_ref_every  # a reference that moves adds up small steps in float32
+
+        def make(device):
+            model = load_weights(args, args.ref_model or source, dtype, device, frozen)
+            return SequenceLogps(model).requires_grad_(False)
+
+        return place(make, ranks, args.parallel, dtype)
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
 
     def reference(**inputs):
@@ -433,6 +443,8 @@ def fingerprint(policy, reference, ranks):
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(fixed.items()):
         tensor = whole(tensor)
+        if tensor.is_floating_point():  # a frozen model may be float32 or bfloat16: see load_weights
+            tensor = tensor.bfloat16()
         if ranks.rank == 0:
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
