@@ -1,8 +1,12 @@
-"""One process or many: ranks, DDP, FSDP2 and collectives. Nothing else in the project knows how many processes run."""
+"""One process or many: ranks, DDP, FSDP2 and collectives.
+
+No other file calls torch.distributed, except for the sharded files of a checkpoint. Every function
+here also works with one process, where it does nothing.
+"""
 import datetime
 import os
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor, DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-warnings.filterwarnings("ignore", ".*broadcast_buffers")  # DDP: deprecated since torch 2.13, its replacement is not in 2.11
+# DDP's broadcast_buffers is deprecated since torch 2.13; its replacement is not in 2.11.
+warnings.filterwarnings("ignore", ".*broadcast_buffers")
 
 
 class Ranks(NamedTuple):
@@ -19,17 +24,21 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def init_distributed():
-    """Join the group that torchrun started, NCCL on GPUs and gloo on CPUs; without torchrun, be alone."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+def init_distributed() -> Ranks:
+    """Join the group that torchrun started: NCCL on GPUs, gloo on CPUs. Without torchrun: one rank."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    patience = datetime.timedelta(hours=2)  # the others wait while rank 0 tokenises; one that dies is missed by torchrun at once
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device if cuda else None)
+    # The others wait while rank 0 tokenizes. torchrun notices at once when a process dies.
+    patience = datetime.timedelta(hours=2)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=patience, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -110,68 +119,106 @@ def scatter(source, module, dtypes, ranks: Ranks):
         dist.broadcast(buffer, 0)
 
 
-def whole(tensor):
-    """A parameter or gradient as it is without sharding. All ranks must ask."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded parameter or gradient. A collective: all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(tensor):
-    """What this rank holds of it."""
+def shard(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this rank stores."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(module, ranks):
-    """Average gradients over the ranks during backward: what is sharded does so by itself."""
+def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
+    """Wrap in DDP, which averages gradients over the ranks in backward. FSDP modules do it themselves."""
     if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
-    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False)  # without device_ids, which would move labels to the GPU
+    # Without device_ids: DDP would copy the labels to the GPU.
+    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def sync_gradients(module, on):
-    """Whether the next backward talks to the other ranks: only the last of an optimizer step needs to."""
+def bare(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DDP's wrapper, if it has one."""
+    return module.module if isinstance(module, DDP) else module
+
+
+def sync_gradients(module: torch.nn.Module, on: bool) -> None:
+    """Set whether the next backward averages gradients: only the last of an optimizer step has to."""
     if isinstance(module, DDP):
         module.require_backward_grad_sync = on
     elif isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(on)
 
 
-def clip_gradients(module, max_norm):
-    """Scale the gradients to max_norm where their norm, over all ranks, is above it -> the norm before."""
+def reset_shards(module: torch.nn.Module) -> None:
+    """Bring FSDP back to its state before a forward or backward that an exception cut short.
+
+    After the exception the modules keep their gathered weights and FSDP believes that it is still
+    inside a forward. Without this reset, model.parameters() returns the gathered tensors, which no
+    later step shards again, and an optimizer step changes weights that nothing reads.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    if hasattr(module, "reset_iter_state"):  # torch 2.13
+        module.reset_iter_state()
+        return
+    state = module._get_fsdp_state()
+    state._lazy_init()
+    state._comm_ctx.all_gather_state = None
+    state._state_ctx.iter_forward_root = None
+    state._root_post_backward_final_callback()
+
+
+def clip_gradients(module: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale the gradients to at most max_norm, over all ranks -> their norm before, shape ().
+
+    The norm stays on the device, so that a GPU does not have to be waited for here.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in trained]))
+    gradients = [parameter.grad for parameter in trained]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-    return norm.item()
+    return norm
 
 
-def sum_over_ranks(tensor, ranks):
+def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Sum a tensor over the ranks, in place. It must be on ranks.device: NCCL takes no CPU tensor."""
     if ranks.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def broadcast(value, ranks):
-    """Rank 0's value, everywhere."""
+def broadcast(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's value, on every rank. Any object that pickle can copy."""
     box = [value]
     if ranks.size > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
-def gather(value, ranks):
-    """Every rank's value, everywhere."""
+def gather(value: Any, ranks: Ranks) -> list:
+    """The values of all ranks, on every rank."""
     box = [value] * ranks.size
     if ranks.size > 1:
         dist.all_gather_object(box, value)
     return box
 
 
-def barrier(ranks):
+def first_reason(reason: str | None, ranks: Ranks) -> str | None:
+    """Of the reasons that the ranks bring, that of the lowest rank with one; None where no rank has one."""
+    for found in gather(reason, ranks):
+        if found is not None:
+            return found
+    return None
+
+
+def barrier(ranks: Ranks) -> None:
     if ranks.size > 1:
         dist.barrier()
 
 
-def leave_distributed(ranks):
-    """All ranks wait for the last before any tears down its connections: gloo may abort otherwise."""
+def leave_distributed(ranks: Ranks) -> None:
+    """Wait for all ranks, then close the connections: gloo may abort if one rank closes them early."""
     if ranks.size > 1:
         dist.barrier()
         dist.destroy_process_group()
