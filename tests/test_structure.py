@@ -9,7 +9,7 @@ import losses
 import train
 
 ARROWS = {  # file: what of ours it may import
-    "losses": set(), "data": set(), "world": set(), "packing": set(), "checkpoint": set(),
+    "losses": set(), "data": set(), "world": set(), "packing": set(), "checkpoint": {"parallel"},
     "parallel": set(), "lora": {"checkpoint"}, "model": {"checkpoint", "lora"},
     "dpo": {"losses", "packing"},
 }
