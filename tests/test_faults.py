@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_stops_with_step_weight_and_rows_and_spoil
     with pytest.raises(FloatingPointError, match=r"step 4: the loss is 0\.\d+, the gradient norm (inf|nan); (.|\n)*backward pass that overflows, in "
                        r"model.lm_head.weight and 0 more, on the rows .*pairs.jsonl, row \d+"):
         fit(**STEPS)
-    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     assert all(value.isfinite().all() for value in weights(tmp_path / "out" / "checkpoint-2").values())
 
 

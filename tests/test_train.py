@@ -16,6 +16,7 @@ from conftest import (ALONE, ROOT, SHARED, command, launch, make_rows, read_metr
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import data
 import model as models
 import train
@@ -402,7 +403,7 @@ def test_a_half_written_checkpoint_is_not_mistaken_for_one(fit, tmp_path):
     fit(max_steps=4, save_every=2)
     (tmp_path / "out" / ".checkpoint").mkdir()
     (tmp_path / "out" / ".checkpoint" / "model.safetensors").write_bytes(b"half")
-    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
 def test_a_complete_run_resumes_to_nothing_and_is_not_overwritten(fit, capsys):
@@ -518,7 +519,7 @@ def test_nan_weights_stop_with_step_rows_and_log_probs_and_save_nothing(fit, tok
 def test_a_learning_rate_that_explodes_stops_before_the_weights_are_spoiled(fit, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss is"):
         fit(lr=1e30, max_steps=20, save_every=1, warmup_steps=0)
-    for checkpoint in train.checkpoints(tmp_path / "out"):
+    for checkpoint in checkpoint.checkpoints(tmp_path / "out"):
         assert all(value.isfinite().all() for value in weights(checkpoint).values())
 
 
