@@ -164,7 +164,7 @@ def add_optimizer_flags(add):
     add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
     add("--lr", type=above_zero,
-        help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; with an adapter 10 times it)")
+        help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; for adapters 10 times it)")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="what follows the warm-up")
     add("--warmup_steps", type=at_least(0, int), help="default: a tenth of the steps")
     add("--max_grad_norm", type=above_zero, default=1.0,

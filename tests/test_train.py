@@ -519,8 +519,8 @@ def test_nan_weights_stop_with_step_rows_and_log_probs_and_save_nothing(fit, tok
 def test_a_learning_rate_that_explodes_stops_before_the_weights_are_spoiled(fit, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss is"):
         fit(lr=1e30, max_steps=20, save_every=1, warmup_steps=0)
-    for checkpoint in checkpoint.checkpoints(tmp_path / "out"):
-        assert all(value.isfinite().all() for value in weights(checkpoint).values())
+    for path in checkpoint.checkpoints(tmp_path / "out"):
+        assert all(value.isfinite().all() for value in weights(path).values())
 
 
 def test_an_error_is_one_line_and_exit_status_2(tmp_path):
