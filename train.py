@@ -354,6 +354,9 @@ def settle_moving_reference(args):
     every, alpha = args.sync_ref_every, args.sync_ref_alpha
     if every and args.ref not in ("model", "adapter"):
         raise ValueError(f"--sync_ref_every {every}: a reference of --ref {args.ref} can't move")
+    if every and args.ref == "model" and (args.adapter or args.lora_rank):
+        raise ValueError(f"--sync_ref_every {every}: --ref model has no adapter to move towards the "
+                         "policy's; start from one by --adapter, with --ref adapter")
     if alpha and not every:
         raise ValueError(f"--sync_ref_alpha {alpha}: is read with --sync_ref_every")
     if alpha and alpha > 1:

@@ -454,6 +454,7 @@ def test_resume_needs_a_run(tmp_path):
     (["--loss", "nca_pair", "--f_divergence", "js"], "--f_divergence: nca_pair reads more than a margin"),
     (["--f_divergence", "js", "--f_alpha", "0.5"], "--f_alpha: is read by the f_divergence alpha alone, got js"),
     (["--loss", "sigmoid", "--reference_free", "--ref_model", "x"], "--ref_model x: is not read with --reference_free"),
+    (["--lora_rank", "4", "--ref", "model", "--sync_ref_every", "1"], "--sync_ref_every 1: --ref model has no adapter to move"),
     (["--loss", "aot", "--wpo"], "--wpo: a weight belongs to a pair"),
     (["--loss", "sigmoid", "--ld_alpha", "2"], "--ld_alpha must be in [0, 1], got 2.0"),
     (["--betta", "0.1"], "--betta: there is no such flag; the nearest is --beta"),
