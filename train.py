@@ -46,7 +46,7 @@ from lora import (
     adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, LoraSettings,
     NF4Linear, read_adapter, save_adapter, use_adapter,
 )
-from model import load_model, load_tokenizer, new_model, save_model
+from model import compile_blocks, load_model, load_tokenizer, new_model, save_model
 from parallel import (
     barrier, broadcast, clip_gradients, gather, init_distributed, leave_distributed, place,
     Ranks, shard, sum_over_ranks, sync_gradients, whole, wrap,
@@ -56,7 +56,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so says it
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # our names: transformers'
 FREE_ON_RESUME = {"resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-                  "attention", "profile"}  # change no weight, but by rounding
+                  "attention", "compile", "profile"}  # change no weight, but by rounding
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
@@ -143,6 +143,7 @@ def build_parser(loss):
         help="of the computation; bfloat16: autocast over float32 weights; auto: bfloat16 on a GPU, float32 on a CPU")
     add("--attention", choices=("auto", "packed", "padded"), default="auto", help="packed: each prompt once and no padding, by `sdpa` below; "
         "auto: where that is right and faster")
+    add("--compile", action="store_true", help="torch.compile the MLPs and norms: the first steps wait for the compiler")
     add("--profile", action="store_true", help="log the seconds that go into data, reference, forward, backward, optimizer and logging")
     add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
     add("--eval_every", type=at_least(0, int), default=200, help="steps between evaluations (0: at the end only)")
@@ -931,6 +932,10 @@ def main(argv, ranks):
     # --- the rows
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     say(choose_attention(args, [module for module in (model, reference) if isinstance(module, SequenceLogps)], rows, dtype, ranks))
+    if args.compile:  # both, so that they differ by no rounding
+        compile_blocks(model.model)
+        if isinstance(reference, SequenceLogps):
+            compile_blocks(reference.model)
     if args.ref == "cache":
         rows, held_out = cache_reference(args, reference, (rows, held_out), weights, tokenizer, dtype, ranks)
         reference = None  # and with it its memory
