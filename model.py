@@ -141,14 +141,15 @@ def move(model, device: torch.device, dtype=None):
 
     What crosses to the device has the dtype it had on the host. A host parameter is freed once it
     is moved. Tied parameters stay tied. fp32 parameters stay fp32 where `dtype` has 16 bits, and
-    buffers other than 16-bit ones keep their dtype, as in from_pretrained(dtype=dtype).
+    buffers keep their dtype unless they are 16-bit ones of a file, as in from_pretrained(dtype=...).
     """
     moved = {}  # id of an old tensor: the tensor, whose id must stay in use, and the new one
     for module in model.modules():
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, old in named:
             if id(old) not in moved:
-                moved[id(old)] = old, moved_tensor(old, device, dtype)
+                computed = name in module._non_persistent_buffers_set
+                moved[id(old)] = old, moved_tensor(old, device, None if computed else dtype)
                 if isinstance(old, torch.nn.Parameter):  # a buffer may be an attribute elsewhere
                     old.data = old.new_empty(0)
             setattr(module, name, moved[id(old)][1])
