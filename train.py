@@ -56,7 +56,7 @@ from lora import (
     adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, LoraSettings,
     NF4Linear, read_adapter, save_adapter, use_adapter,
 )
-from model import load_model, load_tokenizer, new_model, save_model
+from model import compile_blocks, load_model, load_tokenizer, new_model, save_model
 from parallel import (
     bare, barrier, broadcast, clip_gradients, first_reason, gather, init_distributed,
     leave_distributed, place, Ranks, reset_shards, shard, sum_over_ranks, sync_gradients, whole,
@@ -71,7 +71,7 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 # These flags change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "deterministic",
+    "attention", "compile", "deterministic",
 }
 
 
@@ -180,6 +180,8 @@ def add_run_flags(add):
     add("--attention", choices=("auto", "packed", "padded"), default="auto",
         help="packed: each prompt once and no padding, by `sdpa` below; "
              "auto: where that is right and faster")
+    add("--compile", action="store_true",
+        help="torch.compile the MLPs and norms; the first steps wait for the compiler")
     add("--deterministic", action="store_true",
         help="on a GPU use deterministic kernels only: slower, but a run that is repeated or "
              "resumed ends bit for bit the same; an operation that has none is an error. "
@@ -1343,6 +1345,9 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     # --- how rows are laid out, and the reference's log-probs if they are computed once
     modules = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
     attention, line = choose_attention(args, modules, rows, dtype, ranks)
+    if args.compile:  # policy and reference, so that they round alike
+        for module in modules:
+            compile_blocks(module.model)
     del modules
     say(line)
     options, link = variants(args)

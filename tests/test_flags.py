@@ -19,7 +19,7 @@ CHANGES = {  # flag: (flags of the run it is added to, its value); None: refused
     "output_dir": ({}, "ELSEWHERE"), "resume": ({}, True), "adapter": ({}, "ADAPTER"), "lora_rank": ({}, 2), "lora_alpha": (LORA, 1),
     "lora_target": (LORA, "q_proj"), "lora_dropout": (LORA, 0.5), "rslora": (LORA, True), "dora": (LORA, True), "quantize": (LORA, "nf4"),
     "gradient_checkpointing": ({}, True), "ref": ({}, "cache"), "ref_model": ({}, "OTHER"), "ref_batch_size": ({"ref": "cache"}, 1),
-    "sync_ref_every": ({}, 1), "sync_ref_alpha": ({"sync_ref_every": 1}, 0.1), "batch_size": ({}, 4), "micro_batch_size": ({}, 1), "attention": ({}, "packed"), "deterministic": ({}, True),
+    "sync_ref_every": ({}, 1), "sync_ref_alpha": ({"sync_ref_every": 1}, 0.1), "batch_size": ({}, 4), "micro_batch_size": ({}, 1), "attention": ({}, "packed"), "deterministic": ({}, True), "compile": ({}, True),
     "tokens_per_micro_batch": ({"micro_batch_size": None}, 30), "epochs": ({}, 2),
     "max_steps": ({}, 1), "lr": ({}, 1e-3), "lr_schedule": ({}, "cosine"), "warmup_steps": ({}, 2), "max_grad_norm": ({}, 1e-3),
     "max_length": ({}, 8), "max_prompt_length": ({}, 2), "max_completion_length": ({}, 2), "truncation_mode": ({"max_prompt_length": 2}, "keep_start"),
