@@ -225,6 +225,16 @@ def test_a_sharded_adapter_is_the_one_of_a_single_process(placed, biased):
         assert torch.equal(placed["dora"]["adapter"][name], tensor), name
 
 
+def test_a_sharded_dora_computes_with_its_fp32_values_as_a_whole_one_does(placed, biased):
+    """A change of the magnitudes by a thousandth would be lost in bfloat16."""
+    args = train.parse_args(FLAGS["dora"] + [f"--model={biased}"])[0]
+    alone = train.load_policy(args, biased, None, "bfloat16", torch.device("cpu"))
+    before = logps_of(alone)
+    stir(alone)
+    after = logps_of(alone)
+    assert not torch.equal(before, after) and torch.equal(placed["dora"]["stirred"], after)
+
+
 def test_a_bfloat16_run_that_began_with_ddp_goes_on_with_fsdp(fit, biased, pairs, tmp_path):
     flags = dict(model=biased, dtype="bfloat16", max_steps=4, save_every=2)
     out, _ = fit(**flags)
@@ -270,6 +280,20 @@ FLAGS = {kind: ["--dataset=none", "--parallel=fsdp", "--dtype=bfloat16", *more] 
     "full": [], "lora": ["--lora_rank=4"], "dora": ["--lora_rank=4", "--dora"]}.items()}
 
 
+@torch.no_grad()
+def stir(module):
+    for layer in lora.lora_layers(module.model).values():
+        for parameter in layer.magnitude.values():
+            parameter.mul_(1.001)
+
+
+@torch.no_grad()
+def logps_of(module):
+    ids = torch.arange(24).view(2, 12) % 20 + 3
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(input_ids=ids, labels=ids)[0]
+
+
 def place(kind, folder, ranks):
     """-> what can be seen of a policy and its reference in shards."""
     args = train.parse_args([*FLAGS[kind], f"--model={folder}"])[0]
@@ -281,12 +305,12 @@ def place(kind, folder, ranks):
     seen = {"sources": sources, "adapter": {name: parallel.whole(tensor.detach()) for name, tensor in lora.adapter_tensors(policy.model, "policy").items()}}
     seen |= {kind: {p.dtype for p in policy.parameters() if p.requires_grad == (kind == "trained")} for kind in ("trained", "frozen")}
     seen["policy"] = {p.dtype for p in policy.parameters()}
-    ids = torch.arange(24).view(2, 12) % 20 + 3
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        seen["logps"] = [module(input_ids=ids, labels=ids)[0] for module in (reference, policy)]
+    seen["logps"] = [logps_of(reference), logps_of(policy)]
     if isinstance(reference, torch.nn.Module):
         seen["reference"] = {p.dtype for p in reference.parameters()}
         seen["resharded"] = all(isinstance(p, DTensor) for p in reference.parameters())
+    stir(policy)
+    seen["stirred"] = logps_of(policy)
     return seen
 
 
