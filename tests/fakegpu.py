@@ -60,7 +60,6 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIBRARY.install_guard()
@@ -82,8 +81,6 @@ class GpuTensor(torch.Tensor):
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(),
             dtype=values.dtype, device=GPU)
         tensor.values = values
-        if values.dtype == torch.bool and values.dim() > 1 and min(values.shape[-2:]) > 1:
-            recorder.masks.add(tensor)
         return tensor
 
     @classmethod
@@ -104,6 +101,10 @@ class GpuTensor(torch.Tensor):
         """Torch refuses this for subclasses."""
         recorder.note("sync", "tolist")
         return self.values.tolist()
+
+    def __format__(self, specification):
+        """Torch does this for its own class alone."""
+        return format(self.item(), specification)
 
     def __repr__(self, **options):
         return f"GpuTensor({self.values})"
@@ -142,11 +143,11 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.masks = weakref.WeakSet()
         self.start()
 
     def start(self, interrupt=None):
         self.events = collections.Counter()
+        self.masks = {}  # id -> weak reference to each that an operator of this run has read
         self.updates = 0
         self.interrupt = interrupt
         self.pinned = {}  # address -> storage, which is kept so that no other gets its address
@@ -188,6 +189,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
 
         self.check(func, args, kwargs, tensors)
+        self.masks |= {id(x): weakref.ref(x) for x in tensors if on_gpu(x) and is_mask(x)}
         if device is not None:
             plain_kwargs["device"] = "cpu"
         compute = EMULATED.get(str(func), func)
@@ -263,7 +265,8 @@ class Recorder(TorchDispatchMode):
             self.note_masks("block")
 
     def note_masks(self, moment):
-        for _ in list(self.masks):
+        self.masks = {key: mask for key, mask in self.masks.items() if mask() is not None}
+        for _ in self.masks:
             self.note("mask", f"a bool matrix at the end of a {moment}")
 
 
@@ -271,6 +274,10 @@ def takes_cpu_scalars(func, on_cpu) -> bool:
     """Element by element, a CPU tensor without dimensions is a number to a CUDA kernel."""
     elementwise = torch.Tag.pointwise in func.tags or "_foreach" in func._schema.name
     return elementwise and all(x.dim() == 0 for x in on_cpu)
+
+
+def is_mask(tensor) -> bool:
+    return tensor.dtype == torch.bool and tensor.dim() > 1 and min(tensor.shape[-2:]) > 1
 
 
 def describe(tensors) -> str:
@@ -410,28 +417,37 @@ EMULATED = {
 
 # --- Calls that never become an operator ----------------------------------------------------------
 
-class Calls(TorchFunctionMode):
-    """What torch does for CUDA before, or without, dispatching an operator."""
+def pretend():
+    """Patch what torch asks the driver, or does before an operator is dispatched."""
+    torch.cuda._lazy_init = lambda: None  # would load the driver
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast is off
+    torch.cuda.is_bf16_supported = lambda *args, **kwargs: True  # or autocast refuses bfloat16
+    torch.cuda.get_device_capability = lambda *args: (8, 0)
+    torch.cuda.synchronize = lambda *args: recorder.note("sync", "torch.cuda.synchronize")
+    # module.to("cuda") keeps each Parameter object, as on a GPU; else tied weights come apart
+    torch.__future__.set_swap_module_params_on_conversion(True)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and is_gpu(kwargs.get("device")):
-            # made on the CPU and copied by a path that no mode sees
-            device = kwargs.pop("device")
-            return func(*args, **kwargs).to(device)
-        if func is torch.Tensor.pin_memory:
-            tensor = args[0].clone()
-            storage = tensor.untyped_storage()
-            recorder.pinned[storage.data_ptr()] = storage
-            return tensor
-        if func is torch.Tensor.is_pinned:
-            return is_pinned(args[0])
-        if func is F.scaled_dot_product_attention and on_gpu(args[0]):
-            return sdpa(*args, **kwargs)
-        return func(*args, **kwargs)
+    # torch.tensor(..., device="cuda") makes a CPU tensor and copies it, by an operator that is seen
+    torch._C._set_only_lift_cpu_tensors(True)
+    torch.Tensor.pin_memory = pin_memory
+    torch.Tensor.is_pinned = is_pinned
+    on_cpu = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, *args, **kwargs: (
+        sdpa if on_gpu(query) else on_cpu)(query, *args, **kwargs)
+
+    register_optimizer_step_post_hook(recorder.after_update)
+    torch.nn.modules.module.register_module_forward_hook(recorder.after_block)
 
 
-def is_pinned(tensor) -> bool:
+def pin_memory(tensor, device=None):
+    """A copy whose address is remembered: a build without CUDA has no pinned memory."""
+    tensor = tensor.clone()
+    storage = tensor.untyped_storage()
+    recorder.pinned[storage.data_ptr()] = storage
+    return tensor
+
+
+def is_pinned(tensor, device=None) -> bool:
     return not on_gpu(tensor) and tensor.untyped_storage().data_ptr() in recorder.pinned
 
 
@@ -458,19 +474,6 @@ def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
 recorder = Recorder()
 
 
-def pretend():
-    """Patch what torch asks about the card outside of operators."""
-    torch.cuda._lazy_init = lambda: None  # would load the driver
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast is off
-    torch.cuda.is_bf16_supported = lambda *args, **kwargs: True  # or autocast refuses bfloat16
-    torch.cuda.get_device_capability = lambda *args: (8, 0)
-    torch.cuda.synchronize = lambda *args: recorder.note("sync", "torch.cuda.synchronize")
-    # module.to("cuda") keeps each Parameter object, as on a GPU; else tied weights come apart
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    register_optimizer_step_post_hook(recorder.after_update)
-    torch.nn.modules.module.register_module_forward_hook(recorder.after_block)
-
-
 # --- The runs -------------------------------------------------------------------------------------
 
 def run_case(case) -> dict:
@@ -481,7 +484,7 @@ def run_case(case) -> dict:
     error, printed = None, io.StringIO()
     recorder.start(case.get("interrupt"))
     try:
-        with recorder, Calls(), contextlib.redirect_stdout(printed):
+        with recorder, contextlib.redirect_stdout(printed):
             train.main(case["flags"], ranks)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised} at {innermost_lines(raised)}"

@@ -17,7 +17,7 @@ from transformers import (
 
 import model as models
 
-LAYERS, STEPS, PAIRS = 2, 3, 8
+LAYERS, STEPS, PAIRS, VOCABULARY = 2, 3, 8, 384
 SYNCS_PER_STEP = 2  # one for the metrics of a step, one for the norm of its gradient
 
 # Llama-like models with two query heads to a key head; Mistral's window is shorter than its rows.
@@ -115,7 +115,7 @@ def runs(tokenizer, tmp_path_factory) -> dict:
     home = tmp_path_factory.mktemp("cuda")
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config(len(tokenizer)))
+        model = AutoModelForCausalLM.from_config(config(VOCABULARY))
         models.save_model(model, tokenizer, home / name)
     write_jsonl(home / "pairs.jsonl", make_rows(30))
 
