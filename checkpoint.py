@@ -1,10 +1,37 @@
-"""Files that are written aside and moved into place, so that no reader meets half of one."""
+"""Files of a run: written to a temporary name and renamed, so that no reader meets half a file.
+
+    config.json         the flags of the run; when the run has ended, the model's configuration too
+    metrics.jsonl       see train.Log
+    checkpoint-N/       after step N: the model or adapter as a folder of its own,
+        optimizer/      AdamW's state and a moving reference, in one file per rank,
+        state.json      the step, the schedule, the flags, and a hash of every other file
+    .lock               held by the process that writes in this folder
+
+Nothing here knows models or adapters: train.py passes their tensors and the function that saves them.
+"""
 import contextlib
+import fcntl
+import hashlib
+import io
+import json
 import os
 import pathlib
 import shutil
+from typing import Any, Callable
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+from parallel import barrier, broadcast, first_reason, gather, Ranks, whole
+
+LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
 
 
+# --- Write to a temporary name, then rename ---------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def written_aside(folder, last):
@@ -16,3 +43,299 @@ def written_aside(folder, last):
     for file in sorted(aside.iterdir(), key=lambda file: file.name == last):
         os.replace(file, pathlib.Path(folder) / file.name)
     aside.rmdir()
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Replace the content of a text file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def spared(folder: pathlib.Path):
+    """On a write error, a full disk say, delete partial files, keep existing ones, and raise one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        for partial in (".checkpoint", ".saving"):
+            shutil.rmtree(folder / partial, ignore_errors=True)
+        cause = error
+        if isinstance(error, dcp.CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(
+            f"--output_dir {folder}: could not be written ({cause}); what was there before is whole. "
+            f"Make room, then: python train.py --output_dir {folder} --resume") from error
+
+
+# --- The folder of a run ----------------------------------------------------------------------------------------------
+
+def read_config(folder: str | pathlib.Path) -> dict:
+    try:
+        return json.loads((pathlib.Path(folder) / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def read_flags(folder: str | None) -> dict:
+    """The flags of the run that --resume continues."""
+    if folder is None:
+        raise ValueError("--resume needs the --output_dir of the run to go on with")
+    config = read_config(folder)
+    if "flags" not in config:
+        raise ValueError(f"--resume: there is no run in {folder}")
+    return config["flags"]
+
+
+def is_complete(folder: str | pathlib.Path) -> bool:
+    """Has the run ended? Then config.json has the model's entries, or the folder an adapter's file."""
+    has_adapter = (pathlib.Path(folder) / "adapter_config.json").exists()
+    return has_adapter or "model_type" in read_config(folder)
+
+
+def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+@contextlib.contextmanager
+def claim(folder: pathlib.Path, resume: bool, ranks: Ranks):
+    """Lock the folder for one run, and refuse a folder with another run in it unless `resume`.
+
+    The operating system releases the lock when the process ends, however it ends.
+    """
+    if ranks.rank > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output_dir {folder}: another run is writing there") from None
+        if not resume and (is_complete(folder) or checkpoints(folder)):
+            raise ValueError(f"--output_dir {folder} holds a run already: "
+                             "continue it with --resume, or choose another")
+        yield
+
+
+# --- How large checkpoints are, and whether they fit ------------------------------------------------------------------
+
+def tensor_bytes(tensors) -> int:
+    """Bytes of these tensors without sharding, each stored once: tied weights are one tensor."""
+    distinct = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+
+
+def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, save_every: int,
+                     keep: int | None, ranks: Ranks) -> tuple[int, str]:
+    """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line about them.
+
+    size            bytes of one checkpoint
+    start, steps    the step to go on from, and the last one
+    keep            --keep_checkpoints; by default 2, and 1 if a checkpoint is LARGE
+
+    While one more than `keep` is written, all of them are on the disk. Raise if there is no room for
+    those that are due, rather than hours later; only say so where no checkpoint is due before the end.
+    """
+    if keep is None:
+        keep = 1 if size > LARGE else 2
+    due = 0
+    if save_every:
+        due = (steps - 1) // save_every - start // save_every
+    text = f"a checkpoint has {readable(size)}; "
+    if due:
+        text += f"written every {save_every} steps and when interrupted, the newest {keep} kept"
+    else:
+        text += "written when interrupted"
+    # Rank 0 decides for all ranks: it has the folder.
+    problem = None
+    if ranks.rank == 0:
+        existing = len(checkpoints(folder))
+        most = min(keep + 1, existing + max(1, due))
+        needed = (most - existing) * size
+        free = shutil.disk_usage(existing_parent(folder)).free
+        if needed > free:
+            problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
+    problem = first_reason(problem, ranks)
+    if problem and due:
+        raise ValueError(f"--output_dir {folder}: {problem}; make room, or lower --keep_checkpoints, "
+                         "or write none by --save_every 0")
+    if problem:
+        text += f". There is no room for it: {problem}"
+    return keep, text
+
+
+def existing_parent(folder: pathlib.Path) -> pathlib.Path:
+    for path in (folder, *folder.absolute().parents):
+        if path.exists():
+            return path
+
+
+def readable(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 1000:.1f} kB"
+
+
+# --- Save -------------------------------------------------------------------------------------------------------------
+
+def gather_tensors(named: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """On rank 0 whole copies on the CPU, each tied weight once; on other ranks {}. All ranks must call it."""
+    names = {id(tensor): name for name, tensor in reversed(named.items())}
+    gathered = {}
+    for name in names.values():
+        tensor = whole(named[name].detach())
+        if ranks.rank == 0:
+            gathered[name] = tensor.cpu()
+    return gathered
+
+
+class HashedFile(io.BufferedWriter):
+    """A file that hashes what is written to it, so that a large one need not be read again."""
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "w"))
+        self.hash = hashlib.blake2b()
+
+    def write(self, data):
+        self.hash.update(data)
+        return super().write(data)
+
+
+class HashingFileSystem(FileSystem):
+    """Where torch's checkpoint writer opens its files: .digests has the hash of each."""
+
+    def __init__(self):
+        self.digests = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with HashedFile(path) as file:
+            yield file
+        self.digests[pathlib.Path(path)] = file.hash.hexdigest()
+
+
+def file_digests(folder: pathlib.Path, ranks: Ranks, written: dict | None = None) -> dict[str, str]:
+    """{file: hash} of a checkpoint. Each rank reads its share of the files.
+
+    `written` has the hashes of the files that this rank has just written: no rank reads these.
+    """
+    digests = {str(path.relative_to(folder)): digest for path, digest in (written or {}).items()}
+    known = set()
+    for part in gather(digests, ranks):
+        known |= part.keys()
+    files = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name != "state.json" and name not in known:
+            files.append((name, path))
+    for name, path in files[ranks.rank::ranks.size]:
+        with open(path, "rb") as file:
+            digests[name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    merged = {}
+    for part in gather(digests, ranks):
+        merged |= part
+    return merged
+
+
+def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tensors: dict,
+                    state: dict, keep: int, ranks: Ranks) -> None:
+    """Write everything that the next step depends on as checkpoint-{step}, and delete old checkpoints.
+
+    save_model(folder) saves the model or adapter; tensors are those of `optimizer_tensors`; state is
+    JSON. No state of a random number generator is needed: the order of the rows and the dropout of an
+    adapter follow from the seed, the step and the rank.
+    """
+    temporary = folder / ".checkpoint"
+    if ranks.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    save_model(temporary)
+    barrier(ranks)
+    # Every rank writes the shards that it has, and hashes them on the way. The model's own files are
+    # written by libraries that take no file object: those alone are read again.
+    writer = HuggingFaceStorageWriter(str(temporary / "optimizer"), save_distributed=True)
+    writer.fs = HashingFileSystem()
+    dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+    digests = file_digests(temporary, ranks, writer.fs.digests)
+    if ranks.rank == 0:
+        text = json.dumps({"step": step, "files": digests} | state, indent=2)
+        (temporary / "state.json").write_text(text + "\n")
+        os.replace(temporary, folder / f"checkpoint-{step}")
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier(ranks)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, moving: dict) -> dict:
+    """{name: tensor} of AdamW's state, and of a reference that moves. Before the first step the state is made."""
+    tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # The optimizer's own parameters: under FSDP the model's may be gathered ones after a forward.
+    for name, parameter in zip(names, optimizer.param_groups[0]["params"]):
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter, requires_grad=False)
+        for key, value in state.items():
+            tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+# --- Resume -----------------------------------------------------------------------------------------------------------
+
+def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path | None, dict]:
+    """-> the newest checkpoint whose files have the hashes that were saved, and its state; or None, {}.
+
+    A damaged checkpoint is renamed, with a line: a run that goes on from an older one ends the same.
+    """
+    paths = broadcast(checkpoints(folder), ranks)
+    for path in reversed(paths):
+        try:
+            state = json.loads((path / "state.json").read_text())
+        except (OSError, ValueError):
+            state = {}
+        saved, found = state.get("files", {}), file_digests(path, ranks)
+        if state and saved == found:
+            return path, state
+        if ranks.rank == 0:
+            wrong = ["state.json"]
+            if saved:
+                wrong = sorted({name for name, _ in saved.items() ^ found.items()})
+            renamed = path.with_name(f"damaged-{path.name}")
+            print(f"{path} is damaged ({', '.join(wrong[:3])}) and is now {renamed}")
+            os.replace(path, renamed)
+        barrier(ranks)
+    if paths:
+        raise ValueError(f"--resume: every checkpoint in {folder} is damaged; "
+                         "begin again in another --output_dir")
+    return None, {}
+
+
+@torch.no_grad()
+def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dict, optimizer: Any,
+                    scheduler: Any, ranks: Ranks) -> tuple[int, float]:
+    """Fill `tensors` and the schedule -> the step after which they were saved, and BCO's delta.
+
+    fixed has the hashes of the rows and of the frozen weights, which must be those of the first start.
+    Only JSON and safetensors are read, so that loading a checkpoint runs no code of its author's.
+    """
+    if state["rows"] != fixed["rows"]:
+        raise ValueError("--resume: the data set is not the one that this run began with: "
+                         "its rows, or their order, are others")
+    if state["weights"] != fixed["weights"]:
+        raise ValueError("--resume: the reference, or the model below the adapter, "
+                         "has other weights than when this run began")
+    reader = HuggingFaceStorageReader(str(folder / "optimizer"))
+    dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
+    scheduler.load_state_dict(state["scheduler"])
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
+        group["lr"] = lr
+    return state["step"], state["delta"]

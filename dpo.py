@@ -1,137 +1,200 @@
 """A batch of pairs -> log-probs -> the loss of each pair and its metrics.
 
-Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T tokens, N scored tokens, V vocabulary, H hidden.
-A batch comes from data.collate: for each side, `chosen` and `rejected`, right-padded (B, T) tensors `{side}_input_ids`,
-`{side}_attention_mask` and `{side}_labels`, labels being the input ids where a token is scored and IGNORE elsewhere. Or from
-packing.collate: the same rows in one, without padding.
+Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T tokens, N scored
+tokens, V vocabulary, H hidden size.
+
+A batch comes from data.collate: for each side, `chosen` and `rejected`, right-padded (B, T) tensors
+`{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`, where labels are the input ids of
+scored tokens and IGNORE elsewhere. Or it comes from packing.collate: the same rows in one row.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 import packing
-from losses import LOSSES, f_divergence_score, hyperparameters, needs_reference, needs_rejected, tensor_arguments
+from losses import (
+    LOSSES, f_divergence_score, hyperparameters, needs_reference, needs_rejected, tensor_arguments,
+)
 
-IGNORE = -100  # label of a token that is not scored (prompt, padding): torch's and transformers' own value
+IGNORE = -100  # label of a token that is not scored (prompt, padding), as in torch and transformers
 
 
 def selected_logps(logits, targets):
-    """log π(target) at each position: (N, V), (N,) -> (N,), in fp32 or better whatever the dtype of the logits."""
+    """log π(target) at each position: (N, V), (N,) -> (N,), in fp32 or better for any logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def sum_scored(token_values, scored):
-    """Sum each row's scored tokens: (N,), (B, T) bool -> (B,). Added up along the row, so batch mates play no part."""
-    places = packing.to_device(scored.flatten().nonzero()[:, 0], token_values.device)
-    return token_values.new_zeros(scored.numel()).index_copy(0, places, token_values).view(scored.shape).sum(-1)
-
-
 def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
-    """Log-probability of each row's scored tokens, and how many they are. Sums, never averages: a loss divides by itself.
+    """Log-probability of each row's scored tokens, and their number. Sums, never averages: a loss
+    that averages divides by the number.
 
     Args      logits (B, T, V); labels (B, T), label_pad_token_id where a token is not scored
     Returns   logps (B,) in fp32 or better, lengths (B,) integers
-    Example   The logits at position t predict the label at t + 1, so the first label and the last logits are not used:
+    Example   The logits at position t predict the label at t + 1, so the first label and the last
+              logits are not used:
 
                   input_ids   prompt  answer  EOS    pad
-                  labels       -100   answer  EOS   -100        scored: answer from the prompt's logits, EOS from answer's
+                  labels       -100   answer  EOS   -100
+                  scored               answer, by the prompt's logits, and EOS, by the answer's
                   lengths = 2
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits are (B, T, V) and labels (B, T), got {tuple(logits.shape)} and {tuple(labels.shape)}")
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"logits are (B, T, V) and labels (B, T), got {shapes}")
     labels, logits = labels[:, 1:], logits[:, :-1]  # (B, T-1), (B, T-1, V)
     scored = labels != label_pad_token_id
-    return sum_scored(selected_logps(logits[scored], labels[scored]), scored), scored.sum(-1)
+    token_logps = selected_logps(logits[scored], labels[scored])  # (N,)
+    table = torch.zeros(labels.shape, dtype=token_logps.dtype, device=token_logps.device)
+    return table.masked_scatter(scored, token_logps).sum(-1), scored.sum(-1)
 
 
-@torch.no_grad()
-def aligned_logps(logits, token_logps):
-    """How probable each token is beside what the policy would say there itself: log π(y_t) − log Σ_v π(v)², where the sum is the
-    expected probability of a token sampled from it (WPO, arXiv:2406.11827v2, eq. 2). (N, V), (N,) -> (N,), no gradient."""
-    logits = logits.to(token_logps.dtype)
-    return token_logps - (2 * logits.log_softmax(-1)).logsumexp(-1)
+class Targets(NamedTuple):
+    """Which tokens are scored. Found on the CPU, so that the forward never waits for the GPU to say
+    how many there are, and copied before the forward, because FSDP copies what is left and waits."""
+    predictors: torch.Tensor  # (N,) positions, of all rows in sequence, that predict a scored token
+    ids: torch.Tensor  # (N,) the scored tokens
+    places: torch.Tensor  # (N,) where each is in a flat table with a row for each answer
+    lengths: torch.Tensor  # (2B,)
+    width: int  # of the table
+    weights: torch.Tensor | None  # (N,)
+
+    def sum_rows(self, token_values):
+        """(N,) -> (2B,). Each row is summed on its own, so other rows cannot change its sum."""
+        table = token_values.new_zeros(len(self.lengths) * self.width)
+        return table.index_copy(0, self.places, token_values).view(-1, self.width).sum(-1)
+
+
+def find_targets(labels, predictors=None, token_weights=None, device=None) -> Targets:
+    """labels (2B, T): each position predicts the next. Or, packed, labels (2B, L) and the predictors
+    of packing.collate. token_weights like labels. Copied to the device without waiting for it."""
+    if predictors is None:
+        predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
+        labels = labels[:, 1:]
+        token_weights = None if token_weights is None else token_weights[:, 1:]
+    device = labels.device if device is None else device
+    scored = labels != IGNORE  # (2B, T-1) or (2B, L)
+
+    def moved(tensor):
+        return packing.to_device(tensor, device)
+
+    places = scored.flatten().nonzero()[:, 0]
+    weights = None if token_weights is None else moved(token_weights[scored])
+    return Targets(moved(predictors[scored]), moved(labels[scored]), moved(places),
+                   moved(scored.sum(-1)), scored.shape[1], weights)
 
 
 class SequenceLogps(torch.nn.Module):
-    """A causal language model that answers with log-probs: ids in, `get_batch_logps` of them out.
+    """Wraps a causal LM so that forward() returns summed log-probs, as `get_batch_logps` does.
 
-    The head runs on the scored positions alone: (N, V) logits in place of (2B, T, V), which for a long prompt is most of the
-    memory of a step; and where even those are many, on some at a time. It happens inside the root module's forward because that is
-    what DDP and FSDP hook into.
+    The head runs at the N positions that predict a scored token: (N, V) logits instead of
+    (2B, T, V), and where these are many, in chunks. This happens inside the root module's forward,
+    because DDP and FSDP hook into it.
 
-    labels (2B, T), padded as the other inputs are; or with `predictors` (2B, L), of packing.collate: the labels alone, and at which
-    position of all inputs each is predicted. Left on the CPU, they tell how many are scored without waiting for a GPU.
-    Without labels, for packing.can_pack: the logits.
-    token_weights like labels, optional: each scored token's log-prob is multiplied by its weight before the sum.
-    alignment: also return each row's mean of `aligned_logps`, (2B,), without a graph.
+    Args of forward
+      labels, predictors, token_weights   see `find_targets`, or
+      targets     what it returns. With neither, forward returns logits, for packing.can_pack
+      alignment   also return each row's mean of log π(y_t) − log Σ_v π(v)², (2B,), without a graph:
+                  how probable a token is relative to a token that the policy samples there (WPO,
+                  arXiv:2406.11827v2, eq. 2)
+      inputs      input_ids and attention_mask, or packed rows
+    Returns logps (2B,), lengths (2B,) and, if asked for, alignments (2B,)
     """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
         self.bare_head = has_bare_head(model)
+        self.needs_mask = True  # of padded rows, until packing.can_drop_mask says otherwise
 
-    def forward(self, labels=None, predictors=None, token_weights=None, alignment=False, **inputs):
+    def forward(self, labels=None, predictors=None, token_weights=None, targets=None,
+                alignment=False, **inputs):
         if "packed" in inputs:
             packing.enable(self.model)
-        if labels is None:
+        elif not self.needs_mask:
+            inputs.pop("attention_mask", None)
+        if labels is not None:
+            targets = find_targets(labels, predictors, token_weights, inputs["input_ids"].device)
+        if targets is None:
             return self.model(**inputs, use_cache=False).logits
-        if predictors is None:  # each position predicts the next
-            predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
-            labels, token_weights = labels[:, 1:], None if token_weights is None else token_weights[:, 1:]
-        scored = labels != IGNORE  # (2B, T-1)
-        predictors, targets, lengths = (packing.to_device(x, inputs["input_ids"].device)
-                                        for x in (predictors[scored], labels[scored], scored.sum(-1)))  # (N,), (N,), (2B,)
+
+        token_logps, squares = self.token_logps(targets, alignment, inputs)  # (N,), (N,)
+        weighted = token_logps if targets.weights is None else token_logps * targets.weights
+        logps = targets.sum_rows(weighted)
+        if not alignment:
+            return logps, targets.lengths
+        aligned = targets.sum_rows(token_logps.detach() - squares) / targets.lengths
+        return logps, targets.lengths, aligned
+
+    def token_logps(self, targets, squares, inputs):
+        """-> log π of each scored token (N,), and with squares log Σ_v π(v)² at its place (N,)."""
         head = self.model.get_output_embeddings()
         if self.bare_head:
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[predictors]  # (N, H)
-        if self.bare_head and not alignment:
-            token_logps = packing.ChunkedLogps.apply(hidden, head.weight, head.bias, targets, torch.is_grad_enabled())  # (N,)
-        else:  # logits that are scaled or capped after the head: only the model itself knows how
-            logits = head(hidden) if self.bare_head else self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors]
-            token_logps = selected_logps(logits, targets)
-        weighted = token_logps if token_weights is None else token_logps * packing.to_device(token_weights[scored], token_logps.device)
-        out = sum_scored(weighted, scored), lengths
-        return (*out, sum_scored(aligned_logps(logits, token_logps), scored) / lengths) if alignment else out
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1).index_select(0, targets.predictors)  # (N, H)
+            keep = torch.is_grad_enabled()
+            return packing.ChunkedLogps.apply(
+                hidden, head.weight, head.bias, targets.ids, keep, squares
+            )
+        # Logits that are scaled or capped after the head: only the model itself knows how.
+        logits = self.model(**inputs, use_cache=False).logits  # (2B, T, V)
+        logits = logits.flatten(0, 1).index_select(0, targets.predictors)  # (N, V)
+        token_logps = selected_logps(logits, targets.ids)
+        return token_logps, packing.log_sum_of_squares(logits.detach()) if squares else None
 
 
 @torch.no_grad()
-def has_bare_head(model):
-    """Are the model's logits just head(hidden)? Asked of the model on four tokens, since some scale or cap them (Gemma 2)."""
-    if model.get_output_embeddings() is None or model.base_model is model or model.device.type == "meta":
+def has_bare_head(model) -> bool:
+    """Whether the model's logits are head(hidden). Tried on four tokens, because some models scale
+    or cap them (Gemma 2)."""
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model or model.device.type == "meta":
         return False
     ids = torch.arange(4, device=model.device)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits)
+    return torch.allclose(head(hidden), model(input_ids=ids, use_cache=False).logits)
 
 
 def concatenated_inputs(batch, sides=("chosen", "rejected")):
-    """Chosen rows, then rejected rows, as one batch: input_ids, attention_mask and labels, each (2B, T). Packed rows are that already."""
+    """Chosen rows, then rejected rows, as one batch: input_ids, attention_mask and labels, each
+    (2B, T). Packed rows are concatenated already."""
     if "packed" in batch:
         return {name: batch[name] for name in packing.INPUTS}
-    return {name: torch.cat([batch[f"{side}_{name}"] for side in sides]) for name in ("input_ids", "attention_mask", "labels")}
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: torch.cat([batch[f"{side}_{name}"] for side in sides]) for name in names}
 
 
 def concatenated_forward(model, batch, sides=("chosen", "rejected"), ld_alpha=1.0, alignment=False):
-    """Both sides in one forward of `model`, a SequenceLogps: one call is half the overhead, and one use of each weight
-    per step is what DDP can synchronise. Returns {chosen,rejected}_{logps,lengths} and, if asked for, _alignment: each (B,)."""
+    """Both sides in one forward of `model`, a SequenceLogps: one call is half the overhead, and one
+    use of each weight per step is what DDP can synchronize.
+
+    Returns {chosen,rejected}_{logps,lengths} and, if asked for, _alignment: each (B,)
+    """
     inputs = concatenated_inputs(batch, sides)
-    if ld_alpha != 1:
-        inputs["token_weights"] = length_weights(inputs["labels"], ld_alpha)
-    values = model(**inputs, alignment=alignment)
-    names = ("logps", "lengths", "alignment")[:len(values)]
-    return {f"{side}_{name}": part for name, value in zip(names, values)
-            for side, part in zip(sides, value.chunk(len(sides)))}
+    labels = inputs.pop("labels")
+    weights = length_weights(labels, ld_alpha) if ld_alpha != 1 else None
+    device = inputs["input_ids"].device
+    targets = find_targets(labels, inputs.pop("predictors", None), weights, device)
+    outputs = model(targets=targets, alignment=alignment, **inputs)
+    found = {}
+    for name, values in zip(("logps", "lengths", "alignment"), outputs):
+        for side, part in zip(sides, values.chunk(len(sides))):
+            found[f"{side}_{name}"] = part
+    return found
 
 
 def length_weights(labels, ld_alpha):
-    """LD-DPO (arXiv:2409.06411): of two answers the longer one's tokens beyond the length of the shorter count ld_alpha each.
+    """LD-DPO (arXiv:2409.06411): the longer answer's tokens beyond the length of the shorter one
+    count ld_alpha each.
 
-    labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after it. Policy and reference alike, so
-    that equal models have margin 0; TRL 0.18 to 0.28 and LLaMA-Factory weigh the policy's tokens only, and start elsewhere.
+    labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after
+    it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to 0.28
+    and LLaMA-Factory weight the policy's tokens only, and start elsewhere.
     """
     rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
-    common = rank[:, -1].view(2, -1).amin(0).repeat(2)[:, None]  # (2B, 1)
+    lengths = rank[:, -1].view(2, -1)  # (2, B)
+    common = lengths.amin(0).repeat(2)[:, None]  # (2B, 1)
     return torch.where(rank <= common, 1.0, ld_alpha)
 
 

@@ -1,6 +1,16 @@
-"""LoRA, rsLoRA and DoRA by hand, in PEFT's files, and frozen weights in 4 bits (NF4)."""
+"""LoRA, rsLoRA and DoRA written out, saved in PEFT's files, and frozen weights in 4 bits (NF4).
+
+`add_adapter` replaces each target layer by a `Lora`: the frozen layer plus low-rank updates by name.
+`use_adapter` selects which update is active. `quantize` replaces linear layers by `NF4Linear`.
+`merge` turns all of them back into plain layers.
+
+Example     W₀ = 2 (1 x 1), rank 1, alpha 1, A = 3, B = 4, x = 1, so s·BA = 12
+            LoRA    y = (2 + 12) · 1 = 14
+            DoRA    y = m · 14 / |14| = m, with m = |W₀| = 2 until m is trained
+"""
 import contextlib
 import functools
+import importlib.util
 import json
 import pathlib
 import re
@@ -15,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from checkpoint import written_aside
 
 
+# --- Low-rank updates -----------------------------------------------------------------------------
+
 class LoraSettings(NamedTuple):
     rank: int
     alpha: float
@@ -23,116 +35,178 @@ class LoraSettings(NamedTuple):
     dora: bool = False
 
     @property
-    def scale(self):
-        """α/r (arXiv:2106.09685, Sec. 4.1), or with rsLoRA α/√r, so that a large rank does not learn more slowly (arXiv:2312.03732)."""
+    def scale(self) -> float:
+        """α/r (arXiv:2106.09685, Sec. 4.1). rsLoRA takes α/√r, because with α/r a large rank
+        learns more slowly (arXiv:2312.03732)."""
         return self.alpha / (self.rank ** 0.5 if self.rslora else self.rank)
 
 
 class Lora(torch.nn.Module):
-    """A frozen linear layer and, beside it, low-rank updates by name, of which one or none is active.
+    """A frozen linear layer and low-rank updates by name, of which one or none is active.
 
-    LoRA (arXiv:2106.09685, Sec. 4.1, eq. 3)    y = W₀x + s·BAx, A (r, in), B (out, r) = 0 at the start, s the scale
-    DoRA (arXiv:2402.09353, Sec. 4.1, eq. 5)    y = m ⊙ (W₀ + s·BA)x / ‖W₀ + s·BA‖, m (out,) = ‖W₀‖ at the start; norms are of the
-                                                rows of (out, in) weights, and a constant to the gradient (Sec. 4.3, eq. 11)
+    LoRA (arXiv:2106.09685, Sec. 4.1, eq. 3)    y = W₀x + s·BAx
+    DoRA (arXiv:2402.09353, Sec. 4.1, eq. 5)    y = m ⊙ (W₀ + s·BA)x / ‖W₀ + s·BA‖
 
-    The paper draws A from a Gaussian; its authors' code and we take torch's default for a linear layer, Kaiming. A and B are fp32 or better.
-    Dropout falls on what enters A, and only where a gradient is taken: references and evaluations see none.
+    A (r, in) is random, B (out, r) starts at 0, s is the scale. DoRA's m (out,) starts at ‖W₀‖.
+    Its norms are those of the rows of (out, in) weights, and constants to the gradient (Sec. 4.3,
+    eq. 11). The paper draws A from a Gaussian; this code, like its authors' code, draws A as torch
+    initializes a linear layer, Kaiming uniform. A, B and m are fp32 or better.
+    Dropout applies to the input of A, and only where gradients are enabled: references and
+    evaluations have none.
     """
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.settings, self.active = base.requires_grad_(False), {}, None
-        self.A, self.B, self.magnitude = torch.nn.ParameterDict(), torch.nn.ParameterDict(), torch.nn.ParameterDict()
+        self.base = base.requires_grad_(False)
+        self.settings = {}
+        self.active = None
+        self.A = torch.nn.ParameterDict()
+        self.B = torch.nn.ParameterDict()
+        self.magnitude = torch.nn.ParameterDict()
 
-    def add(self, name, settings):
+    def add(self, name, settings, generator=None):
+        """Add an update that changes nothing yet.
+
+        A is drawn on the CPU and in fp32, so that the same generator gives the same adapter on
+        every device, in every dtype, on one process and on many.
+        """
         weight = dense_weight(self.base)
-        kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        A = torch.empty(settings.rank, weight.shape[1])
+        torch.nn.init.kaiming_uniform_(A, a=5 ** 0.5, generator=generator)
+        B = torch.zeros(weight.shape[0], settings.rank, dtype=dtype, device=weight.device)
         self.settings[name] = settings
-        self.A[name] = torch.nn.Parameter(torch.empty(settings.rank, weight.shape[1], **kind))
-        torch.nn.init.kaiming_uniform_(self.A[name], a=5 ** 0.5)
-        self.B[name] = torch.nn.Parameter(torch.zeros(weight.shape[0], settings.rank, **kind))
+        self.A[name] = torch.nn.Parameter(A.to(weight.device, dtype))
+        self.B[name] = torch.nn.Parameter(B)
         if settings.dora:
-            self.magnitude[name] = torch.nn.Parameter(weight.to(kind["dtype"]).norm(dim=1))
+            self.magnitude[name] = torch.nn.Parameter(self.norm(name))
 
     def forward(self, x):
         y = self.base(x)
         if self.active is None:
             return y
-        settings, A, B = self.settings[self.active], self.A[self.active], self.B[self.active]
-        z = F.dropout(x, settings.dropout, training=torch.is_grad_enabled()) if settings.dropout else x
-        update = settings.scale * F.linear(F.linear(z.to(A.dtype), A), B)
+        settings = self.settings[self.active]
+        A, B = self.A[self.active], self.B[self.active]
+        if settings.dropout:
+            x = F.dropout(x, settings.dropout, training=torch.is_grad_enabled())
+        # Under autocast the products cast x, A and B to its dtype; an fp32 x would only be a copy
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(A.dtype)
+        low_rank = settings.scale * F.linear(x, A)  # (..., r): scaled where it is smallest
         if not settings.dora:
-            return y + update.to(y.dtype)
-        bias = 0 if self.base.bias is None else self.base.bias
-        with torch.no_grad():
-            norm = self.weight(self.active).norm(dim=1)  # (out,)
-        ratio = self.magnitude[self.active] / norm
-        return (ratio * (y - bias + update)).to(y.dtype) + bias
+            return y + F.linear(low_rank, B).to(y.dtype)
+
+        # With ratio = m / ‖W₀ + s·BA‖, eq. 5 is ratio ⊙ (W₀x + s·BAx) + bias. It is written as the
+        # base layer's output plus a correction, because ratio ⊙ (y - bias) + bias rounds twice:
+        # here ratio = 1 and B = 0 give exactly y, in every dtype, with and without a bias.
+        with torch.autocast(x.device.type, enabled=False):
+            norm = self.norm(self.active)
+        ratio = self.magnitude[self.active] / norm  # (out,)
+        product = y if self.base.bias is None else y - self.base.bias  # W₀x
+        correction = (ratio - 1) * product + F.linear(low_rank, ratio[:, None] * B)
+        return (y + correction).to(y.dtype)
 
     def weight(self, name):
         """W₀ + s·BA, (out, in), before DoRA's magnitudes."""
         A, B = self.A[name], self.B[name]
-        return dense_weight(self.base).to(A.dtype) + self.settings[name].scale * B @ A
+        base = dense_weight(self.base).to(A.dtype)
+        return torch.addmm(base, B, A, alpha=self.settings[name].scale)
+
+    @torch.no_grad()
+    def norm(self, name):
+        """‖W₀ + s·BA‖, (out,), a constant to the gradient.
+
+        Summed in fp64: two devices then round to the same fp32 norm, but for rare ties, and a
+        magnitude computed on the CPU divided by a norm of the GPU is 1.
+        """
+        weight = self.weight(name)
+        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+        return norm.to(weight.dtype)
 
     def merged(self, name):
-        """(out, in), the weight that does what base and update do together."""
+        """The (out, in) weight that does what base and update do together."""
         weight = self.weight(name)
-        return weight * (self.magnitude[name] / weight.norm(dim=1))[:, None] if self.settings[name].dora else weight
+        if self.settings[name].dora:
+            weight = weight * (self.magnitude[name] / self.norm(name))[:, None]
+        return weight
 
 
 def dense_weight(layer):
-    """(out, in), whatever holds it."""
-    return layer.dense() if isinstance(layer, NF4Linear) else layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    """The (out, in) weight of a linear layer of any kind."""
+    if isinstance(layer, NF4Linear):
+        return layer.dense()
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
-def linear_layers(model):
-    """{name: layer} of every linear layer but the head, adapted ones too."""
-    head, inside = model.get_output_embeddings(), {layer.base for layer in lora_layers(model).values()}
-    return {name: layer for name, layer in model.named_modules()
-            if isinstance(layer, (torch.nn.Linear, Conv1D, NF4Linear, Lora)) and layer is not head and layer not in inside}
+def linear_layers(model) -> dict:
+    """{name: layer} of every linear layer but the head; an adapted layer counts as one."""
+    head = model.get_output_embeddings()
+    inside = {layer.base for layer in lora_layers(model).values()}
+    kinds = (torch.nn.Linear, Conv1D, NF4Linear, Lora)
+    return {
+        name: layer for name, layer in model.named_modules()
+        if isinstance(layer, kinds) and layer is not head and layer not in inside
+    }
 
 
-def lora_layers(model):
+def lora_layers(model) -> dict:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Lora)}
 
 
-def find_targets(model, target):
-    """Names of the layers to adapt: all linear ones, or those that `target` means: names with commas between, or a regular expression
-    of the whole name."""
+def find_targets(model, target: str | None) -> list:
+    """Names of the layers to adapt.
+
+    target      None: all linear layers but the head; else names separated by commas, which match
+                the end of a layer's name, or a regular expression that matches a whole name
+    """
     names = list(linear_layers(model))
     if target is None:
-        if any(p.ndim == 3 for name, p in model.named_parameters() if "expert" in name):
-            raise ValueError("--lora_target: the experts of this model are not linear layers and cannot be adapted; name the layers "
-                             "to adapt, such as q_proj,k_proj,v_proj,o_proj")
+        if has_stacked_experts(model):
+            raise ValueError(
+                "--lora_target: the experts of this model are not linear layers and cannot be "
+                "adapted; name the layers to adapt, such as q_proj,k_proj,v_proj,o_proj")
         return names
-    patterns = target.split(",")
     try:
-        found = [name for name in names if any(name == p or name.endswith(f".{p}") for p in patterns) or re.fullmatch(target, name)]
+        pattern = re.compile(target)
     except re.error as error:
         raise ValueError(f"--lora_target {target}: is no regular expression ({error})") from None
-    if not found:
+    endings = tuple(f".{ending}" for ending in target.split(","))
+    chosen = [name for name in names if f".{name}".endswith(endings) or pattern.fullmatch(name)]
+    if not chosen:
+        known = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ValueError(f"--lora_target {target}: no linear layer has such a name; there are "
-                         f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in names}))}")
-    return found
+                         f"{', '.join(known)}")
+    return chosen
 
 
-def add_adapter(model, name, targets, settings, seed=0):
-    """Put a new update beside each target. The model is frozen but for its updates, and the first of them is the active one."""
+def has_stacked_experts(model) -> bool:
+    """Whether the model keeps the weights of its experts in 3-D tensors."""
+    experts = (tensor for name, tensor in model.named_parameters() if "expert" in name)
+    return any(tensor.ndim == 3 for tensor in experts)
+
+
+def add_adapter(model, name: str, targets: list, settings: LoraSettings, seed: int = 0):
+    """Add an update to each target and freeze everything else. The first update is active.
+
+    The update depends on the seed alone: no global random state is read or changed.
+    """
     if not lora_layers(model):
         model.requires_grad_(False)
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for target in targets:
         layer = model.get_submodule(target)
         if not isinstance(layer, Lora):
             layer = Lora(layer)
             model.set_submodule(target, layer)
-        layer.add(name, settings)
-        layer.active = layer.active or name
+        layer.add(name, settings, generator)
+        if layer.active is None:
+            layer.active = name
 
 
 @contextlib.contextmanager
-def use_adapter(model, name):
-    """Inside, the update of this name is active, or with None the bare base; afterwards what was active before, whatever happens."""
+def use_adapter(model, name: str | None):
+    """Inside, the update of this name is active, or none. Afterwards, also after an exception,
+    the update that was active before is active again."""
     before = {layer: layer.active for layer in lora_layers(model).values()}
     try:
         for layer in before:
@@ -143,25 +217,54 @@ def use_adapter(model, name):
             layer.active = active
 
 
-# Files as peft has them: adapter_config.json, and adapter_model.safetensors with base_model.model.{layer}.lora_A.weight (r, in),
-# .lora_B.weight (out, r) and for DoRA .lora_magnitude_vector (out,)
+# --- PEFT's files ---------------------------------------------------------------------------------
+# adapter_config.json, and adapter_model.safetensors with base_model.model.{layer}.lora_A.weight
+# (r, in), .lora_B.weight (out, r) and for DoRA .lora_magnitude_vector (out,)
 
-def adapter_tensors(model, name):
+PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
+KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")
+
+
+def adapter_tensors(model, name: str) -> dict:
     """{key in the file: parameter}"""
-    parts = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
-    return {f"base_model.model.{path}.{key}": getattr(layer, part)[name] for path, layer in lora_layers(model).items()
-            for key, part in parts.items() if name in getattr(layer, part)}
+    tensors = {}
+    for path, layer in lora_layers(model).items():
+        for key, part in PARTS.items():
+            if name in getattr(layer, part):
+                tensors[f"base_model.model.{path}.{key}"] = getattr(layer, part)[name]
+    return tensors
 
 
-def save_adapter(model, tokenizer, folder, base, name="policy", tensors=None, **extra):
-    """Written aside and moved into place, adapter_config.json last. `extra` becomes config.json. `tensors`: as in save_model."""
-    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
+def adapter_config(layers, name, base) -> dict:
+    """adapter_config.json for these {path: Lora}, which share their settings."""
     settings = next(iter(layers.values())).settings[name]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": settings.rank,
-              "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "use_dora": settings.dora,
-              "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
-              "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values())}
-    tensors = {key: tensor.detach().contiguous() for key, tensor in (tensors or adapter_tensors(model, name)).items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "target_modules": sorted(layers),
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+    }
+
+
+def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=None, **extra):
+    """Write the adapter's files aside, then move them into place, adapter_config.json last.
+
+    tensors     {key in the file: tensor}, where the model has only a shard of them
+    extra       entries of config.json, which is written if there are any
+    """
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
+    tensors = tensors or adapter_tensors(model, name)
+    tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    config = adapter_config(layers, name, base)
     with written_aside(folder, last="adapter_config.json") as aside:
         save_file(tensors, aside / "adapter_model.safetensors")
         tokenizer.save_pretrained(aside)
@@ -170,115 +273,195 @@ def save_adapter(model, tokenizer, folder, base, name="policy", tensors=None, **
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_adapter(folder):
+def read_adapter(folder) -> tuple:
     """-> LoraSettings, {layer: {key: tensor}}, name of the base model."""
     folder = pathlib.Path(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no usable adapter here, which is adapter_config.json and adapter_model.safetensors ({error})") from error
-    odd = {key: config.get(key) for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias") if config.get(key)}
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise ValueError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, without trained biases, and of one rank; this one has "
-                         f"{odd or {key: config.get(key) for key in ('peft_type', 'bias')}}")
+        raise ValueError(
+            f"{folder}: no usable adapter here: adapter_config.json and adapter_model.safetensors "
+            f"are needed ({error})") from error
+
+    # Refuse what this code would ignore
+    odd = {key: config[key] for key in REFUSED if config.get(key)}
+    odd |= {"peft_type": config.get("peft_type")} if config.get("peft_type") != "LORA" else {}
+    odd |= {"bias": config["bias"]} if config.get("bias", "none") != "none" else {}
+    if odd:
+        raise ValueError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, of one rank and "
+                         f"without trained biases; this one has {odd}")
+
     layers = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", key)
-        if not match:
+        match = KEY.fullmatch(key)
+        if match is None:
             raise ValueError(f"{folder}: the tensor {key} is no part of a LoRA")
         layers.setdefault(match[1], {})[match[2]] = tensor
-    settings = LoraSettings(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), bool(config.get("use_rslora")),
-                            bool(config.get("use_dora")))
+    settings = LoraSettings(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+    )
     return settings, layers, config.get("base_model_name_or_path")
 
 
-def load_adapter(model, folder, name="policy", trainable=True):
-    """Read an adapter of ours or of peft's. Every tensor must find its place, and every place its tensor."""
+def load_adapter(model, folder, name: str = "policy", trainable: bool = True):
+    """Add an adapter of this project's or of PEFT's. Its keys and shapes must be the model's."""
     settings, layers, _ = read_adapter(folder)
-    if unknown := sorted(layers.keys() - linear_layers(model).keys()):
-        raise ValueError(f"{folder}: made for another model: this one has no linear layer {unknown[0]}")
+    unknown = sorted(layers.keys() - linear_layers(model).keys())
+    if unknown:
+        raise ValueError(f"{folder}: made for another model: this one has no linear layer "
+                         f"{unknown[0]}")
     add_adapter(model, name, list(layers), settings)
-    places = adapter_tensors(model, name)
-    given = {f"base_model.model.{layer}.{key}": tensor for layer, tensors in layers.items() for key, tensor in tensors.items()}
-    for key in sorted(places.keys() | given.keys()):
-        if key not in given or key not in places or places[key].shape != given[key].shape:
-            found, wanted = (tuple(where[key].shape) if key in where else "missing" for where in (given, places))
+    parameters = adapter_tensors(model, name)
+    saved = {}
+    for layer, tensors in layers.items():
+        saved |= {f"base_model.model.{layer}.{key}": tensor for key, tensor in tensors.items()}
+    for key in sorted(parameters.keys() | saved.keys()):
+        found = tuple(saved[key].shape) if key in saved else "missing"
+        wanted = tuple(parameters[key].shape) if key in parameters else "missing"
+        if found != wanted:
             raise ValueError(f"{folder}: {key} is {found}, but should be {wanted}")
-        places[key].data.copy_(given[key])
-        places[key].requires_grad_(trainable)
+        parameters[key].data.copy_(saved[key])
+        parameters[key].requires_grad_(trainable)
 
 
 @torch.no_grad()
-def merge(model, name="policy"):
-    """Replace each adapted layer by a plain one with the update in its weights, and each 4-bit layer by a dense one. In place."""
+def merge(model, name: str = "policy"):
+    """Replace each adapted layer by a plain one with the update in its weights, and each 4-bit
+    layer by a dense one. In place."""
     for path, layer in linear_layers(model).items():
-        base = layer.base if isinstance(layer, Lora) else layer
-        if isinstance(layer, Lora) or isinstance(base, NF4Linear):
-            weight = layer.merged(name) if isinstance(layer, Lora) else base.dense()
-            if isinstance(base, NF4Linear):
-                base, bias = torch.nn.Linear(*weight.T.shape, bias=base.bias is not None), base.bias
-                base.bias = bias
-            base.weight = torch.nn.Parameter(weight.T.contiguous() if isinstance(base, Conv1D) else weight)
-            model.set_submodule(path, base)
+        adapted = isinstance(layer, Lora)
+        base = layer.base if adapted else layer
+        if not adapted and not isinstance(base, NF4Linear):
+            continue
+        weight = layer.merged(name) if adapted else base.dense()  # (out, in)
+        plain = base
+        if isinstance(base, NF4Linear):
+            plain = torch.nn.Linear(*reversed(weight.shape), bias=base.bias is not None)
+            plain.bias = base.bias
+        if isinstance(plain, Conv1D):
+            weight = weight.T.contiguous()
+        plain.weight = torch.nn.Parameter(weight)
+        model.set_submodule(path, plain)
 
 
-# --- 4-bit weights (QLoRA, arXiv:2305.14314) --------------------------------------------------------------------------
+# --- 4-bit weights (QLoRA, arXiv:2305.14314) ------------------------------------------------------
 
-BLOCK, BLOCK_OF_BLOCKS = 64, 256
+BLOCK = 64  # weights that share a scale
+BLOCK_OF_BLOCKS = 256  # scales that share a scale
+E4M3_MAX = 448  # largest 8-bit float of 4 exponent and 3 mantissa bits
 
 
 @functools.cache
 def nf4_levels(device=torch.device("cpu")):
-    """The 16 levels of the 4-bit NormalFloat: quantiles of a normal distribution, scaled into [−1, 1], with an exact 0 and one more level
-    above it than below. The outermost quantile, 0.9677083, is that of the authors' code."""
+    """The 16 levels of the 4-bit NormalFloat, (16,).
+
+    They are quantiles of a normal distribution scaled into [-1, 1], with an exact 0 and one more
+    level above 0 than below. The outermost quantile, 0.9677083, is that of the authors' code.
+    """
     upper = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     lower = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([-lower, upper, torch.zeros(1, dtype=torch.float64)]).sort().values
-    return (levels / levels.max()).float().to(device)  # (16,)
+    zero = torch.zeros(1, dtype=torch.float64)
+    levels = torch.cat([-lower, upper, zero]).sort().values
+    return (levels / levels.max()).float().to(device)
 
 
-def nf4_quantize(weight):
-    """Any shape -> codes (n/2,) uint8, two to a byte, and absmax (n/64,) fp32: each block of 64 is scaled by its largest value."""
-    blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
-    absmax = blocks.abs().amax(1)
+@functools.cache
+def nf4_pairs(device=torch.device("cpu")):
+    """The two levels that each byte of codes stands for, (256, 2)."""
+    byte = torch.arange(256)
+    codes = torch.stack([byte >> 4, byte & 15], dim=1)  # (256, 2)
+    return nf4_levels()[codes].to(device)
+
+
+def nf4_quantize(weight) -> tuple:
+    """Any shape -> codes (n/2,) uint8, two to a byte, and absmax (n/64,) fp32.
+
+    Each block of 64 weights is divided by its largest absolute value, absmax; a code is the index
+    of the nearest level. The last block is padded with zeros.
+    """
+    padding = -weight.numel() % BLOCK
+    blocks = F.pad(weight.float().flatten(), (0, padding)).view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)  # (n/64,)
     levels = nf4_levels(weight.device)
-    codes = torch.bucketize(blocks / absmax.clamp(min=1e-38)[:, None], (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
+    midpoints = (levels[1:] + levels[:-1]) / 2  # (15,)
+    scaled = blocks / absmax.clamp(min=1e-38)[:, None]  # (n/64, 64)
+    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8).flatten()
     return codes[::2] << 4 | codes[1::2], absmax
 
 
-class NF4Linear(torch.nn.Module):
-    """A frozen linear layer in 4 bits a weight: 4 + 8/64 + 32/(64·256) = 4.127 bits with double quantisation, 0.516 bytes.
+def nf4_unpack(codes, absmax, pairs, dtype):
+    """codes (n/2,), absmax (n/64,), pairs (256, 2) -> (n/64, 64) weights in `dtype`.
 
-    The scales of the blocks are quantised too (Sec. 3): their mean is taken off, and 256 of them share an fp32 scale of 8-bit floats
-    (here e4m3). The dense weight exists during one matrix product at a time, forward and backward, in the dtype of the input.
+    A byte is looked up as a pair of levels instead of being split into two codes first. Bytes of
+    memory traffic per weight, in eager mode and for bf16: codes to int32 0.5 + 2, look-up 2 + 4,
+    product 4 + 4, cast 4 + 2, together 22.5 in 4 kernels. Compiled into one kernel: 0.5 + 2 = 2.5.
+    There is one rounding in the product and one in the cast, compiled or not: the values are equal.
+    """
+    values = pairs.index_select(0, codes.int()).view(-1, BLOCK)  # (n/64, 64)
+    return (values * absmax[:, None]).to(dtype)
+
+
+@functools.cache
+def nf4_unpacker(device_type):
+    """nf4_unpack, compiled for CUDA where Triton is installed; a CPU gains nothing."""
+    if device_type == "cuda" and importlib.util.find_spec("triton"):
+        return torch.compile(nf4_unpack, dynamic=True)
+    return nf4_unpack
+
+
+class NF4Linear(torch.nn.Module):
+    """A frozen linear layer with 4-bit weights.
+
+    A weight takes 4 + 8/64 + 32/(64·256) = 4.127 bits, 0.516 bytes, with double quantization
+    (Sec. 3): the mean of the blocks' scales is subtracted, and 256 of them share an fp32 scale of
+    8-bit floats, here e4m3. The dense weight exists during one matrix product at a time, forward
+    and backward, in the dtype of the input.
     """
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.shape, self.bias = weight.shape, bias
+        self.shape = weight.shape
+        self.bias = bias
         codes, absmax = nf4_quantize(weight)
         mean = absmax.mean()
-        scales = F.pad(absmax - mean, (0, -len(absmax) % BLOCK_OF_BLOCKS)).view(-1, BLOCK_OF_BLOCKS)
-        largest = scales.abs().amax(1).clamp(min=1e-38)
-        for name, value in {"codes": codes, "mean": mean, "largest": largest,
-                            "scales": (scales / largest[:, None] * 448).to(torch.float8_e4m3fn).view(torch.uint8)}.items():
-            self.register_buffer(name, value)
+        padding = -len(absmax) % BLOCK_OF_BLOCKS
+        scales = F.pad(absmax - mean, (0, padding)).view(-1, BLOCK_OF_BLOCKS)
+        largest = scales.abs().amax(dim=1).clamp(min=1e-38)
+        scales = (scales / largest[:, None] * E4M3_MAX).to(torch.float8_e4m3fn)
+        self.register_buffer("codes", codes)  # (n/2,)
+        self.register_buffer("mean", mean)  # ()
+        self.register_buffer("largest", largest)  # (n/64/256,)
+        self.register_buffer("scales", scales.view(torch.uint8))  # (n/64/256, 256)
+
+    def absmax(self):
+        """The scale of each block of 64, (n/64,) fp32. Small, and never compiled: a compiler may
+        fuse the product and the sum, which rounds differently."""
+        scales = self.scales.view(torch.float8_e4m3fn).float() / E4M3_MAX
+        absmax = (scales * self.largest[:, None]).flatten() + self.mean
+        return absmax[:2 * len(self.codes) // BLOCK]
 
     def dense(self, dtype=torch.float32):
-        absmax = (self.scales.view(torch.float8_e4m3fn).float() / 448 * self.largest[:, None]).flatten() + self.mean
-        values = nf4_levels(self.codes.device)[torch.stack([self.codes >> 4, self.codes & 15], 1).flatten().int()].view(-1, BLOCK)
-        return (values * absmax[:len(values), None]).flatten()[:self.shape.numel()].view(self.shape).to(dtype)
+        """The weight, (out, in)."""
+        device = self.codes.device
+        unpack = nf4_unpacker(device.type)
+        weights = unpack(self.codes, self.absmax(), nf4_pairs(device), dtype)
+        return weights.flatten()[:self.shape.numel()].view(self.shape)
 
     def forward(self, x):
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = DequantizedProduct.apply(x.to(dtype), self)
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x Wᵀ for a W that is made anew in backward instead of being kept from forward: all of a model's dense weights at once are what
-    4 bits are there to avoid."""
+    """x Wᵀ for a weight that backward unpacks again: autograd would keep the dense weights of all
+    layers from forward to backward, which is the memory that 4 bits save."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -290,7 +473,16 @@ class DequantizedProduct(torch.autograd.Function):
         return gradient @ ctx.layer.dense(gradient.dtype), None
 
 
-def quantize(model):
-    """Put every linear layer of the blocks into 4 bits, in place."""
-    for path, layer in linear_layers(model).items():
-        model.set_submodule(path, NF4Linear(dense_weight(layer).detach(), layer.bias))
+@torch.no_grad()
+def quantize(model, device=None):
+    """Replace every linear layer but the head by an NF4Linear, in place and one at a time.
+
+    The model may be on the CPU and `device` a GPU: each dense weight is copied there alone and
+    dropped once it is quantized, so the GPU never has more than the 4-bit layers and one dense one.
+    """
+    for path in list(linear_layers(model)):
+        layer = model.get_submodule(path)
+        bias = layer.bias
+        if bias is not None:
+            bias = torch.nn.Parameter(bias.to(device), requires_grad=bias.requires_grad)
+        model.set_submodule(path, NF4Linear(dense_weight(layer).to(device), bias))

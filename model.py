@@ -1,7 +1,14 @@
-"""Models in and out of folders.
+"""Load, make, save and merge models.
 
-    python model.py new --tokenizer DIR --hidden_size 256 --layers 4 --out DIR    # a random-weight Llama, for tests and timing
-    python model.py merge --adapter DIR --out DIR                                 # an adapter into the weights of its base
+    python model.py new --tokenizer DIR --hidden_size 256 --layers 4 --out DIR
+    python model.py merge --adapter DIR --out DIR
+
+`new` makes a Llama with random weights, for tests and timing. `merge` adds an adapter to the
+weights of its base.
+
+`load_model` reads a model in three steps, so that a 16-bit file never becomes 4 bytes a weight in
+host memory: read in the file's dtype on the CPU, quantize layer by layer if asked to, then move
+tensor by tensor to the device and convert there.
 """
 import argparse
 import json
@@ -10,8 +17,10 @@ import pathlib
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import cached_file
 
 from checkpoint import written_aside
 from lora import load_adapter, merge, quantize, read_adapter
@@ -20,68 +29,177 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-# --- Load, make, save -------------------------------------------------------------------------------------------------
+# --- Load -----------------------------------------------------------------------------------------
 
-def load_pretrained(auto_class, name, **options):
-    """auto_class.from_pretrained, whose many ways to fail become one sentence."""
-    local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.isdir(os.path.dirname(name) or "?")
-    if local and not os.path.isdir(name):
+def load_pretrained(auto_class, name: str, **options):
+    """auto_class.from_pretrained, with every way to fail reported as one sentence."""
+    looks_local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    if (looks_local or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
         raise ValueError(f"{name}: no such model folder")
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        what = auto_class.__name__.removeprefix("Auto")
-        where = "in this folder" if os.path.isdir(name) else "here, nor to be had from the hub"
-        raise ValueError(f"{name}: no usable {what} {where} ({str(error).splitlines()[0]})") from error
+        kind = auto_class.__name__.removeprefix("Auto")
+        problem = f"{kind} not found locally or on the Hub"
+        if os.path.isdir(name):
+            problem = f"no usable {kind} in this folder"
+        raise ValueError(f"{name}: {problem} ({str(error).splitlines()[0]})") from error
 
 
-def load_tokenizer(name):
+def load_tokenizer(name: str):
     return load_pretrained(AutoTokenizer, name)
 
 
-def load_model(name, dtype=torch.float32, device="cpu"):
-    """A causal language model with every weight read from the file and every dropout off; on the device "meta" its shapes alone.
+def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, upcast=True):
+    """A causal language model with every weight read from its files and every dropout off.
 
-    Policy and reference both come through here, so that they differ in nothing but what training changes: a reference in
-    another dtype, or dropout on one side, is a log-ratio that is not 0 before the first step.
+    dtype       of the parameters; modules that transformers keeps in fp32 stay in fp32
+    device      on "meta" the model has shapes alone
+    four_bits   quantize the linear layers, each from the CPU to the device
+    upcast      False: parameters of a 16-bit file stay in its dtype, for `parallel.place`
+
+    Policy and reference both come through here, so that they differ in nothing but what training
+    changes: another dtype or dropout on one side is a log-ratio that is not 0 before the first step.
     """
+    device = torch.device(device)
     if os.path.exists(os.path.join(name, "adapter_config.json")):
-        raise ValueError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model it belongs to by --model")
-    if torch.device(device).type == "meta":
+        raise ValueError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model "
+                         "it belongs to by --model")
+    if device.type == "meta":
+        config = load_pretrained(AutoConfig, name)
         with torch.device("meta"):
-            model, missing = AutoModelForCausalLM.from_config(load_pretrained(AutoConfig, name), dtype=dtype), []
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model, info = load_pretrained(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{name}: {len(missing)} weights are not in the files or have another shape, such as {missing[0]}; "
-                         "transformers would start them at random")
+        model = read_model(name, dtype)
+        if four_bits:
+            quantize(model, device)
+        move(model, device, dtype if upcast else None)
     turn_off_dropout(model)
-    return model.to(device)
+    return model
+
+
+def read_model(name, dtype):
+    """The model on the CPU in the narrower of the files' dtype and `dtype`.
+
+    Some buffers are computed when a model is built and are in no file. One that is rounded to 16
+    bits then, such as Gemma's scale of the embeddings, cannot be recovered by an upcast, so such a
+    model is read in `dtype` itself.
+    """
+    stored = files_dtype(name) if dtype in (torch.float32, torch.float64) else None
+    model, info = load_pretrained(
+        AutoModelForCausalLM, name, dtype=stored or dtype, output_loading_info=True)
+    if stored and stored in {buffer.dtype for buffer in computed_buffers(model)}:
+        model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} weights are not in the files or have another shape, such as "
+            f"{missing[0]}; transformers would start them at random")
+    return model
+
+
+def files_dtype(name):
+    """The dtype of a model's safetensors files if it is the same 16-bit one for all their
+    floating-point tensors, else None. Mixed files are read in the wider dtype asked for."""
+    dtypes = set()
+    try:
+        for path in safetensors_files(name):
+            with safe_open(path, "pt") as file:
+                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}
+    except (OSError, SafetensorError):
+        return None  # from_pretrained reads other formats, or says what is wrong
+    floating = {dtype for dtype in dtypes if "F" in dtype}  # BF16, F16, F32, F8_E4M3, ...
+    if floating == {"BF16"}:
+        return torch.bfloat16
+    return torch.float16 if floating == {"F16"} else None
+
+
+def safetensors_files(name) -> list:
+    """Paths of the weights of a folder or a Hub model, which are downloaded if need be."""
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, "model.safetensors.index.json", **optional)
+    if index is None:
+        return [cached_file(name, "model.safetensors")]
+    names = set(json.loads(pathlib.Path(index).read_text())["weight_map"].values())
+    return [cached_file(name, file) for file in sorted(names)]
+
+
+def computed_buffers(model) -> list:
+    """The buffers that are in no file."""
+    buffers = []
+    for module in model.modules():
+        names = module._non_persistent_buffers_set
+        buffers += [module.get_buffer(name) for name in names if getattr(module, name) is not None]
+    return buffers
+
+
+@torch.no_grad()
+def move(model, device: torch.device, dtype=None):
+    """Move a model to a device and widen its parameters to `dtype` there, in place, one at a time.
+
+    What crosses to the device has the dtype it had on the host. A host parameter is freed once it
+    is moved. Tied parameters stay tied. fp32 parameters stay fp32 where `dtype` has 16 bits, and
+    buffers other than 16-bit ones keep their dtype, as in from_pretrained(dtype=dtype).
+    """
+    moved = {}  # id of an old tensor: the tensor, whose id must stay in use, and the new one
+    for module in model.modules():
+        named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, old in named:
+            if id(old) not in moved:
+                moved[id(old)] = old, moved_tensor(old, device, dtype)
+                if isinstance(old, torch.nn.Parameter):  # a buffer may be an attribute elsewhere
+                    old.data = old.new_empty(0)
+            setattr(module, name, moved[id(old)][1])
+    if dtype is not None:
+        model.config.dtype = dtype
+
+
+def moved_tensor(old, device, dtype):
+    """A parameter or buffer on the device, widened there."""
+    trained = isinstance(old, torch.nn.Parameter)
+    new = old.detach().to(device)
+    if dtype and new.is_floating_point() and (trained or new.element_size() == 2):
+        new = new.to(torch.promote_types(new.dtype, dtype))
+    return torch.nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
 
 
 def turn_off_dropout(model):
-    """Set every dropout to 0 and leave the model in training mode, which gradient checkpointing asks for. The config, which
-    is saved with the model, keeps its values."""
+    """Set every dropout to 0 and leave the model in training mode, which gradient checkpointing
+    needs. The config, which is saved with the model, keeps its values."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(module, torch.nn.Dropout) and name == "p" or "drop" in name and isinstance(value, float):
+            named = "drop" in name and isinstance(value, float)
+            if named or (isinstance(module, torch.nn.Dropout) and name == "p"):
                 setattr(module, name, 0.0)
     model.train()
 
 
-def new_model(tokenizer, hidden_size, layers, seed=0, **overrides):
+# --- Make and save --------------------------------------------------------------------------------
+
+def new_model(tokenizer, hidden_size: int, layers: int, seed: int = 0, **overrides):
     """A Llama with random weights and the tokenizer's vocabulary."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        **dict(vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=layers, intermediate_size=4 * hidden_size,
-               num_attention_heads=max(1, hidden_size // 64), max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
-               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | overrides))
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * hidden_size,
+        "num_attention_heads": max(1, hidden_size // 64),
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**options | overrides))
 
 
 def save_model(model, tokenizer, folder, tensors=None, **extra):
-    """save_pretrained, written aside and moved into place with config.json last: the folder loads once it is complete. What
-    is in `extra` joins the model's own entries in config.json. `tensors`: its weights, if it holds a shard of them only."""
+    """Write the model aside, then move it into place, config.json last, so that the folder loads
+    only when it is complete.
+
+    tensors     the weights, {name: tensor}, where the model has only a shard of them
+    extra       entries that are added to config.json
+    """
     with written_aside(folder, last="config.json") as aside:
         model.save_pretrained(aside, state_dict=tensors)
         tokenizer.save_pretrained(aside)
@@ -89,34 +207,37 @@ def save_model(model, tokenizer, folder, tensors=None, **extra):
         (aside / "config.json").write_text(json.dumps(config | extra, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Commands -------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def merge_command(args):
-    """Merge in fp32 into the very base the adapter was trained on, save, load again, and compare."""
+    """Merge an adapter in fp32 into the base that it was trained on, save, load again, compare."""
     config = pathlib.Path(args.adapter) / "config.json"
     flags = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
     base = args.model or read_adapter(args.adapter)[2]
-    tokenizer, model = load_tokenizer(base), load_model(base)
-    if flags.get("quantize"):
-        quantize(model)
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, four_bits=bool(flags.get("quantize")))
     load_adapter(model, args.adapter)
     ids = torch.randint(len(tokenizer), (4, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        adapted = model(ids).logits
-        merge(model)
-        save_model(model, tokenizer, args.out)
-        merged = load_model(args.out)
-        difference = (merged(ids).logits - adapted).abs().max().item()
-        print(f"{args.out}: {base} with {args.adapter}; loaded again, its logits differ from the adapted model's by at most {difference:.2g}, "
-              f"where they reach {adapted.abs().max():.3g}")
-        if flags.get("quantize"):
-            quantize(merged)
-            again = (merged(ids).logits - adapted).abs()
-            print(f"put into 4 bits again, they would differ by at most {again.max():.2g}, {again.mean():.2g} on average")
+    adapted = model(ids).logits  # (4, 16, V)
+
+    merge(model)
+    save_model(model, tokenizer, args.out)
+    merged = load_model(args.out)
+    difference = (merged(ids).logits - adapted).abs().max()
+    print(f"{args.out}: {base} with {args.adapter}; loaded again, its logits differ from the "
+          f"adapted model's by at most {difference:.2g}, where they reach {adapted.abs().max():.3g}")
+
+    if flags.get("quantize"):
+        quantize(merged)
+        error = (merged(ids).logits - adapted).abs()
+        print(f"put into 4 bits again, they would differ by at most {error.max():.2g}, "
+              f"{error.mean():.2g} on average")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a random-weight Llama folder")
     new.add_argument("--tokenizer", required=True, help="folder whose tokenizer the model gets")
@@ -124,13 +245,18 @@ def main():
     new.add_argument("--layers", type=int, default=4)
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--out", required=True)
-    joined = commands.add_parser("merge", help="put an adapter into the weights of its base")
-    joined.add_argument("--adapter", required=True)
-    joined.add_argument("--model", help="the base (default: what the adapter names)")
-    joined.add_argument("--out", required=True)
+    merged = commands.add_parser("merge", help="add an adapter to the weights of its base")
+    merged.add_argument("--adapter", required=True)
+    merged.add_argument("--model", help="the base (default: the base that the adapter names)")
+    merged.add_argument("--out", required=True)
     args = parser.parse_args()
     if os.path.exists(args.out):
         parser.error(f"--out {args.out} exists already")
+    return parser, args
+
+
+def main():
+    parser, args = parse_args()
     try:
         if args.command == "merge":
             return merge_command(args)

@@ -1,306 +1,662 @@
-"""The log-probs of dpo.py from rows without padding, each prompt computed once; and log-probs without all logits at once.
+"""The log-probs of dpo.py, faster: no padding, each prompt computed once, no full logits.
 
-    prompt a | chosen a | rejected a | prompt b | chosen b | ...        one flat row for a whole micro-batch, (1, T)
+    prompt a | chosen a | rejected a | prompt b | ...        one row for a micro-batch, (1, T)
 
-The positions of a rejected answer start again after its prompt, and it does not see the chosen one. The last token of an answer
-predicts nothing and is not fed. The hidden state at the end of a prompt predicts the first token of both answers, so it is used twice.
+A rejected answer's positions restart after its prompt, and it does not attend to the chosen answer.
+The last token of an answer predicts nothing and is not fed. The hidden state at the end of a prompt
+predicts the first token of both answers, so it is used twice. For prompt (5 6 7) with the answers
+(8 9 0) and (4 0):
 
-A model is not patched: it is told to use the attention function registered here, which is transformers' own `sdpa` but where the
-keyword argument `packed` says how a row is laid out, and hooks in its last block leave out what nothing reads. Whether that is right
-for a model is not believed but tried: `can_pack`.
+    input_ids      5 6 7 8 9 4
+    position_ids   0 1 2 3 4 3
+    labels         8 9 0 / 4 0        predicted at places   2 3 4 / 2 5
 
-Letters: B pairs, S sides (2, or 1 without rejected answers), T tokens fed, K keys, L tokens of the longest answer, N scored tokens.
+Models are not patched. They call the attention function registered here, which is transformers' own
+`sdpa` unless the keyword argument `packed` says how a row is laid out. `can_pack` verifies
+numerically that a model supports packed rows, and `can_drop_mask` that padded rows need no mask.
+
+Letters: B pairs, S sides (2, or 1 without rejected answers), T tokens fed, K keys, L tokens of the
+longest answer, N scored tokens, H hidden size, V vocabulary.
 """
 import contextlib
 import functools
-import inspect
 import itertools
+import math
+import pathlib
+import traceback
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-if varlen_attn and "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # that of an older torch, which knows no windows either
-    varlen_attn = None
-
-IGNORE = -100  # label of a token that is not scored, as everywhere
-FULL_LOGITS = 2**27  # so many are kept for backward, 512 MiB in fp32; what is more is made twice
-CHUNK = 2**24  # so many are worked on at a time
-CACHE = 2**18  # and so many by a CPU
+IGNORE = -100  # label of a token that is not scored, as in torch and transformers
+KEPT_LOGITS = 2**27  # logits kept for backward, 512 MiB in fp32; the others are recomputed
+CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits of one chunk: each chunk reads the whole head again
+CACHE = 2**18  # logits that fit a CPU's cache through several element-wise steps
 BREAK_EVEN = 150_000  # see is_faster
 NAME = "sdpa_or_packed"
-INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "labels", "predictors")  # what `collate` makes
+INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "labels", "predictors")
+HALF = (torch.bfloat16, torch.float16)
 
 
-# --- Attention --------------------------------------------------------------------------------------------------------
+# --- Attention ----------------------------------------------------------------------------------
 
-def segments(packed):
-    """((prompt, answer, answer), ...) tokens fed of each pair -> [(first key of the prefix, keys of the prefix, first query, queries)].
-    The queries see all of their prefix, and themselves up to their own place. A prompt and its first answer are one segment."""
+class Segment(NamedTuple):
+    """Queries that attend to all keys of their prefix and, causally, to themselves."""
+    prefix_start: int
+    prefix: int
+    start: int
+    count: int
+
+
+class Layout(NamedTuple):
+    """Where the queries and keys of every segment are. K counts the keys of all segments: the tokens
+    of a prompt count once for each segment that attends to them."""
+    keys: torch.Tensor  # (K,) places in the row
+    own: torch.Tensor  # (T,) which of the K keys belong to the segment itself
+    query_counts: list  # per segment
+    key_counts: list
+    query_ends: torch.Tensor  # (segments + 1,) int32, cumulative counts from 0
+    key_ends: torch.Tensor
+
+
+def segments(packed: tuple) -> list[Segment]:
+    """((prompt, answer, answer), ...), the tokens fed of each pair -> the segments of the row.
+
+    A prompt and its first answer are one segment. Every other answer is one, with the prompt as its
+    prefix.
+    """
     found, start = [], 0
     for prompt, first, *others in packed:
-        found.append((start, 0, start, prompt + first))
+        found.append(Segment(start, 0, start, prompt + first))
         place = start + prompt + first
-        for length in others:
-            found += [(start, prompt, place, length)] if length else []
-            place += length
+        for count in others:
+            if count:
+                found.append(Segment(start, prompt, place, count))
+            place += count
         start = place
     return found
 
 
-@functools.lru_cache(maxsize=2)  # computed for the first layer of a micro-batch
-def index_of(packed, device):
-    """-> where the keys of all segments stand in the row (K,); how many queries and how many keys each has; the ends of both."""
-    found = segments(packed)
-    keys = [np.r_[prefix:prefix + length, first:first + count] for prefix, length, first, count in found]
-    sizes = [count for *_, count in found], list(map(len, keys))
-    ends = [to_device(torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32), device) for x in sizes]
-    return to_device(torch.from_numpy(np.concatenate(keys)), device), *sizes, ends
+@functools.lru_cache(maxsize=2)  # all layers of a micro-batch share it
+def layout_of(packed: tuple, device: torch.device) -> Layout:
+    keys, own = [], []
+    query_counts, key_counts = [], []
+    offset = 0
+    for prefix_start, prefix, start, count in segments(packed):
+        keys += [np.arange(prefix_start, prefix_start + prefix), np.arange(start, start + count)]
+        own.append(np.arange(offset + prefix, offset + prefix + count))
+        query_counts.append(count)
+        key_counts.append(prefix + count)
+        offset += prefix + count
+
+    def on_device(values, dtype=torch.int64):
+        return to_device(torch.tensor(values, dtype=dtype), device)
+
+    return Layout(
+        keys=on_device(np.concatenate(keys)),
+        own=on_device(np.concatenate(own)),
+        query_counts=query_counts,
+        key_counts=key_counts,
+        query_ends=on_device([0, *itertools.accumulate(query_counts)], torch.int32),
+        key_ends=on_device([0, *itertools.accumulate(key_counts)], torch.int32),
+    )
 
 
-def to_device(tensor, device):
-    """Without waiting for what a GPU is doing: only from pinned memory is it so."""
-    return (tensor.pin_memory() if tensor.is_cpu and device.type == "cuda" else tensor).to(device, non_blocking=True)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy without waiting for the GPU, which only works from pinned memory."""
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of this tensor is computed."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def attention(module, query, key, value, attention_mask, packed=None, **options):
-    """query (1, heads, T, size), key and value (1, key heads, T, size) -> (1, T, heads, size), None."""
+    """transformers' sdpa, or with `packed` the attention of packed rows.
+
+    query (1, heads, T, size), key and value (1, key heads, T, size) -> (1, T, heads, size), None
+    """
     if packed is None:
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
-        raise ValueError(f"its attention has {unknown[0]}")
-    index, *sizes = index_of(packed, query.device)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
-    key, value = key[index], value[index]  # (K, key heads, size)
-    on_gpu = query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16)
-    attend = in_one_call if on_gpu else one_by_one
-    return attend(query, key, value, *sizes, options.get("scaling"), options.get("sliding_window"))[None], None
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, **options)
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise Unsupported(f"its attention has {name}")
+    # Rotary embeddings leave query and key in fp32 under autocast, and value in bf16.
+    dtype = autocast_dtype(query)
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    # index_select, because its backward adds rows up; that of key[keys] sorts the indices first.
+    layout = layout_of(packed, query.device)
+    key = key.index_select(0, layout.keys)  # (K, key heads, size)
+    value = value.index_select(0, layout.keys)
+    attend = in_one_call if kernel_takes(query) else one_by_one
+    out = attend(query, key, value, layout, options.get("scaling"), options.get("sliding_window"))
+    return out[None], None
 
 
-def one_by_one(query, key, value, queries, keys, ends, scale, window):
-    """A call of SDPA for each segment. `split` and `cat`, since in backward each slice of a row would be as long as the row."""
-    groups, out = query.shape[1] // key.shape[1], []
-    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys)):
+def kernel_takes(query: torch.Tensor) -> bool:
+    """Whether torch's FlashAttention takes this dtype and head size. An unsupported GPU raises an
+    error there, which `can_pack` reports."""
+    size = query.shape[-1]
+    return query.is_cuda and query.dtype in HALF and size % 8 == 0 and size <= 256
+
+
+def in_one_call(query, key, value, layout, scale, window):
+    """All segments in one call of FlashAttention: query (T, heads, size), key and value
+    (K, key heads, size) -> (T, heads, size).
+
+    `torch.nn.attention.varlen.varlen_attn` makes this call too, but takes grouped query heads and
+    windows only from torch 2.12. The operator has had both, and a backward, since before 2.9. The
+    causal diagonal ends at the last query and the last key of each segment. The kernel runs on a
+    GPU only: `can_pack` compares it with padded rows there, under the run's own autocast.
+    """
+    window_size_left = -1 if window is None else window - 1  # -1: no limit
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, layout.query_ends, layout.key_ends,
+        max(layout.query_counts), max(layout.key_counts),
+        dropout_p=0.0, is_causal=window is None, return_debug_mask=False, scale=scale,
+        window_size_left=window_size_left, window_size_right=0,
+    )
+    return out
+
+
+def one_by_one(query, key, value, layout, scale, window, masked=None):
+    """One call of SDPA per segment: for CPUs, fp32, and head sizes that FlashAttention lacks.
+
+    masked: a segment's queries get a mask over its keys, which is fast on a CPU. On a GPU the mask
+    would be kept for backward in every layer and would rule out the fast kernels. There the queries
+    of the prefix are computed again and dropped, so that `is_causal` describes the segment.
+    """
+    masked = query.device.type != "cuda" if masked is None else masked
+    query_counts = layout.query_counts
+    if not masked:
+        query, query_counts = query.index_select(0, layout.keys), layout.key_counts
+    # GQA by repeated key heads: `enable_gqa` falls to a slow kernel on some devices.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))  # (K, heads, size)
+    # `split` and `cat`, because the gradient of a slice is as long as the whole row.
+    queries = query.split(query_counts)
+    keys = key.split(layout.key_counts)
+    values = value.split(layout.key_counts)
+    parts = []
+    for q, k, v in zip(queries, keys, values):
         mask = visible(len(q), len(k), window, q.device)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, size)
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
-        out.append(x[0].transpose(0, 1))
-    return torch.cat(out)  # (T, heads, size)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+        parts.append(out[0].transpose(0, 1))
+    out = torch.cat(parts)  # (T, heads, size), or (K, heads, size) if not masked
+    return out if masked else out.index_select(0, layout.own)
 
 
-@functools.lru_cache(maxsize=256)
-def visible(queries, keys, window, device):
-    """(queries, keys) bool: a query sees its own place, the last that of the last key, and those before it, `window` places in all.
-    None where that is what `is_causal` means."""
-    if queries == keys and (window is None or window >= keys):
+def visible(queries: int, keys: int, window: int | None, device) -> torch.Tensor | None:
+    """(queries, keys) bool: the last query is at the place of the last key, and each query sees its
+    own place and those before it, `window` places in all. None if `is_causal` means the same."""
+    window = keys if window is None else window
+    if queries == keys and window >= keys:
         return None
-    own, places = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
-    return (places <= own) & (places > own - (window or keys))
-
-
-def in_one_call(query, key, value, queries, keys, ends, scale, window):
-    """All segments in one call. Never run where this was written, which has no GPU: `can_pack` must pass under the run's own autocast."""
-    return varlen_attn(query, key, value, *ends, max(queries), max(keys), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
-                       window_size=(-1 if window is None else window - 1, 0))  # aligned at the last key, as `visible` is
+    places = torch.arange(keys, device=device)  # (keys,)
+    own = places[keys - queries:, None]  # (queries, 1)
+    return (places <= own) & (places > own - window)
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])  # where nothing is packed
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])  # for padded rows
 
 
 def enable(model):
-    """From now on the model obeys `packed`. For good, since gradient checkpointing asks again in backward; not saved with the model."""
-    if model.config._attn_implementation != NAME:
-        model.config._attn_implementation = NAME
+    """Make the model obey `packed`. Permanently, because gradient checkpointing runs attention
+    again in backward. The setting is not saved with the model."""
+    model.config._attn_implementation = NAME
 
 
-# --- Batches ----------------------------------------------------------------------------------------------------------
+# --- Batches ------------------------------------------------------------------------------------
 
-def collate(rows):
+def collate(rows: dict) -> dict:
     """{column: list of lists} -> the arguments of dpo.SequenceLogps.
 
-    input_ids, position_ids (1, T); packed, see `segments`; attention_mask, of a shape that transformers hands on as it is instead of
-    making a (T, T) mask; labels (S B, L), the tokens to score, chosen answers first,
-    IGNORE after the end of each; predictors (S B, L), at which of the T tokens they are predicted
+    input_ids, position_ids   (1, T)
+    packed                    see `segments`
+    attention_mask            of a shape that transformers passes on instead of making a (T, T) mask
+    labels                    (S B, L), the tokens to score, chosen answers first, then IGNORE
+    predictors                (S B, L), at which of the T tokens each label is predicted
     """
-    prompts, answers = rows["prompt_ids"], [rows[f"{side}_ids"] for side in ("chosen", "rejected") if f"{side}_ids" in rows]
-    fed = [(len(prompt), *(len(answer) - 1 for answer in pair)) for prompt, *pair in zip(prompts, *answers)]
-    ids = [part for prompt, *pair in zip(prompts, *answers) for part in (prompt, *(answer[:-1] for answer in pair))]
-    positions = [np.arange(prefix, prefix + count) for _, prefix, _, count in segments(tuple(fed))]
-    ends = np.cumsum(fed).reshape(len(fed), -1)  # (B, 1 + S), of prompt and answers in the row
-    last = np.tile(ends[:, 0] - 1, len(answers))[:, None]  # (S B, 1), of the prompt
-    begins, lengths = ends[:, :-1].T.reshape(-1, 1), np.array([len(a) for side in answers for a in side])[:, None]
-    rank = np.arange(lengths.max())  # (L,)
-    labels = np.full((len(lengths), len(rank)), IGNORE)
-    labels[rank < lengths] = np.concatenate([answer for side in answers for answer in side])
-    return {"input_ids": torch.tensor([list(itertools.chain(*ids))]), "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "packed": tuple(fed),
-            "labels": torch.from_numpy(labels),
-            "predictors": torch.from_numpy(np.where(rank == 0, last, (begins + rank - 1) * (rank < lengths)))}
+    sides = [f"{side}_ids" for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+    ids, positions, packed, start = [], [], [], 0
+    labels, predictors = [[] for _ in sides], [[] for _ in sides]
+    for i, prompt in enumerate(rows["prompt_ids"]):
+        ids += prompt
+        positions += range(len(prompt))
+        end = start + len(prompt)  # where the next answer begins
+        counts = [len(prompt)]
+        for side, name in enumerate(sides):
+            answer = rows[name][i]
+            fed = len(answer) - 1
+            ids += answer[:-1]
+            positions += range(len(prompt), len(prompt) + fed)
+            labels[side].append(answer)
+            predictors[side].append([start + len(prompt) - 1, *range(end, end + fed)])
+            counts.append(fed)
+            end += fed
+        packed.append(tuple(counts))
+        start = end
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "packed": tuple(packed),
+        "labels": padded(sum(labels, []), IGNORE),
+        "predictors": padded(sum(predictors, []), 0),
+    }
 
 
-def is_faster(prompt, chosen, tokens, size, hidden):
-    """Are packed rows faster than padded ones in batches of `size`? By tokens of each row's prompt, chosen answer and whole.
+def padded(lists: list, value: int) -> torch.Tensor:
+    """Lists of different lengths -> (len(lists), longest), filled up with `value`."""
+    longest = max(map(len, lists))
+    table = torch.full((len(lists), longest), value)
+    for row, numbers in zip(table, lists):
+        row[:len(numbers)] = torch.tensor(numbers)
+    return table
 
-    Packing saves work, about the square of the hidden size for each token and layer, and costs SDPA calls, one for each answer and layer.
-    Measured on one CPU core, equal speed at tokens saved a row * hidden²: 90,000 (hidden 64), 180,000 (hidden 128).
+
+def is_faster(prompt, chosen, tokens, size, hidden) -> bool:
+    """Whether packed rows are faster than padded ones in batches of `size`, from the numbers of
+    tokens of each row's prompt, chosen answer and whole.
+
+    Packing saves about hidden² operations for each token and layer, and costs one SDPA call for
+    each answer and layer. Measured on one CPU core, both are equally fast when the tokens saved per
+    row, times hidden², are 90,000 (hidden 64) or 180,000 (hidden 128).
     """
-    answers = np.stack([chosen, tokens - prompt - chosen])[:, :10_000]
-    longest, sides = prompt[:10_000] + answers.max(0), 1 + answers[1].any()
-    padded = np.repeat(np.maximum.reduceat(longest, range(0, len(longest), size)), size)[:len(longest)].mean()
-    return bool((sides * padded - tokens[:10_000].mean() + sides) * hidden**2 > BREAK_EVEN)
+    prompt, chosen, tokens = (x[:10_000] for x in (prompt, chosen, tokens))
+    rejected = tokens - prompt - chosen
+    longest = prompt + np.maximum(chosen, rejected)
+    widths = np.maximum.reduceat(longest, range(0, len(longest), size))  # of batches
+    widths = np.repeat(widths, size)[:len(longest)]  # of rows
+    sides = 1 + rejected.any()
+    saved = sides * widths.mean() - tokens.mean() + sides
+    return bool(saved * hidden**2 > BREAK_EVEN)
 
 
-# --- Is it right for this model? --------------------------------------------------------------------------------------
+# --- Is it right for this model? ----------------------------------------------------------------
 
-def can_pack(module):
-    """None if the model of a dpo.SequenceLogps, which may be sharded, gives packed rows the log-probs they have alone, else why not.
+PROMPTS = (9, 5)  # tokens of the prompts of the rows that are tried, and of their answers
+ANSWERS = ((7, 4), (1, 8))
+WIDTH, WINDOW = 20, 6  # of rows that are filled up, and of sliding windows while they are tried
+MARGIN = 8  # times the measured rounding, a difference counts as rounding
 
-    Tried on a few short rows, under the autocast of the run and without, and with every sliding window shrunk below their length. Each
-    answer's log-prob must have its value, and so must its gradient by the token embeddings, which is exactly zero at all other tokens
-    however little the model made of them. (Comparing bits instead would miss a leak that rounds to nothing, and refuse mixtures of
-    experts, whose bits depend on what else goes to an expert.) The model is left as it was, but for hooks that no padded row wakes.
+
+class Unsupported(ValueError):
+    """Attention needs something that packed rows cannot have."""
+
+
+def can_pack(module) -> str | None:
+    """None if the model of a dpo.SequenceLogps gives packed rows the log-probs of single rows, else
+    the reason.
+
+    Two short pairs are tried, with every sliding window shrunk below their length. Each answer's
+    log-prob and its gradient by the token embeddings must be those of a row that is not packed, up
+    to the rounding that the model shows between two forms of such a row. At all tokens that an
+    answer must not see, its gradient must be exactly zero. (Comparing values alone would miss a
+    leak below rounding. Comparing bits would refuse mixtures of experts, whose rounding depends on
+    what else an expert is given.) The model, which may be sharded, is left unchanged.
     """
+    return verify(module, compare_packed)
+
+
+def can_drop_mask(module) -> str | None:
+    """None if right-padded rows have the same log-probs without `attention_mask`, else the reason.
+
+    This holds for causal models, because padding comes after all that is scored. Without a mask
+    attention needs no (2B, 1, T, T) tensor and no synchronization to inspect it.
+    """
+    return verify(module, compare_unmasked)
+
+
+def verify(module, compare: Callable) -> str | None:
+    """Run a comparison without autocast and, if the run has it on, with it."""
     model = module.model
     before, device = model.config._attn_implementation, model.device.type
     if before not in ("sdpa", NAME):
         return f"its attention is {before} and not sdpa"
+    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     try:
-        for autocast in {False, torch.is_autocast_enabled(device)}:
-            with narrow_windows(model, 6), torch.enable_grad(), torch.autocast(device, torch.get_autocast_dtype(device), enabled=autocast):
-                if reason := compare(module):
+        with narrow_windows(model, WINDOW), torch.enable_grad():
+            for enabled in {False, autocast}:
+                with torch.autocast(device, dtype, enabled=enabled):
+                    reason = compare(module)
+                if reason:
                     return reason
-    except Exception as error:  # of the model's code, so of any kind
-        return f"it fails on packed rows ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    except Exception as error:
+        # Kernels and models refuse rows by errors of many kinds. An error of ours is a bug.
+        refused = isinstance(error, (RuntimeError, Unsupported))
+        if not refused and raised_here(error):
+            raise
+        first_line = next(iter(str(error).splitlines()), "")
+        return f"it fails on packed rows ({type(error).__name__}: {first_line})"
     finally:
         model.config._attn_implementation = before
+    return None
 
 
-def compare(module):
-    """Packed rows with each row alone -> None or what differs."""
-    model = module.model
-    random, vocabulary = np.random.default_rng(0), model.get_input_embeddings().num_embeddings
-    prompts, *answers = ([random.integers(vocabulary, size=n).tolist() for n in sizes] for sizes in ((9, 1, 5), (7, 4, 1), (10, 1, 8)))
-    batch = collate({"prompt_ids": prompts, "chosen_ids": answers[0], "rejected_ids": answers[1]})
-    found, embedded, dtype = logps_and_embeddings(module, **batch)
-    ends = np.cumsum(batch["packed"]).tolist()
-    for i, (side, pair) in enumerate(itertools.product((0, 1), range(3))):
-        prompt, answer, end = prompts[pair], answers[side][pair], ends[3 * pair + side + 1]
-        start = ends[3 * pair] - len(prompt)
-        alone, tokens, _ = logps_and_embeddings(module, torch.tensor([answer]), torch.arange(len(answer))[None] + len(prompt) - 1,
-                                             input_ids=torch.tensor([prompt + answer[:-1]]))
-        expected = torch.zeros_like(embedded)
-        expected[:, np.r_[start:start + len(prompt), end - len(answer) + 1:end]] = torch.autograd.grad(alone.sum(), tokens)[0]
-        gradient = torch.autograd.grad(found[i], embedded, retain_graph=True)[0]  # (1, T, H)
-        if not torch.equal(gradient.any(-1), expected.any(-1)):
-            return "an answer's log-prob depends on other tokens than its own"
-        close = max(1e-4, 16 * (2**-10 if embedded.is_cuda and dtype == torch.float32 else torch.finfo(dtype).eps))  # 2⁻¹⁰: TF32
-        if not torch.allclose(found[i], alone[0], rtol=close) or (gradient - expected).norm() > close * expected.norm():
-            return "an answer's log-prob is not what it is in a row of its own"
+def raised_here(error: Exception) -> bool:
+    """Whether the innermost frame of the traceback is of this project."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    folder = pathlib.Path(__file__).parent
+    return pathlib.Path(innermost.filename).parent == folder
+
+
+class Trial(NamedTuple):
+    """What a row shows of an answer: its log-prob, and its gradient by the row's embeddings."""
+    logp: torch.Tensor  # ()
+    gradient: torch.Tensor  # (tokens, H)
+
+
+class Rounding(NamedTuple):
+    """Relative differences of log-prob and gradient that count as rounding."""
+    logp: float
+    gradient: float
+
+
+def compare_packed(module) -> str | None:
+    """Packed rows against rows that are not packed -> the first difference."""
+    expected, rounding, reason = unpacked_trials(module)
+    if reason:
+        return reason
+    prompts, answers, _ = trial_rows(module.model)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    batch = collate(dict(zip(names, (prompts, *answers))))
+    logps, embedded = logps_and_embeddings(module, **batch)  # (S B,), (1, T, H)
+    ends = np.cumsum(batch["packed"]).reshape(len(prompts), -1)  # of prompt, chosen, rejected
+    for i, (side, pair) in enumerate(itertools.product((0, 1), range(len(prompts)))):
+        # Where the answer and its prompt are in the packed row.
+        prompt_end, answer_end = ends[pair, 0], ends[pair, 1 + side]
+        fed = len(answers[side][pair]) - 1
+        prompt_start = prompt_end - len(prompts[pair])
+        places = np.r_[prompt_start:prompt_end, answer_end - fed:answer_end]
+        wanted = torch.zeros_like(embedded[0])
+        wanted[places] = expected[i].gradient[:len(places)]
+        gradient, = torch.autograd.grad(logps[i], embedded, retain_graph=True)
+        found = Trial(logps[i].detach(), gradient[0])
+        reason = difference(found, Trial(expected[i].logp, wanted), rounding, "in a row of its own")
+        if reason:
+            return reason
+    return None
+
+
+def compare_unmasked(module) -> str | None:
+    """Rows that are filled up without a mask against single rows -> the first difference."""
+    _, _, reason = unpacked_trials(module)
+    return reason
+
+
+def unpacked_trials(module):
+    """-> a Trial of each answer, chosen ones first; the model's Rounding; None or what is wrong.
+
+    The rows are one batch. They are filled up on the right with other tokens, which a causal model
+    does not see, without a mask. The first and the last row are computed again alone and not filled
+    up. That shows that the batch is right, and how much this model rounds: through 30 layers
+    rounding grows beyond a tolerance that is strict enough for 2 layers.
+    """
+    prompts, answers, filler = trial_rows(module.model)
+    rows = [(prompt, answer) for side in answers for prompt, answer in zip(prompts, side)]
+    ids = [(prompt + answer[:-1] + filler)[:WIDTH] for prompt, answer in rows]
+    predictors = []
+    for i, (prompt, answer) in enumerate(rows):
+        first = WIDTH * i + len(prompt) - 1
+        predictors.append(list(range(first, first + len(answer))))
+    labels = padded([answer for _, answer in rows], IGNORE)
+    logps, embedded = logps_and_embeddings(
+        module, labels, padded(predictors, 0), input_ids=torch.tensor(ids)
+    )
+    gradients, = torch.autograd.grad(logps.sum(), embedded)  # (rows, WIDTH, H)
+    trials = [Trial(*each) for each in zip(logps.detach(), gradients)]
+
+    rounding = least_rounding(embedded)
+    half = autocast_dtype(embedded) in HALF
+    most = Rounding(0.1, 0.5) if half else Rounding(0.01, 0.1)  # more is no rounding
+    for i in (0, len(rows) - 1):
+        alone = single_trial(module, *rows[i])
+        where = "with no other token after the row"
+        reason = difference(trials[i], alone, most, where)
+        if reason:
+            return trials, rounding, reason
+        measured = distances(trials[i], alone)
+        rounding = Rounding(*(max(old, MARGIN * new) for old, new in zip(rounding, measured)))
+    return trials, rounding, None
+
+
+def single_trial(module, prompt: list, answer: list) -> Trial:
+    """The Trial of a row that is a batch of its own, its gradient filled up with zeros to WIDTH."""
+    ids = prompt + answer[:-1]
+    predictors = torch.arange(len(prompt) - 1, len(ids))[None]
+    logps, embedded = logps_and_embeddings(
+        module, torch.tensor([answer]), predictors, input_ids=torch.tensor([ids])
+    )
+    gradient, = torch.autograd.grad(logps.sum(), embedded)
+    return Trial(logps[0].detach(), F.pad(gradient[0], (0, 0, 0, WIDTH - len(ids))))
+
+
+def trial_rows(model):
+    """-> prompts, answers of both sides, and WIDTH tokens to fill rows up with: random ids."""
+    random = np.random.default_rng(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+
+    def draw(counts):
+        return [random.integers(vocabulary, size=count).tolist() for count in counts]
+
+    return draw(PROMPTS), [draw(counts) for counts in ANSWERS], draw([WIDTH])[0]
+
+
+def least_rounding(embedded: torch.Tensor) -> Rounding:
+    """What counts as rounding however little was measured, since few rows were."""
+    dtype = autocast_dtype(embedded)
+    eps = torch.finfo(dtype).eps
+    if embedded.is_cuda and dtype == torch.float32:
+        eps = 2**-10  # TF32
+    least = max(1e-4, 16 * eps)
+    return Rounding(least, least)
+
+
+def distances(found: Trial, expected: Trial) -> Rounding:
+    """Relative distances of log-prob and gradient."""
+    logp = (found.logp - expected.logp).abs()
+    gradient = (found.gradient - expected.gradient).norm()
+    return Rounding(
+        logp=(logp / expected.logp.abs()).item(),
+        gradient=(gradient / expected.gradient.norm()).item(),
+    )
+
+
+def difference(found: Trial, expected: Trial, rounding: Rounding, where: str) -> str | None:
+    """None if both are equal up to rounding, and their gradients zero at the same tokens."""
+    if not torch.equal(found.gradient.any(-1), expected.gradient.any(-1)):
+        return "an answer's log-prob depends on other tokens than its own"
+    logp, gradient = distances(found, expected)
+    if logp <= rounding.logp and gradient <= rounding.gradient:
+        return None
+    explained = f"{rounding.logp:.1e} and {rounding.gradient:.1e}"
+    return (f"an answer's log-prob is not what it is {where}: it differs by {logp:.1e} and its "
+            f"gradient by {gradient:.1e}, where rounding explains {explained}")
 
 
 def logps_and_embeddings(module, labels, predictors, **inputs):
-    """-> (S B,) log-probs, the embeddings of the tokens (1, T, H), by which they can be differentiated, and the dtype of the logits."""
+    """-> (rows,) log-probs in fp32 or better, and the embeddings of the tokens that were fed, by
+    which they can be differentiated. labels and predictors (rows, L) as in `collate`."""
     model, embedded = module.model, []
-    hook = model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1].detach().requires_grad_()) or embedded[-1])
-    labels, predictors, *values = (x.to(model.device) if torch.is_tensor(x) else x for x in (labels, predictors, *inputs.values()))
+
+    def replace(embedding, args, output):
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    def on_device(value):
+        return value.to(model.device) if torch.is_tensor(value) else value
+
+    hook = model.get_input_embeddings().register_forward_hook(replace)
     try:
-        logits = module(**dict(zip(inputs, values)))[0]  # (T, V)
+        logits = module(**{name: on_device(value) for name, value in inputs.items()})
     finally:
         hook.remove()
-    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)[predictors]  # (S B, L, V)
-    return (logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORE)).sum(-1), embedded[0], logits.dtype
+    labels, predictors = on_device(labels), on_device(predictors)
+    logits = logits.flatten(0, 1)[predictors]  # (rows, L, V)
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    token_logps = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return (token_logps * (labels != IGNORE)).sum(-1), embedded[0]
 
 
 @contextlib.contextmanager
-def narrow_windows(model, width):
-    """Inside, every window of the model's attention is this wide, in the config, of which masks are made, and in the layers."""
+def narrow_windows(model, width: int):
+    """Inside, every window of the model's attention is this wide: in the config, from which masks
+    are made, and in the layers."""
     names = ("sliding_window", "attention_chunk_size")
-    found = [(owner, name, vars(owner)[name]) for owner in (model.config.get_text_config(), *model.modules()) for name in names
-             if isinstance(vars(owner).get(name), int) and vars(owner)[name] > width]
+    changed = []
     try:
-        for owner, name, _ in found:
-            setattr(owner, name, width)
+        for owner in (model.config.get_text_config(), *model.modules()):
+            for name in names:
+                value = vars(owner).get(name)
+                if isinstance(value, int) and value > width:
+                    changed.append((owner, name, value))
+                    setattr(owner, name, width)
         yield
     finally:
-        for owner, name, value in found:
+        for owner, name, value in changed:
             setattr(owner, name, value)
 
 
-# --- Log-probs without all logits at once -----------------------------------------------------------------------------
+# --- Log-probs without full logits --------------------------------------------------------------
 
 class ChunkedLogps(torch.autograd.Function):
-    """log π(target) at each position without the (N, V) log-softmax and its gradients: (N, H), (V, H), (V,) or None, (N,), keep -> (N,) in
-    fp32 or better.
+    """log π(target) at each position without (N, V) tensors for log-softmax and its gradients.
 
-    ∂ log π(target) / ∂ logits = onehot(target) − π. What is kept for backward is the normaliser and, with `keep`, as many logits as may be:
-    they become their own gradient. The others are made again. The gradient of the head is added up in fp32 or better.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,), keep, sums_of_squares
+    -> token log-probs (N,) in fp32 or better, and log Σ_v π(v)², without a gradient, (N,) with
+    sums_of_squares and else (0,)
+
+    ∂ log π(target) / ∂ logits = onehot(target) − π. Backward needs the normalizer and, with `keep`,
+    as many logits as KEPT_LOGITS allows, which become their own gradient. Other logits are
+    recomputed. The head's gradient is accumulated in fp32 or better.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, keep):
-        device, room = hidden.device.type, None
-        ctx.kept, ctx.dtype = [], torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        inputs, *head = (x if x is None else x.to(ctx.dtype) for x in (hidden, weight, bias))
-        logps, total = (torch.empty(len(hidden), dtype=torch.promote_types(ctx.dtype, torch.float32), device=hidden.device) for _ in range(2))
-        for rows in chunks(len(hidden), len(weight)):
-            logits = logits_of(inputs[rows], *head, room)
-            if keep and rows.stop * len(weight) <= FULL_LOGITS:
+    def forward(ctx, hidden, weight, bias, targets, keep, sums_of_squares=False):
+        ctx.dtype, ctx.kept = autocast_dtype(hidden), []
+        inputs, weight_, bias_ = cast(ctx.dtype, hidden, weight, bias)
+        dtype = torch.promote_types(ctx.dtype, torch.float32)
+        logps, normalizer = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        squares = hidden.new_empty(len(hidden) if sums_of_squares else 0, dtype=dtype)
+        room = None  # of logits that are not kept, overwritten by the next chunk
+        for rows in chunks(hidden, len(weight)):
+            logits = logits_of(inputs[rows], weight_, bias_, room)  # (n, V)
+            if keep and rows.stop * len(weight) <= KEPT_LOGITS:
                 ctx.kept.append(logits)
             else:
                 room = logits
-            for part, logp, norm, target in in_cache(logits, logps[rows], total[rows], targets[rows]):
-                part = part.to(norm.dtype)
-                norm.copy_(part.logsumexp(-1))
-                logp.copy_(part.gather(-1, target[:, None])[:, 0] - norm)
-        ctx.save_for_backward(hidden, weight, bias, targets, total)
-        return logps
+            for part, places in cached_parts(logits, rows):
+                part = part.to(dtype)
+                normalizer[places] = part.logsumexp(-1)
+                logps[places] = part.gather(-1, targets[places, None])[:, 0] - normalizer[places]
+                if sums_of_squares:
+                    squares[places] = log_sum_of_squares(part)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.mark_non_differentiable(squares)
+        return logps, squares
 
     @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight, bias, targets, total = ctx.saved_tensors
-        inputs, *head = (x if x is None else x.to(ctx.dtype) for x in (hidden, weight, bias))
-        of_hidden, room = torch.empty_like(hidden), None
-        of_weight, of_bias = (torch.zeros_like(x, dtype=total.dtype) if x is not None and needed else None
-                              for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
-        for rows in chunks(len(hidden), len(weight)):
-            if ctx.kept:  # a second backward makes them again
+    def backward(ctx, gradient, _):
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        inputs, weight_, bias_ = cast(ctx.dtype, hidden, weight, bias)
+        of_hidden, of_weight, of_bias = torch.empty_like(hidden), None, None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
+        if bias is not None and ctx.needs_input_grad[2]:
+            of_bias = torch.zeros_like(bias, dtype=normalizer.dtype)
+        room = None
+        for rows in chunks(hidden, len(weight)):
+            if ctx.kept:  # empty in a second backward, which recomputes all
                 delta = ctx.kept.pop(0)
             else:
-                delta = room = logits_of(inputs[rows], *head, room)
-            for part, norm, factor, target in in_cache(delta, *(x[rows, None] for x in (total, gradient, targets))):
-                part.copy_((part - norm).exp_().mul_(-factor).scatter_add_(1, target, factor))
-            of_hidden[rows] = delta @ head[0]
+                delta = room = logits_of(inputs[rows], weight_, bias_, room)
+            # In place: (onehot(target) − π) times the gradient of the log-prob.
+            for part, places in cached_parts(delta, rows):
+                factor = gradient[places, None]
+                pi = (part - normalizer[places, None]).exp_()
+                part.copy_(pi.mul_(-factor).scatter_add_(1, targets[places, None], factor))
+            delta = delta.to(ctx.dtype)
+            of_hidden[rows] = delta @ weight_
             if of_bias is not None:
                 of_bias += delta.sum(0, dtype=of_bias.dtype)
-            if of_weight is not None and of_weight.dtype == ctx.dtype:
-                of_weight.addmm_(delta.T, inputs[rows])
-            elif of_weight is not None:
-                of_weight += delta.T @ inputs[rows]
-        return of_hidden, *(x if x is None else x.to(of.dtype) for x, of in ((of_weight, weight), (of_bias, bias))), None, None
+            if of_weight is not None:
+                add_product(of_weight, delta.T, inputs[rows])
+        of_weight, = cast(weight.dtype, of_weight)
+        of_bias, = cast(weight.dtype, of_bias)
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
-def chunks(count, vocabulary):
-    """-> slices of `count` positions with at most CHUNK logits each."""
-    size = max(1, CHUNK // vocabulary)
+def log_sum_of_squares(logits):
+    """(n, V) -> log Σ_v π(v)², (n,), the expected probability of a token that is sampled from π."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+
+def cast(dtype, *tensors):
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def chunks(hidden, vocabulary: int) -> list[slice]:
+    """Slices of positions with at most CHUNK logits each, as equal as they can be, the last the
+    smallest."""
+    count = len(hidden)
+    most = CHUNK["cpu"] if hidden.is_cpu else CHUNK["cuda"]
+    pieces = max(1, math.ceil(count * vocabulary / most))
+    size = math.ceil(count / pieces)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def in_cache(logits, *others):
-    """These in parts of so few rows that a CPU keeps them in its cache through several element-wise steps, which halves their time."""
-    size = max(1, CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    return zip(*(x.split(size) for x in (logits, *others)))
+def cached_parts(logits, rows: slice):
+    """-> (some rows of these logits, their positions): on a CPU so few that they stay in its cache
+    through several element-wise steps, which halves the time of these."""
+    size = len(logits)
+    if logits.is_cpu:
+        size = max(1, CACHE // logits.shape[1])
+    for start in range(rows.start, rows.stop, size):
+        places = slice(start, min(start + size, rows.stop))
+        yield logits[start - rows.start:places.stop - rows.start], places
 
 
 def logits_of(hidden, weight, bias, room=None):
-    """(n, H), (V, H), (V,) or None -> (n, V), written over `room`, or else into a new one, whose rows begin at multiples of 16 numbers:
-    with an odd vocabulary (GPT-2's 50,257) they would not, and a matrix product takes up to twice as long."""
+    """(n, H), (V, H), (V,) or None -> (n, V), written over `room` if it is given.
+
+    On a GPU the product of half-precision numbers is returned in fp32, as it is accumulated.
+    """
+    wide = hidden.is_cuda and hidden.dtype in HALF
+    dtype = torch.float32 if wide else hidden.dtype
     if room is None:
-        room = hidden.new_empty(len(hidden), -(-len(weight) // 16) * 16)[:, :len(weight)]
-    logits = torch.mm(hidden, weight.T, out=room[:len(hidden)])
+        # Rows begin at multiples of 16 numbers: with an odd vocabulary (GPT-2's 50,257) they would
+        # not otherwise, and a matrix product takes up to twice as long.
+        room = hidden.new_empty(len(hidden), -(-len(weight) // 16) * 16, dtype=dtype)
+    logits = room[:len(hidden), :len(weight)]
+    if wide:
+        torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
+    else:
+        torch.mm(hidden, weight.T, out=logits)
     return logits if bias is None else logits.add_(bias)
+
+
+def add_product(total, left, right):
+    """total += left @ right, where the product of half-precision numbers on a GPU is fp32.
+
+    (torch.addmm with out_dtype would save the sum, but older torch takes no fp32 `total` there.)
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and left.dtype in HALF:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+    else:
+        total += left @ right

@@ -64,7 +64,7 @@ def test_a_spoiled_folder_is_one_sentence(folder, tokenizer, tmp_path, spoil, me
 def test_a_folder_that_is_not_there_and_a_name_the_hub_cannot_be_asked_for(tmp_path):
     with pytest.raises(ValueError, match="no such model folder"):
         models.load_model(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="nor to be had from the hub"):
+    with pytest.raises(ValueError, match="not found locally or on the Hub"):
         models.load_tokenizer("some-org/some-model")
 
 

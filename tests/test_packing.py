@@ -1,6 +1,7 @@
 """Packed rows: the same log-probs as padded ones, or a reason why not."""
 import itertools
 import json
+import os
 import re
 import types
 import weakref
@@ -11,6 +12,7 @@ import torch
 import transformers
 from conftest import tiny_model, weights
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import dpo
@@ -119,7 +121,7 @@ def test_forward_and_backward_never_wait_to_read_a_value_from_the_device(monkeyp
     """Tensors on "meta" have none, so that a step there fails where one on a GPU would wait. (Padded, transformers' mask reads one.)
     The attention that only a GPU runs is at least called there as torch allows."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no "meta"
-    if packing.varlen_attn and not variant:
+    if not variant:
         monkeypatch.setattr(packing, "one_by_one", packing.in_one_call)
     with torch.device("meta"):
         policy, reference = (SequenceLogps(build("Llama")) for _ in range(2))
@@ -174,27 +176,62 @@ def test_an_adapter_on_and_off_and_a_frozen_base(tokenizer):
         assert distance(concatenated_forward(bare, PACKED)["rejected_logps"], reference) < 1e-12
 
 
+def attention_inputs(groups):
+    torch.manual_seed(0)
+    layout = packing.layout_of(PACKED["packed"], torch.device("cpu"))
+    tokens = PACKED["input_ids"].shape[1]
+    query, key, value = (torch.randn(tokens, heads, 8) for heads in (4, 4 // groups, 4 // groups))
+    return query, key.index_select(0, layout.keys), value.index_select(0, layout.keys), layout
+
+
 @pytest.mark.parametrize("window", [None, 6, 100])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_kernel_for_gpus_is_asked_for_the_same_attention(monkeypatch, window, groups):
-    """By what torch's page of varlen_attn says it does; the kernel itself runs on no CPU."""
-    def varlen_attn(query, key, value, queries, keys, most_queries, most_keys, *, scale, enable_gqa, window_size):
-        assert enable_gqa == (groups > 1) and queries.dtype == keys.dtype == torch.int32
+    """By what its documentation says it does. The kernel itself runs on no CPU."""
+    def flash(query, key, value, queries, keys, most_queries, most_keys, *, dropout_p, is_causal, return_debug_mask, scale,
+              window_size_left, window_size_right):
+        assert queries.dtype == keys.dtype == torch.int32 and dropout_p == 0 and is_causal == (window is None)
         assert (most_queries, most_keys) == (queries.diff().max(), keys.diff().max())
-        out, (left, right) = [], window_size
+        out = []
         for (a, b), (c, d) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist()):
             behind = (torch.arange(b - a)[:, None] + (d - c) - (b - a)) - torch.arange(d - c)  # aligned at the last key
-            mask = (behind >= -right) & ((behind <= left) if left >= 0 else True)
+            mask = (behind >= -window_size_right) & ((behind <= window_size_left) if window_size_left >= 0 else True)
             heads = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-            out.append(torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
-        return torch.cat(out)
+            out.append(torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True).transpose(0, 1))
+        return torch.cat(out), None, None, None, None
 
-    monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
-    torch.manual_seed(0)
-    index, *sizes = packing.index_of(PACKED["packed"], torch.device("cpu"))
-    query, key, value = (torch.randn(PACKED["input_ids"].shape[1], heads, 8) for heads in (4, 4 // groups, 4 // groups))
-    found, expected = (f(query, key[index], value[index], *sizes, 0.3, window) for f in (packing.in_one_call, packing.one_by_one))
-    assert torch.allclose(found, expected, atol=1e-6)
+    inputs = attention_inputs(groups)
+    expected = packing.one_by_one(*inputs, 0.3, window)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    assert torch.allclose(packing.in_one_call(*inputs, 0.3, window), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 6, 100])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_segments_whose_prompt_is_computed_again_have_the_attention_of_masked_ones(window, groups):
+    inputs = attention_inputs(groups)
+    leaves = [x.double().requires_grad_() for x in inputs[:3]]
+    found, expected = (packing.one_by_one(*leaves, inputs[3], 0.3, window, masked) for masked in (False, True))
+    assert torch.allclose(found, expected, atol=1e-12)
+    slope = torch.randn_like(found)
+    gradients = [torch.autograd.grad((out * slope).sum(), leaves) for out in (found, expected)]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients))
+
+
+def test_queries_and_keys_in_fp32_and_values_in_bf16_meet_in_the_dtype_of_autocast():
+    """As rotary embeddings leave them. A kernel that takes all segments at once needs one dtype."""
+    model, seen = SequenceLogps(build("Llama")), []
+    packing.enable(model.model)
+    inner = packing.one_by_one
+
+    def spy(query, key, value, *more):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return inner(query, key, value, *more)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(packing, "one_by_one", spy)
+        concatenated_forward(model, PACKED)
+    assert seen == [{torch.bfloat16}] * 2
 
 
 # --- what makes it fast, and what it leaves alone
@@ -244,6 +281,66 @@ def test_a_model_that_packs_right_is_found_to(name):
     assert can_pack(model) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert can_pack(model) is None
+
+
+def sharp(layers=30, scale=7.0):
+    """A deep model whose attention is nearly one-hot, so that rounding grows from layer to layer."""
+    model = build("Llama", num_hidden_layers=layers)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= scale
+            layer.self_attn.k_proj.weight *= scale
+    return model
+
+
+def test_the_check_allows_what_a_deep_model_rounds_and_still_sees_a_wrong_layout(monkeypatch):
+    model = sharp()
+    assert can_pack(model) is None
+    monkeypatch.setattr(packing, *MUTATIONS["positions go on"])
+    assert "is not what it is in a row of its own: it differs by" in can_pack(model)  # says its numbers
+
+
+@pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="REAL_MODEL names the folder of a pretrained model")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_real_model_packs_and_the_check_is_four_short_forwards_for_each_dtype(autocast):
+    module, calls = SequenceLogps(models.load_model(os.environ["REAL_MODEL"])), []
+    module.register_forward_pre_hook(lambda *call: calls.append(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert packing.can_pack(module) is None
+    assert len(calls) == 4 * (1 + autocast)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3", "GPT2", "Gemma", "Olmo2"])
+def test_right_padded_rows_need_no_mask(name):
+    """Padding comes after all that is scored, and a causal model does not look there."""
+    model = SequenceLogps(build(name, **PACKS[name]).double())
+    assert packing.can_drop_mask(model) is None
+    expected, gradient = outcome(model, PADDED)
+    model.needs_mask = False
+    found, other = outcome(model, PADDED)
+    assert distance(found, expected) < 1e-12 and distance(other, gradient) < 1e-6
+
+
+def test_a_model_that_looks_ahead_needs_its_mask_and_cannot_be_packed():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model = transformers.BertLMHeadModel(config)  # is_decoder is not set, so its attention is bidirectional
+    for verdict in (packing.can_drop_mask, packing.can_pack):
+        assert "depends on other tokens" in verdict(SequenceLogps(model))
+
+
+def test_an_error_of_a_kernel_is_a_reason_and_an_error_of_ours_is_a_bug(monkeypatch):
+    def refuse(*given, **named):
+        raise RuntimeError("head_size should be a multiple of 8")
+
+    model = SequenceLogps(build("Llama"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+        assert "head_size should be a multiple of 8" in packing.can_pack(model)
+    monkeypatch.setattr(packing, "PROMPTS", None)
+    with pytest.raises(TypeError):
+        packing.can_pack(model)
 
 
 @pytest.mark.parametrize("name", PACKS_NOT)
@@ -323,10 +420,10 @@ MUTATIONS = {
 def test_a_layout_that_is_wrong_is_refused(monkeypatch, mutation, autocast):
     model = build("Mistral", **WINDOW)
     monkeypatch.setattr(packing, *MUTATIONS[mutation])
-    packing.index_of.cache_clear()
+    packing.layout_of.cache_clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert can_pack(model)
-    packing.index_of.cache_clear()
+    packing.layout_of.cache_clear()
 
 
 # --- log-probs without all logits at once
@@ -334,12 +431,12 @@ def test_a_layout_that_is_wrong_is_refused(monkeypatch, mutation, autocast):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_chunked_log_probs_are_those_of_all_logits_in_value_and_gradient(monkeypatch, bias, frozen):
-    monkeypatch.setattr(packing, "CHUNK", 97 * 4)  # 4 positions at a time, and a rest
+    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 4})  # at most 4 positions at a time
     monkeypatch.setattr(packing, "CACHE", 97 * 3)  # in parts of 3 and 1
     torch.manual_seed(0)
     hidden, weight, offset = torch.randn(23, 16).double(), torch.randn(97, 16).double(), torch.randn(97).double()
     targets, slope, gradients = torch.randint(97, (23,)), torch.randn(23).double(), []
-    for function in (lambda *given: ChunkedLogps.apply(*given, False), lambda *given: ChunkedLogps.apply(*given, True),
+    for function in (lambda *given: ChunkedLogps.apply(*given, False)[0], lambda *given: ChunkedLogps.apply(*given, True)[0],
                      lambda h, w, b, t: dpo.selected_logps(torch.nn.functional.linear(h, w, b), t)):
         parts = [x.clone().requires_grad_(not frozen or x is hidden) for x in (hidden, weight, offset)]
         logps = function(parts[0], parts[1], parts[2] if bias else None, targets)
@@ -354,8 +451,8 @@ def test_chunked_log_probs_are_those_of_all_logits_in_value_and_gradient(monkeyp
 def test_many_positions_are_scored_in_chunks_and_change_nothing(monkeypatch, name, options, batch):
     model = SequenceLogps(build(name, **options).double())
     whole, gradient = outcome(model, batch)
-    monkeypatch.setattr(packing, "FULL_LOGITS", 97 * 20)
-    monkeypatch.setattr(packing, "CHUNK", 97 * 5)
+    monkeypatch.setattr(packing, "KEPT_LOGITS", 97 * 20)
+    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 5})
     monkeypatch.setattr(dpo, "selected_logps", None)  # not called
     found, chunked = outcome(model, batch)
     assert distance(found, whole) < 1e-12 and distance(chunked, gradient) < 1e-6
@@ -363,12 +460,13 @@ def test_many_positions_are_scored_in_chunks_and_change_nothing(monkeypatch, nam
 
 @pytest.mark.parametrize("budget, alive", [(97 * 23, [5, 4, 3, 2, 1]), (97 * 12, [2, 1, 0, 0, 0])])
 def test_logits_are_kept_up_to_the_budget_let_go_one_by_one_and_made_again_for_a_second_backward(monkeypatch, budget, alive):
-    monkeypatch.setattr(packing, "CHUNK", 97 * 5)
-    monkeypatch.setattr(packing, "FULL_LOGITS", budget)
+    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 5})
+    monkeypatch.setattr(packing, "KEPT_LOGITS", budget)
     hidden, weight, targets = torch.randn(23, 16).double(), torch.randn(97, 16).double().requires_grad_(), torch.randint(97, (23,))
-    logps = ChunkedLogps.apply(hidden, weight, None, targets, True)
+    logps, _ = ChunkedLogps.apply(hidden, weight, None, targets, True)
     kept, found = [weakref.ref(logits) for logits in logps.grad_fn.kept], []
-    monkeypatch.setattr(packing, "in_cache", lambda *parts: found.append(sum(x() is not None for x in kept)) or [[x[:] for x in parts]])
+    parts = packing.cached_parts
+    monkeypatch.setattr(packing, "cached_parts", lambda *given: found.append(sum(x() is not None for x in kept)) or parts(*given))
     first, second = (torch.autograd.grad(logps.sum(), weight, retain_graph=True)[0] for _ in range(2))
     assert found == alive + [0] * 5 and torch.equal(first, second)
 
@@ -378,7 +476,7 @@ def test_chunks_under_autocast_round_as_all_logits_do(monkeypatch):
     exact = outcome(model.double(), PACKED)
     with torch.autocast("cpu", torch.bfloat16):
         kept = outcome(model.float(), PACKED)
-        monkeypatch.setattr(packing, "FULL_LOGITS", 97 * 20)
+        monkeypatch.setattr(packing, "KEPT_LOGITS", 97 * 20)
         chunked = outcome(model, PACKED)
         monkeypatch.setattr(model, "bare_head", False)
         whole = outcome(model, PACKED)
@@ -386,15 +484,38 @@ def test_chunks_under_autocast_round_as_all_logits_do(monkeypatch):
         assert all(distance(x, value) < 1.5 * distance(other, value) + 1e-7 for x, other, value in zip(found, whole, exact))
 
 
-def test_wpo_asks_for_all_logits_however_many(monkeypatch, llama):
-    expected = outcome(llama, PACKED, wpo=True)[0]
-    monkeypatch.setattr(packing, "FULL_LOGITS", 1)
-    assert torch.equal(outcome(llama, PACKED, wpo=True)[0], expected)
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor had which an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("variant", [{}, {"wpo": True}])
+def test_no_tensor_has_a_number_for_each_scored_token_and_word(monkeypatch, variant):
+    model = SequenceLogps(build("Llama", vocab_size=1009).double())
+    expected = outcome(model, PACKED, **variant)
+    monkeypatch.setattr(packing, "KEPT_LOGITS", 1)
+    monkeypatch.setattr(packing, "CHUNK", {"cpu": 1009 * 7})
+    scored = int((PACKED["labels"] != dpo.IGNORE).sum())
+    with Largest() as largest:
+        losses, _ = preference_step(model, None, PACKED, sigmoid, reference_free=True, **variant)
+        losses.mean().backward()
+    assert 1009 * 32 <= largest.numbers < 1009 * scored  # the head itself is 1009 x 32
+    assert all(distance(x, y) < 1e-12 for x, y in zip(outcome(model, PACKED, **variant), expected))
 
 
 def test_a_head_that_scales_its_logits_is_asked_for_them_packed_too(monkeypatch):
     model = SequenceLogps(build("Cohere", logit_scale=0.5).double())
-    monkeypatch.setattr(packing, "FULL_LOGITS", 1)
+    monkeypatch.setattr(packing, "KEPT_LOGITS", 1)
     assert not model.bare_head and distance(outcome(model, PACKED)[0], outcome(model, PADDED)[0]) < 1e-12
 
 
@@ -445,7 +566,7 @@ def test_packs_hold_each_pair_once_fit_the_budget_and_are_as_many_on_each_rank(r
 
 # --- many processes
 
-CASES = [("fsdp", 2**27, False), ("fsdp", 97 * 20, False), ("fsdp", 97 * 20, True), ("ddp", 97 * 20, True)]  # FULL_LOGITS, tied head
+CASES = [("fsdp", 2**27, False), ("fsdp", 97 * 20, False), ("fsdp", 97 * 20, True), ("ddp", 97 * 20, True)]  # KEPT_LOGITS, tied head
 
 
 def on_one_of_two_ranks(rank, folder):
@@ -453,7 +574,7 @@ def on_one_of_two_ranks(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     found = []
-    for kind, packing.FULL_LOGITS, tied in CASES:
+    for kind, packing.KEPT_LOGITS, tied in CASES:
         model = SequenceLogps(build("Llama", tie_word_embeddings=tied).double())
         for part in (*model.model.model.layers, model) if kind == "fsdp" else ():
             fully_shard(part)
