@@ -222,8 +222,8 @@ class Recorder(TorchDispatchMode):
             self.check_indices(name, args, on_cpu)
         elif on_cpu and not takes_cpu_scalars(func, on_cpu):
             self.note("mixed devices", f"{name} of {describe(tensors)}")
-        elif name in PRODUCTS and len({x.dtype for x in tensors}) > 1:
-            self.note("mixed dtypes", f"{name} of {describe(tensors)}")
+        elif name in PRODUCTS:
+            self.check_product(func, args, tensors)
 
     def check_copy(self, name, args, kwargs):
         if name == "aten::copy_":
@@ -250,6 +250,14 @@ class Recorder(TorchDispatchMode):
         values = [x for x in on_cpu if all(x is not index for index in indices)]
         if any(x.dim() > 0 for x in values):
             self.note("mixed devices", f"{name} of {describe([args[0], *on_cpu])}")
+
+    def check_product(self, func, args, tensors):
+        """All of one dtype; the overloads with an out_dtype may add and return another."""
+        name = func._schema.name
+        if func._overloadname.startswith("dtype"):
+            tensors = args[-3:-1]
+        if len({x.dtype for x in tensors}) > 1:
+            self.note("mixed dtypes", f"{name} of {describe(tensors)}")
 
     def after_update(self, optimizer, args, kwargs):
         """A hook of every optimizer: the events that follow belong to the next step."""
@@ -402,16 +410,25 @@ def check_flash(arguments):
         recorder.note("kernel", "not (tokens, heads, size) with a contiguous last dimension")
 
 
-def product_in(dtype, product, *tensors, **options):
-    """mm and addmm of half-precision matrices with a result of another dtype."""
-    return product(*(x.to(dtype) for x in tensors), **options)
+def mm_in(left, right, out_dtype, out=None):
+    """A product of half-precision matrices whose result is float32, as it is accumulated."""
+    if out is None:
+        return left.to(out_dtype) @ right.to(out_dtype)
+    return out.copy_(left.to(out_dtype) @ right.to(out_dtype))
+
+
+def addmm_in(total, left, right, out_dtype, beta=1, alpha=1, out=None):
+    result = beta * total.to(out_dtype) + alpha * mm_in(left, right, out_dtype)
+    return result if out is None else out.copy_(result)
 
 
 EMULATED = {
     "aten._flash_attention_forward.default": flash_forward,
     "aten._flash_attention_backward.default": flash_backward,
-    "aten.mm.dtype": lambda a, b, dtype: product_in(dtype, torch.mm, a, b),
-    "aten.addmm.dtype": lambda c, a, b, dtype, **scales: product_in(dtype, torch.addmm, c, a, b, **scales),
+    "aten.mm.dtype": mm_in,
+    "aten.mm.dtype_out": mm_in,
+    "aten.addmm.dtype": addmm_in,
+    "aten.addmm.dtype_out": addmm_in,
 }
 
 
