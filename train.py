@@ -41,7 +41,7 @@ import data
 import packing
 import world
 from checkpoint import (
-    checkpoints, claim, gather_tensors, is_complete, load_checkpoint, newest_checkpoint,
+    claim, gather_tensors, is_complete, load_checkpoint, newest_checkpoint,
     optimizer_tensors, plan_checkpoints, read_flags, save_checkpoint, spared, tensor_bytes, write,
 )
 from data import at_least
@@ -710,35 +710,45 @@ def choose_attention(args, models, rows, dtype, ranks):
     """Settle --attention auto -> "packed" or "padded", and a line that says which and why.
 
     Every rank tries the model on packed rows; if it fails on one rank, all ranks use padded rows.
+    Padded rows lose their mask if the model does not need it.
     """
-    if args.attention == "padded":
-        return "padded", "attention: padded rows"
+    reason = None
+    if args.attention != "padded":
+        reason = reason_to_pad(args, models, rows, dtype, ranks)
+        if reason is None:
+            return "packed", "attention: packed rows"
+        if args.attention == "packed":
+            raise ValueError(f"--attention packed: {reason}")
+    for module in models:
+        module.needs_mask = try_rows(packing.can_drop_mask, module, dtype, ranks) is not None
+    line = "attention: padded rows"
+    return "padded", line if reason is None else f"{line}; {reason}"
+
+
+def reason_to_pad(args, models, rows, dtype, ranks):
+    """None if rows can be packed and, with --attention auto, gain from it."""
     lengths = [data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens")]
     size = args.micro_batch_size
     if not size:
         size = max(1, args.tokens_per_micro_batch // int(lengths[2].mean()))
     hidden = models[0].model.get_input_embeddings().embedding_dim
-    reason = None
     if args.attention == "auto" and not packing.is_faster(*lengths, size, hidden):
-        reason = "packed, rows as short as these would be slower"
+        return "packed, rows as short as these would be slower"
     for module in models:
-        if reason is None:
-            reason = try_packing(module, dtype, ranks)
-    if reason is None:
-        return "packed", "attention: packed rows"
-    if args.attention == "packed":
-        raise ValueError(f"--attention packed: {reason}")
-    return "padded", f"attention: padded rows; {reason}"
+        reason = try_rows(packing.can_pack, module, dtype, ranks)
+        if reason is not None:
+            return reason
+    return None
 
 
-def try_packing(module, dtype, ranks):
-    """packing.can_pack on all ranks -> None, or the reason of the first rank where it fails."""
+def try_rows(verdict, module, dtype, ranks):
+    """packing.can_pack or can_drop_mask on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
         guard = failing_together(ranks)
     # Without the adapter: its dropout would be noise here.
     with autocast(dtype, ranks.device), use_adapter(module.model, None), guard:
-        reason = packing.can_pack(module)
+        reason = verdict(module)
     # An exception may have left FSDP in the middle of a forward.
     reset_shards(module)
     return first_reason(reason, ranks)
@@ -1323,7 +1333,9 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     elif args.ref != "none" and args.ref_model:
         say(f"no step-0 check: --ref_model {args.ref_model} is another model on purpose")
     elif args.ref != "none":
-        first = data.window(0, len(rows), args.micro_batch_size or 4, args.seed, args.shuffle)
+        # The two shortest rows of the first step: an error shows in any row, and long ones take time.
+        first = data.window(0, len(rows), args.batch_size, args.seed, args.shuffle)
+        first = first[np.argsort(tokens[first], kind="stable")[:2]]
         batch = collate(rows[first], tokenizer, ranks.device, task.packed)
         value = check_start(task, model, reference, batch, args.ref == "cache")
         say(f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference")

@@ -9,8 +9,8 @@ import losses
 import train
 
 ARROWS = {  # file: what of ours it may import
-    "losses": set(), "data": set(), "world": set(), "packing": set(), "checkpoint": set(),
-    "parallel": set(), "lora": {"checkpoint"}, "model": {"checkpoint", "lora"},
+    "losses": set(), "data": set(), "world": set(), "packing": set(), "parallel": set(),
+    "checkpoint": {"parallel"}, "lora": {"checkpoint"}, "model": {"checkpoint", "lora"},
     "dpo": {"losses", "packing"},
 }
 ARROWS["train"] = set(ARROWS)
