@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
 )
 
+import gpu
 import model as models
 
 LAYERS, STEPS, PAIRS, VOCABULARY = 2, 3, 8, 384
@@ -258,3 +259,38 @@ def test_a_resumed_run_takes_the_same_path_to_the_same_metrics(runs):
         left.pop("tokens_per_second", None)
         right.pop("tokens_per_second", None)
         assert left == right
+
+
+# --- The script for a real GPU --------------------------------------------------------------------
+
+def run_script(*flags):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "gpu.py"), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_every_section_of_gpu_py_works_with_a_tiny_model_on_a_cpu():
+    done = run_script("--dry_run")
+    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr[-2000:]
+    for title in gpu.SECTIONS:
+        assert f"### {title}\n" in done.stdout
+    for kind in gpu.KINDS:
+        assert f"| {kind} |" in done.stdout
+
+
+def test_without_a_gpu_gpu_py_says_so_and_ends_with_status_2():
+    done = run_script()
+    assert done.returncode == 2
+    assert len(done.stdout.splitlines()) == 1 and "no GPU" in done.stdout
+
+
+def test_a_section_of_gpu_py_that_fails_is_in_the_block_and_in_the_status(monkeypatch, capsys):
+    def broken(home):
+        raise ValueError("first line\nlast line")
+
+    monkeypatch.setattr(gpu, "DRY", True)
+    monkeypatch.setattr(gpu, "SECTIONS", {"Broken": broken, "Whole": lambda home: ["fine"]})
+    assert gpu.main([]) == 1
+    printed = capsys.readouterr().out
+    assert "### Broken\n\n\nFAILED: ValueError: last line" in printed
+    assert "### Whole\n\nfine" in printed
