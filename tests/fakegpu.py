@@ -12,7 +12,9 @@ devices and dtypes, notes whether the CPU would wait, computes on the CPU tensor
 result. So the values are real: the trainer's own checks pass or fail as they would, and a run can
 be compared with one on the CPU. Times, memory and the rounding of CUDA kernels are not simulated.
 
-A process that has loaded this file is not fit for anything else, hence the command line.
+Not seen: copies made in other threads, CUDA calls that are no operators of tensors, and whatever
+asks `torch.cuda.is_available()`, which stays false. A process that has loaded this file is not fit
+for anything else, hence the command line.
 """
 import collections
 import contextlib
@@ -88,15 +90,6 @@ class GpuTensor(torch.Tensor):
         """In threads without the recorder's dispatch mode, such as those of a checkpoint."""
         return recorder.run(func, args, kwargs or {})
 
-    @property
-    def data(self):
-        return torch.Tensor.data.__get__(self)
-
-    @data.setter
-    def data(self, other):
-        torch.Tensor.data.__set__(self, other)
-        self.values = other.values
-
     def tolist(self):
         """Torch refuses this for subclasses."""
         recorder.note("sync", "tolist")
@@ -168,11 +161,7 @@ class Recorder(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func, args, kwargs):
-        if func.namespace not in ("aten", "prims"):
-            # an operator made of operators, such as torch's varlen_attn: run what is inside
-            inside = torch._C.DispatchKey.CompositeExplicitAutograd
-            with self:
-                return func._op_dk(inside, *args, **kwargs)
+        """Check an operator, compute it on the CPU and wrap what it returns."""
         tensors = []
 
         def unwrap(value):
@@ -183,15 +172,14 @@ class Recorder(TorchDispatchMode):
         plain_args = map_values(unwrap, args)
         plain_kwargs = {name: map_values(unwrap, value) for name, value in kwargs.items()}
         wrappers = {id(x.values): x for x in tensors if on_gpu(x)}
-        device = kwargs.get("device")
-        to_gpu = is_gpu(device) or device is None and bool(wrappers)
+        to_gpu = bool(wrappers)
+        if kwargs.get("device") is not None:
+            to_gpu = is_gpu(kwargs["device"])
+            plain_kwargs["device"] = "cpu"
         if not wrappers and not to_gpu:
             return func(*args, **kwargs)
 
         self.check(func, args, kwargs, tensors)
-        self.masks |= {id(x): weakref.ref(x) for x in tensors if on_gpu(x) and is_mask(x)}
-        if device is not None:
-            plain_kwargs["device"] = "cpu"
         compute = EMULATED.get(str(func), func)
         result = compute(*plain_args, **plain_kwargs)
 
@@ -212,9 +200,10 @@ class Recorder(TorchDispatchMode):
         """Note what a GPU would do with this operator besides computing it."""
         name = func._schema.name
         on_cpu = [x for x in tensors if not on_gpu(x)]
-        if name in SYNCHRONIZING:
-            self.note("sync", name)
-        elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
+        for mask in filter(is_mask, tensors):
+            self.masks[id(mask)] = weakref.ref(mask)
+        repeats = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
+        if name in SYNCHRONIZING or repeats:
             self.note("sync", name)
         elif name in COPIES:
             self.check_copy(name, args, kwargs)
@@ -285,12 +274,21 @@ def takes_cpu_scalars(func, on_cpu) -> bool:
 
 
 def is_mask(tensor) -> bool:
-    return tensor.dtype == torch.bool and tensor.dim() > 1 and min(tensor.shape[-2:]) > 1
+    """Whether it is a bool matrix on the GPU, or several, but no row or column."""
+    if not on_gpu(tensor) or tensor.dtype != torch.bool or tensor.dim() < 2:
+        return False
+    return min(tensor.shape[-2:]) > 1
 
 
-def describe(tensors) -> str:
-    kinds = [f"{x.device.type} {str(x.dtype).removeprefix('torch.')}" for x in tensors[:4]]
-    return ", ".join(kinds) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
+def describe(tensors, most=4) -> str:
+    kinds = [f"{x.device.type} {name_of(x.dtype)}" for x in tensors[:most]]
+    if len(tensors) > most:
+        kinds.append(f"{len(tensors) - most} more")
+    return ", ".join(kinds)
+
+
+def name_of(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def source_lines(most=3) -> str:
@@ -313,10 +311,11 @@ def segments(arguments):
     A query sees `window_size_left` keys before its own and `window_size_right` after it, where
     -1 is no limit; its own key is counted from the end, so the last query stands at the last key.
     """
-    left = arguments.get("window_size_left")
-    right = arguments.get("window_size_right")
+    left, right = arguments.get("window_size_left"), arguments.get("window_size_right")
     left = -1 if left is None else left
-    right = 0 if arguments["is_causal"] else -1 if right is None else right
+    right = -1 if right is None else right
+    if arguments["is_causal"]:
+        right = 0
     query_ends = arguments["cum_seq_q"].tolist()
     key_ends = arguments["cum_seq_k"].tolist()
     for i in range(len(query_ends) - 1):
@@ -391,23 +390,25 @@ def flash_backward(*args, **kwargs):
 def check_flash(arguments):
     """Note the call, and what the CUDA kernel would refuse (flash_api.cpp, mha_varlen_fwd)."""
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
-    dtypes = {query.dtype, key.dtype, value.dtype}
     heads, size = query.shape[-2:]
-    recorder.note("flash", f"{str(query.dtype).removeprefix('torch.')}, {heads} heads of {size}")
-    for name in ("cum_seq_q", "cum_seq_k"):
-        ends = arguments[name]
-        total = len(query if name == "cum_seq_q" else key)
-        longest = arguments["max_q" if name == "cum_seq_q" else "max_k"]
-        if ends.dtype != torch.int32 or ends[0] != 0 or ends[-1] != total:
-            recorder.note("kernel", f"{name} is {ends.dtype} and ends at {ends[-1]} of {total}")
-        if int(ends.diff().max()) > longest:
-            recorder.note("kernel", f"{name} has a segment longer than {longest}")
-    if len(dtypes) > 1 or query.dtype not in HALF:
+    key_heads = key.shape[-2]
+    recorder.note("flash", f"{name_of(query.dtype)}, {heads}:{key_heads} heads of {size}")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype not in HALF:
         recorder.note("kernel", f"dtypes {describe([query, key, value])}")
-    if size % 8 or size > 256 or heads % key.shape[1]:
-        recorder.note("kernel", f"{heads}:{key.shape[1]} heads of {size}")
+    if size % 8 or size > 256 or heads % key_heads:
+        recorder.note("kernel", f"{heads}:{key_heads} heads of {size}")
     if any(x.dim() != 3 or x.stride(-1) != 1 for x in (query, key, value)):
         recorder.note("kernel", "not (tokens, heads, size) with a contiguous last dimension")
+    check_ends("cum_seq_q", arguments["cum_seq_q"], arguments["max_q"], len(query))
+    check_ends("cum_seq_k", arguments["cum_seq_k"], arguments["max_k"], len(key))
+
+
+def check_ends(name, ends, longest, total):
+    """The ends of the segments begin with 0, and `longest` bounds the length of each."""
+    if ends.dtype != torch.int32 or ends[0] != 0 or ends[-1] != total:
+        recorder.note("kernel", f"{name} is {ends.dtype} and ends at {ends[-1]} of {total}")
+    if ends.diff().max() > longest:
+        recorder.note("kernel", f"{name} has a segment longer than {longest}")
 
 
 def mm_in(left, right, out_dtype, out=None):
@@ -439,7 +440,6 @@ def pretend():
     torch.cuda._lazy_init = lambda: None  # would load the driver
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast is off
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True  # or autocast refuses bfloat16
-    torch.cuda.get_device_capability = lambda *args: (8, 0)
     torch.cuda.synchronize = lambda *args: recorder.note("sync", "torch.cuda.synchronize")
     # module.to("cuda") keeps each Parameter object, as on a GPU; else tied weights come apart
     torch.__future__.set_swap_module_params_on_conversion(True)

@@ -1,6 +1,6 @@
 """Check correctness and measure speed on a GPU, in about five minutes.
 
-    python tests/gpu.py               # prints one block of markdown, to be pasted into BENCHMARKS.md
+    python tests/gpu.py               # prints one block of markdown for BENCHMARKS.md
     python tests/gpu.py --dry_run     # every part of this script on a CPU, with a tiny model
 
 Models and rows are random and made here, so nothing is downloaded. A section that fails prints
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
+import io
 import json
 import math
 import os
@@ -54,7 +55,7 @@ class Size(NamedTuple):
     max_length: int
 
 
-# The shape of Qwen2-0.5B, but for the biases of its attention; the lengths of HH are those of its dialogues, by their medians.
+# The shape of Qwen2-0.5B without its biases. The lengths of HH-RLHF's dialogues are wide spread.
 REAL = Size(
     model={"vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24,
            "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864},
@@ -113,8 +114,9 @@ def write_rows(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
 
 
 def make_model(folder: pathlib.Path, sizes: dict) -> pathlib.Path:
-    """A random Llama with a tied head, whose folder is read as it is: for Qwen2, transformers puts
-    a tokenizer of its own in the place of ours. Its files are bfloat16, to halve the time they take.
+    """A random Llama with a tied head, in bfloat16 files, which are written and read faster.
+
+    For a Qwen2, transformers would load a tokenizer of its own kind instead of the one made here.
     """
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=4096,
@@ -142,8 +144,9 @@ def check_attention(home: pathlib.Path) -> list[str]:
     padded rows in bfloat16 are, and a thousandth more.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32 in what is compared with
-    lines = ["| heads | size | window | log-probs: packed | padded | gradient: packed | padded "
-             "| can_pack |", "|---|---|---|---|---|---|---|---|"]
+    columns = ["heads", "size", "window", "log-probs: packed", "padded", "gradient: packed",
+               "padded", "can_pack"]
+    lines = table(columns)
     wrong = []
     for heads, key_heads, size, window in SIZE.heads:
         packed, padded, verdict = try_heads(heads, key_heads, size, window)
@@ -156,8 +159,9 @@ def check_attention(home: pathlib.Path) -> list[str]:
     torch.set_float32_matmul_precision("high")
     if wrong:
         raise ArithmeticError("beyond bfloat16's rounding, or refused: " + " ".join(wrong))
-    return ["Relative distance from padded rows in float32; tolerance: twice that of padded rows "
-            "in bfloat16, plus 1e-3.", "", *lines]
+    text = ("Relative distance from padded rows in float32; tolerance: twice that of padded rows "
+            "in bfloat16, plus 1e-3.")
+    return [text, "", *lines]
 
 
 def try_heads(heads, key_heads, size, window):
@@ -204,7 +208,7 @@ def relative_errors(found, exact) -> list[float]:
 def try_kinds(home: pathlib.Path) -> list[str]:
     """Two steps of every way to train: finite loss, and the check before the first step passes."""
     model, rows = small_case(home)
-    lines = ["| way | loss | gradient norm | attention | s |", "|---|---|---|---|---|"]
+    lines = table(["way", "loss", "gradient norm", "attention", "s"])
     wrong = []
     for name, flags in KINDS.items():
         try:
@@ -222,19 +226,20 @@ def try_kind(home, name, flags, model, rows) -> str:
     folder = home / f"run {name}"
     given = training_flags(model, rows, folder)
     start = time.perf_counter()
-    with contextlib.chdir(home), open(home / "printed.txt", "w") as printed:
-        with contextlib.redirect_stdout(printed):
-            # of a flag that is given twice the last one counts
-            train.main([*given, *flags.split()], Ranks(0, 1, DEVICE))
+    printed = io.StringIO()
+    with contextlib.chdir(home), contextlib.redirect_stdout(printed):
+        # of a flag that is given twice the last one counts
+        train.main([*given, *flags.split()], Ranks(0, 1, DEVICE))
     seconds = time.perf_counter() - start
-    printed = (home / "printed.txt").read_text()
+    printed = printed.getvalue()
     last = read_metrics(folder)[-1]
     if not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"])):
         raise ArithmeticError(f"loss {last['loss']}, gradient norm {last['grad_norm']}")
     if flags.split("--loss ")[-1] not in ("sft", "orpo", "simpo") and "step-0" not in printed:
         raise AssertionError("no step-0 check")
     attention = "packed" if "attention: packed" in printed else "padded"
-    return f"| {name} | {last['loss']:.4f} | {last['grad_norm']:.3g} | {attention} | {seconds:.1f} |"
+    numbers = f"{last['loss']:.4f} | {last['grad_norm']:.3g}"
+    return f"| {name} | {numbers} | {attention} | {seconds:.1f} |"
 
 
 def training_flags(model, rows, folder) -> list[str]:
@@ -276,8 +281,8 @@ def try_fsdp(home: pathlib.Path) -> list[str]:
 def measure_speed(home: pathlib.Path) -> list[str]:
     """bench.py with packed and with padded rows, and TRL where it is installed."""
     model = make_model(home / "model", SIZE.model)
-    lines = ["| lengths | trainer | tokens/s | step, s | peak memory, MiB | share of bf16 peak |",
-             "|---|---|---|---|---|---|"]
+    lines = table(["lengths", "trainer", "tokens/s", "step, s", "peak memory, MiB",
+                   "share of bf16 peak"])
     peak = 0.0
     for name, (prompt, answer, spread) in SIZE.lengths.items():
         rows = make_rows(SIZE.batch * SIZE.steps, prompt, answer, spread)
@@ -293,12 +298,12 @@ def measure_speed(home: pathlib.Path) -> list[str]:
                          f"| {run['step_s_median']:.3f} | {memory:.0f} | {share:.0%} |")
     shape = (f"{SIZE.model['num_hidden_layers']} layers of {SIZE.model['hidden_size']}, vocabulary "
              f"{SIZE.model['vocab_size']:,}")
-    text = [f"Full fine-tuning of a random Llama ({shape}, tied head), bfloat16 autocast, "
+    text = (f"Full fine-tuning of a random Llama ({shape}, tied head), bfloat16 autocast, "
             f"{SIZE.batch} pairs a step, reference in each step. A prompt's tokens count once. "
-            f"Measured bf16 matrix products: {peak:.3g} TFLOP/s."]
+            f"Measured bf16 matrix products: {peak:.3g} TFLOP/s.")
     if importlib.util.find_spec("trl") is None:
-        text.append("TRL is not installed.")
-    return [*text, "", *lines]
+        text += " TRL is not installed."
+    return [text, "", *lines]
 
 
 def run_trainers(model, path) -> dict:
@@ -338,13 +343,18 @@ SECTIONS = {
 
 def call(command: list[str]) -> str:
     """Run a command -> what it prints. The end of its error output becomes an error."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         # torchrun prints a summary of its own after the error of the process that failed
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or [done.stderr]
         script = next(name for name in command if name.endswith(".py"))
         raise RuntimeError(f"{script} ended with status {done.returncode}: {lines[0]}")
     return done.stdout
+
+
+def table(columns: list[str]) -> list[str]:
+    """The first two lines of a table."""
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
 def last_line(error: Exception) -> str:
