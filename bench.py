@@ -89,8 +89,9 @@ def run(args, ranks, rows):
             super().tick(values)
 
     def choose_attention(flags, models, rows, *others, inner=train.choose_attention):
-        seen["flags"], seen["model"], seen["rows"], seen["before"] = flags, models[0].model, rows, memory()
-        return inner(flags, models, rows, *others)
+        seen["model"], seen["rows"], seen["before"] = models[0].model, rows, memory()
+        seen["attention"], line = inner(flags, models, rows, *others)
+        return seen["attention"], line
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr), \
             unittest.mock.patch.object(datasets.config, "HF_DATASETS_CACHE", folder), \
@@ -120,11 +121,11 @@ def measure(args):
     least = floor(lengths.reshape(-1, 3), held - sum(p.numel() for p in outer), *model.get_output_embeddings().weight.shape,
                   model.config.num_hidden_layers, passes) / len(lengths)
     peak, median = matmul_peak(torch.bfloat16 if args.bf16 else torch.float32, ranks.device), np.median(times[1 + args.warmup:])
-    line = {"impl": "ours", "torch": torch.__version__, "device": ranks.device.type, "attention": seen["flags"].attention, "micro_batch_size": size,
+    line = {"impl": "ours", "torch": torch.__version__, "device": ranks.device.type, "attention": seen["attention"], "micro_batch_size": size,
             **{name: getattr(args, name) for name in (*NUMBERS, *SWITCHES)}, "parameters": held, "trained_parameters": trained,
             "step_s_median": median, "step_s_mean": total / len(lengths), "pairs_per_s": lengths[..., 0].size / total,
             "nonpad_tokens_per_s": (unique + prompts) / total, "unique_tokens_per_s": unique / total,
-            "padding_fraction": 1 - (unique + prompts) / (2 * np.sum(longest)) if seen["flags"].attention == "padded" else 0.0, "init_s": times[0],
+            "padding_fraction": 1 - (unique + prompts) / (2 * np.sum(longest)) if seen["attention"] == "padded" else 0.0, "init_s": times[0],
             "rss_before_train_mb": seen["before"][0], "peak_rss_mb": seen["peak"][0], "peak_gpu_mb": seen["peak"][2] or None,
             "optimizer_mb": 8 * trained / 2**20, "state_mb": seen["before"][1] + 8 * trained / 2**20,  # on the GPU
             "first_loss": seen["losses"][0], "last_loss": seen["losses"][-1],

@@ -7,7 +7,7 @@
         state.json      the step, the schedule, the flags, and a hash of every other file
     .lock               held by the process that writes in this folder
 
-Nothing here knows models or adapters: train.py passes their tensors and the function that saves them.
+Nothing here knows models or adapters: train.py passes their tensors and a function that saves them.
 """
 import contextlib
 import fcntl
@@ -31,11 +31,11 @@ from parallel import barrier, broadcast, first_reason, gather, Ranks, whole
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
 
 
-# --- Write to a temporary name, then rename ---------------------------------------------------------------------------
+# --- Write to a temporary name, then rename -------------------------------------------------------
 
 @contextlib.contextmanager
 def written_aside(folder, last):
-    """A folder to write into; afterwards its files are moved into `folder`, that of the name `last` after all others."""
+    """A folder to write into; then its files are moved into `folder`, that named `last` last."""
     aside = pathlib.Path(folder) / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -54,7 +54,7 @@ def write(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def spared(folder: pathlib.Path):
-    """On a write error, a full disk say, delete partial files, keep existing ones, and raise one line."""
+    """On a write error, delete partial files, keep existing ones, and raise one line."""
     try:
         yield
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
@@ -64,11 +64,11 @@ def spared(folder: pathlib.Path):
         if isinstance(error, dcp.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
         raise ValueError(
-            f"--output_dir {folder}: could not be written ({cause}); what was there before is whole. "
-            f"Make room, then: python train.py --output_dir {folder} --resume") from error
+            f"--output_dir {folder}: could not be written ({cause}); what was there before is "
+            f"whole. Make room, then: python train.py --output_dir {folder} --resume") from error
 
 
-# --- The folder of a run ----------------------------------------------------------------------------------------------
+# --- The folder of a run --------------------------------------------------------------------------
 
 def read_config(folder: str | pathlib.Path) -> dict:
     try:
@@ -88,7 +88,7 @@ def read_flags(folder: str | None) -> dict:
 
 
 def is_complete(folder: str | pathlib.Path) -> bool:
-    """Has the run ended? Then config.json has the model's entries, or the folder an adapter's file."""
+    """Has the run ended? Then config.json has the model's entries, or there is an adapter."""
     has_adapter = (pathlib.Path(folder) / "adapter_config.json").exists()
     return has_adapter or "model_type" in read_config(folder)
 
@@ -119,7 +119,7 @@ def claim(folder: pathlib.Path, resume: bool, ranks: Ranks):
         yield
 
 
-# --- How large checkpoints are, and whether they fit ------------------------------------------------------------------
+# --- How large checkpoints are, and whether they fit ----------------------------------------------
 
 def tensor_bytes(tensors) -> int:
     """Bytes of these tensors without sharding, each stored once: tied weights are one tensor."""
@@ -129,14 +129,14 @@ def tensor_bytes(tensors) -> int:
 
 def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, save_every: int,
                      keep: int | None, ranks: Ranks) -> tuple[int, str]:
-    """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line about them.
+    """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
 
     size            bytes of one checkpoint
     start, steps    the step to go on from, and the last one
     keep            --keep_checkpoints; by default 2, and 1 if a checkpoint is LARGE
 
-    While one more than `keep` is written, all of them are on the disk. Raise if there is no room for
-    those that are due, rather than hours later; only say so where no checkpoint is due before the end.
+    While one more than `keep` is written, all of them are on the disk. Raise if there is no room
+    for those that are due, rather than hours later; only say so where none is due before the end.
     """
     if keep is None:
         keep = 1 if size > LARGE else 2
@@ -159,8 +159,8 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
             problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
     problem = first_reason(problem, ranks)
     if problem and due:
-        raise ValueError(f"--output_dir {folder}: {problem}; make room, or lower --keep_checkpoints, "
-                         "or write none by --save_every 0")
+        raise ValueError(f"--output_dir {folder}: {problem}; make room, or lower "
+                         "--keep_checkpoints, or write none by --save_every 0")
     if problem:
         text += f". There is no room for it: {problem}"
     return keep, text
@@ -180,10 +180,10 @@ def readable(size: int) -> str:
     return f"{size / 1000:.1f} kB"
 
 
-# --- Save -------------------------------------------------------------------------------------------------------------
+# --- Save -----------------------------------------------------------------------------------------
 
 def gather_tensors(named: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """On rank 0 whole copies on the CPU, each tied weight once; on other ranks {}. All ranks must call it."""
+    """On rank 0 whole copies on the CPU, each tied weight once; on other ranks {}. A collective."""
     names = {id(tensor): name for name, tensor in reversed(named.items())}
     gathered = {}
     for name in names.values():
@@ -247,19 +247,19 @@ def file_digests(folder: pathlib.Path, ranks: Ranks, written: dict | None = None
 
 def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tensors: dict,
                     state: dict, keep: int, ranks: Ranks) -> None:
-    """Write everything that the next step depends on as checkpoint-{step}, and delete old checkpoints.
+    """Write everything that the next step depends on as checkpoint-{step}; delete old ones.
 
-    save_model(folder) saves the model or adapter; tensors are those of `optimizer_tensors`; state is
-    JSON. No state of a random number generator is needed: the order of the rows and the dropout of an
-    adapter follow from the seed, the step and the rank.
+    save_model(folder) saves the model or adapter; tensors are those of `optimizer_tensors`; state
+    is JSON. No state of a random number generator is needed: the order of the rows and the dropout
+    of an adapter follow from the seed, the step and the rank.
     """
     temporary = folder / ".checkpoint"
     if ranks.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     save_model(temporary)
     barrier(ranks)
-    # Every rank writes the shards that it has, and hashes them on the way. The model's own files are
-    # written by libraries that take no file object: those alone are read again.
+    # Every rank writes the shards that it has, and hashes them on the way. The model's own files
+    # are written by libraries that take no file object: those alone are read again.
     writer = HuggingFaceStorageWriter(str(temporary / "optimizer"), save_distributed=True)
     writer.fs = HashingFileSystem()
     dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
@@ -273,8 +273,9 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
     barrier(ranks)
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, moving: dict) -> dict:
-    """{name: tensor} of AdamW's state, and of a reference that moves. Before the first step the state is made."""
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                      moving: dict) -> dict:
+    """{name: tensor} of AdamW's state, which is made if there has been no step, and of `moving`."""
     tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     # The optimizer's own parameters: under FSDP the model's may be gathered ones after a forward.
@@ -289,12 +290,12 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     return tensors
 
 
-# --- Resume -----------------------------------------------------------------------------------------------------------
+# --- Resume ---------------------------------------------------------------------------------------
 
 def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path | None, dict]:
-    """-> the newest checkpoint whose files have the hashes that were saved, and its state; or None, {}.
+    """-> the newest checkpoint whose files have the saved hashes, and its state; or None, {}.
 
-    A damaged checkpoint is renamed, with a line: a run that goes on from an older one ends the same.
+    A damaged checkpoint is renamed, with a line: a run resumed from an older one ends the same.
     """
     paths = broadcast(checkpoints(folder), ranks)
     for path in reversed(paths):
@@ -324,8 +325,8 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
                     scheduler: Any, ranks: Ranks) -> tuple[int, float]:
     """Fill `tensors` and the schedule -> the step after which they were saved, and BCO's delta.
 
-    fixed has the hashes of the rows and of the frozen weights, which must be those of the first start.
-    Only JSON and safetensors are read, so that loading a checkpoint runs no code of its author's.
+    fixed has the hashes of the rows and of the frozen weights, which must be those of the first
+    start. Only JSON and safetensors are read, so that loading a checkpoint runs no foreign code.
     """
     if state["rows"] != fixed["rows"]:
         raise ValueError("--resume: the data set is not the one that this run began with: "

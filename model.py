@@ -23,7 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import cached_file
 
 from checkpoint import written_aside
-from lora import load_adapter, merge, quantize, read_adapter
+from lora import (
+    has_stacked_experts, load_adapter, merge, NF4Linear, quantize, read_adapter,
+)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -139,14 +141,15 @@ def move(model, device: torch.device, dtype=None):
 
     What crosses to the device has the dtype it had on the host. A host parameter is freed once it
     is moved. Tied parameters stay tied. fp32 parameters stay fp32 where `dtype` has 16 bits, and
-    buffers other than 16-bit ones keep their dtype, as in from_pretrained(dtype=dtype).
+    buffers keep their dtype unless they are 16-bit ones of a file, as in from_pretrained(dtype=...).
     """
     moved = {}  # id of an old tensor: the tensor, whose id must stay in use, and the new one
     for module in model.modules():
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, old in named:
             if id(old) not in moved:
-                moved[id(old)] = old, moved_tensor(old, device, dtype)
+                computed = name in module._non_persistent_buffers_set
+                moved[id(old)] = old, moved_tensor(old, device, None if computed else dtype)
                 if isinstance(old, torch.nn.Parameter):  # a buffer may be an attribute elsewhere
                     old.data = old.new_empty(0)
             setattr(module, name, moved[id(old)][1])
@@ -172,6 +175,29 @@ def turn_off_dropout(model):
             if named or (isinstance(module, torch.nn.Dropout) and name == "p"):
                 setattr(module, name, 0.0)
     model.train()
+
+
+def compile_blocks(model):
+    """Compile the MLPs and norms of the blocks, in place, for any number of rows and tokens.
+
+    They are where a block makes element-wise passes that a compiler fuses. Attention is left out:
+    its shapes change with every batch, and its kernels are fused already. Layers of one kind share
+    their compiled code, and the names in state_dict do not change. Experts are left out, because
+    their shapes depend on the values, and so are 4-bit weights, which compiled code of their own
+    unpacks. Compiled code allows one backward per forward: compile after packing.can_pack.
+    """
+    kinds = model._no_split_modules or ()
+    blocks = [block for block in model.modules() if type(block).__name__ in kinds]
+    if not blocks:
+        raise ValueError(f"--compile: {type(model).__name__} does not say which of its modules are "
+                         "blocks; leave the flag out")
+    for block in blocks:
+        for name, module in block.named_children():
+            norm = type(module).__name__.endswith("Norm")
+            mlp = name in ("mlp", "feed_forward")
+            four_bits = any(isinstance(layer, NF4Linear) for layer in module.modules())
+            if norm or (mlp and not four_bits and not has_stacked_experts(block)):
+                module.compile(dynamic=True)
 
 
 # --- Make and save --------------------------------------------------------------------------------

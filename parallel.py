@@ -25,7 +25,7 @@ class Ranks(NamedTuple):
 
 
 def init_distributed() -> Ranks:
-    """Join the group that torchrun started: NCCL on GPUs, gloo on CPUs. Without torchrun: one rank."""
+    """Join the group that torchrun started: NCCL on GPUs, gloo on CPUs. Without it: one rank."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -130,7 +130,7 @@ def shard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """Wrap in DDP, which averages gradients over the ranks in backward. FSDP modules do it themselves."""
+    """Wrap in DDP, which averages gradients over the ranks in backward; FSDP does so by itself."""
     if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
     # Without device_ids: DDP would copy the labels to the GPU.
@@ -143,7 +143,7 @@ def bare(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def sync_gradients(module: torch.nn.Module, on: bool) -> None:
-    """Set whether the next backward averages gradients: only the last of an optimizer step has to."""
+    """Set whether the next backward averages gradients: the last of an optimizer step has to."""
     if isinstance(module, DDP):
         module.require_backward_grad_sync = on
     elif isinstance(module, FSDPModule):
@@ -182,7 +182,7 @@ def clip_gradients(module: torch.nn.Module, max_norm: float) -> torch.Tensor:
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Sum a tensor over the ranks, in place. It must be on ranks.device: NCCL takes no CPU tensor."""
+    """Sum a tensor over the ranks, in place. It must be on ranks.device: NCCL takes no others."""
     if ranks.size > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -205,7 +205,7 @@ def gather(value: Any, ranks: Ranks) -> list:
 
 
 def first_reason(reason: str | None, ranks: Ranks) -> str | None:
-    """Of the reasons that the ranks bring, that of the lowest rank with one; None where no rank has one."""
+    """The reason of the lowest rank that has one, on every rank; None where no rank has one."""
     for found in gather(reason, ranks):
         if found is not None:
             return found
@@ -218,7 +218,7 @@ def barrier(ranks: Ranks) -> None:
 
 
 def leave_distributed(ranks: Ranks) -> None:
-    """Wait for all ranks, then close the connections: gloo may abort if one rank closes them early."""
+    """Wait for all ranks, then close the connections: gloo may abort if one closes them early."""
     if ranks.size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,13 +1,13 @@
 """Train a policy on preferences.
 
-    python train.py                              # the embedded world: CPU, no download, a minute
-    python train.py --loss ipo --beta 0.2 --model ./sft-model --dataset pairs.jsonl --output_dir runs/ipo
+    python train.py                                   # the embedded world: CPU, no download
+    python train.py --loss ipo --model ./sft-model --dataset pairs.jsonl --output_dir runs/ipo
     torchrun --nproc_per_node 8 train.py --loss sigmoid --model org/name --dataset org/pairs
-    python train.py --output_dir runs/ipo --resume               # continue from the newest checkpoint
+    python train.py --output_dir runs/ipo --resume    # continue from the newest checkpoint
 
-The same loop runs on one core and on many GPUs. It is `main`, at the end of the file; one optimizer
-step is `train_step`. Bad input is a ValueError with one line for the user, in every file; `run` prints
-it and exits with status 2.
+The same loop runs on one core and on many GPUs. It is `main`, at the end of the file; one
+optimizer step is `train_step`. Bad input is a ValueError with one line for the user, in every file;
+`run` prints it and exits with status 2.
 """
 import argparse
 import collections
@@ -56,10 +56,11 @@ from lora import (
     adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, LoraSettings,
     NF4Linear, read_adapter, save_adapter, use_adapter,
 )
-from model import load_model, load_tokenizer, new_model, save_model
+from model import compile_blocks, load_model, load_tokenizer, new_model, save_model
 from parallel import (
-    bare, barrier, broadcast, clip_gradients, first_reason, gather, init_distributed, leave_distributed,
-    place, Ranks, reset_shards, shard, sum_over_ranks, sync_gradients, whole, wrap,
+    bare, barrier, broadcast, clip_gradients, first_reason, gather, init_distributed,
+    leave_distributed, place, Ranks, reset_shards, shard, sum_over_ranks, sync_gradients, whole,
+    wrap,
 )
 
 # torch.distributed's checkpoint says so when one process saves alone.
@@ -70,11 +71,11 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 # These flags change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "deterministic",
+    "attention", "compile", "deterministic",
 }
 
 
-# --- Flags ------------------------------------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -163,7 +164,7 @@ def add_optimizer_flags(add):
     add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
     add("--lr", type=above_zero,
-        help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; with an adapter ten times that)")
+        help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; for adapters 10 times it)")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="what follows the warm-up")
     add("--warmup_steps", type=at_least(0, int), help="default: a tenth of the steps")
     add("--max_grad_norm", type=above_zero, default=1.0,
@@ -179,10 +180,14 @@ def add_run_flags(add):
     add("--attention", choices=("auto", "packed", "padded"), default="auto",
         help="packed: each prompt once and no padding, by `sdpa` below; "
              "auto: where that is right and faster")
+    add("--compile", action="store_true",
+        help="torch.compile the MLPs and norms; the first steps wait for the compiler")
     add("--deterministic", action="store_true",
-        help="on a GPU use deterministic kernels only, slower, so that the same run ends bit for bit "
-             "the same, and an operation without one is an error; on a CPU runs are so anyway")
-    add("--log_every", type=at_least(1, int), default=10, help="steps between rows of metrics.jsonl")
+        help="on a GPU use deterministic kernels only: slower, but a run that is repeated or "
+             "resumed ends bit for bit the same; an operation that has none is an error. "
+             "On a CPU this holds without it")
+    add("--log_every", type=at_least(1, int), default=10,
+        help="steps between rows of metrics.jsonl")
     add("--eval_every", type=at_least(0, int), default=200,
         help="steps between evaluations (0: at the end only)")
     add("--save_every", type=at_least(0, int), default=200,
@@ -205,7 +210,7 @@ def add_variant_flags(add):
 
 
 def build_parser(loss: Callable) -> Parser:
-    """Every flag of a run with this loss: those of the trainer, and the loss's own keyword arguments."""
+    """Every flag of a run with this loss: the trainer's, and the loss's keyword arguments."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add_source_flags(parser.add_argument_group("what to train on what").add_argument)
     policy = parser.add_argument_group("the policy and its reference")
@@ -227,7 +232,7 @@ def build_parser(loss: Callable) -> Parser:
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, Callable, dict]:
-    """-> args, loss function, its hyper-parameters. The loss is read first, then the flags that it makes."""
+    """-> args, loss function, its hyper-parameters. The loss is read first: it adds flags."""
     # First the flags that decide which others there are, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--loss", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
@@ -241,7 +246,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, Callable, dict]:
     except ValueError as error:
         raise ValueError(f"--{error}") from None
 
-    # Then all flags. The world brings defaults of its own, and a resumed run the flags that it began with.
+    # Then all flags. The world has defaults of its own; a resumed run has the flags it began with.
     parser = build_parser(loss)
     known = vars(parser.parse_args([]))
     brings = {}
@@ -280,7 +285,9 @@ def fill_defaults(args, loss, brings):
 
 
 # Flags of a new adapter, and their values where they are not given.
-LORA = {"lora_alpha": None, "lora_target": None, "lora_dropout": 0.0, "rslora": False, "dora": False}
+LORA = {
+    "lora_alpha": None, "lora_target": None, "lora_dropout": 0.0, "rslora": False, "dora": False,
+}
 
 
 def settle_adapter(args, loss):
@@ -295,15 +302,16 @@ def settle_adapter(args, loss):
         if not args.lora_rank:
             raise ValueError(f"--{name}: is of a new adapter, so give --lora_rank")
     if args.adapter and args.lora_rank:
-        raise ValueError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of its own; "
-                         "give one of them")
+        raise ValueError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of "
+                         "its own; give one of them")
     if args.lora_dropout and "batch" in loss.marks:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its log-probs "
-                         "twice, and they must be the same")
+        raise ValueError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its "
+                         "log-probs twice, and they must be the same")
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
     if args.quantize and args.parallel == "fsdp":
-        raise ValueError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; use --parallel ddp")
+        raise ValueError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; "
+                         "use --parallel ddp")
     if args.quantize and not (args.adapter or args.lora_rank):
         raise ValueError(f"--quantize {args.quantize}: 4-bit weights can't be trained; "
                          "train an adapter, by --lora_rank or --adapter")
@@ -328,7 +336,8 @@ def settle_reference(args, loss):
         return
     args.ref = args.ref or default_reference(args)
     if args.ref == "none" and not args.reference_free:
-        raise ValueError("--ref none: this loss has a reference; --reference_free puts zeros in its place")
+        raise ValueError("--ref none: this loss has a reference; "
+                         "--reference_free puts zeros in its place")
     if args.ref != "none" and args.reference_free:
         raise ValueError(f"--ref {args.ref}: is not read with --reference_free")
     if args.ref == "adapter" and not args.adapter:
@@ -347,6 +356,9 @@ def settle_moving_reference(args):
     every, alpha = args.sync_ref_every, args.sync_ref_alpha
     if every and args.ref not in ("model", "adapter"):
         raise ValueError(f"--sync_ref_every {every}: a reference of --ref {args.ref} can't move")
+    if every and args.ref == "model" and (args.adapter or args.lora_rank):
+        raise ValueError(f"--sync_ref_every {every}: --ref model has no adapter to move towards the "
+                         "policy's; start from one by --adapter, with --ref adapter")
     if alpha and not every:
         raise ValueError(f"--sync_ref_alpha {alpha}: is read with --sync_ref_every")
     if alpha and alpha > 1:
@@ -362,7 +374,8 @@ def refuse_flag(flag, loss_name, known):
         raise ValueError(f"{flag}: --loss {loss_name} has no reference")
     readers = [other for other, loss in LOSSES.items() if name in hyperparameters(loss)]
     if readers:
-        raise ValueError(f"{flag} is not read by --loss {loss_name}; it is read by {', '.join(readers)}")
+        raise ValueError(f"{flag} is not read by --loss {loss_name}; "
+                         f"it is read by {', '.join(readers)}")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
     raise ValueError(f"{flag}: there is no such flag; the nearest is --{near[0]}")
 
@@ -375,15 +388,15 @@ def check_args(args, saved):
             raise ValueError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, "
                              "and may not change when it is resumed")
     if args.epochs and args.max_steps:
-        raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how long "
-                         "to train: give one")
+        raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how "
+                         "long to train: give one")
     if args.tokens_per_micro_batch and args.micro_batch_size:
         raise ValueError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
                          f"{args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
     if args.model == "world" and args.dataset != "world":
-        raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own data's; "
-                         "give another --model")
+        raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own "
+                         "data's; give another --model")
     if args.eval_share is None:
         return
     if args.eval_share >= 1:
@@ -394,14 +407,14 @@ def check_args(args, saved):
 
 
 def variants(args):
-    """The arguments of dpo.preference_step that change any loss: those of its log-probs, those of its link."""
+    """Arguments of dpo.preference_step -> those of its log-probs, those of its link."""
     options = {name: getattr(args, name) for name in ("reference_free", "wpo", "ld_alpha")}
     link = {name: getattr(args, name) for name in ("f_divergence", "f_alpha")}
     return options, link
 
 
 def check_loss(args, loss, hyper):
-    """Check the ranges of the hyper-parameters and the variants, by calling the loss on one pair."""
+    """Check the hyper-parameters' ranges and the variants, by calling the loss on one pair."""
     options, link = variants(args)
     tensors = {}
     for name in tensor_arguments(loss):
@@ -413,10 +426,10 @@ def check_loss(args, loss, hyper):
         raise ValueError(f"--{error}") from None
 
 
-# --- The embedded world -----------------------------------------------------------------------------------------------
+# --- The embedded world ---------------------------------------------------------------------------
 
 def make_world(ranks: Ranks) -> pathlib.Path:
-    """The folder of the embedded world. If it is not there, rank 0 makes it, with this same loop."""
+    """The folder of the embedded world, made by rank 0, with this same loop, if it is not there."""
     home = world.folder()
     if ranks.rank == 0 and not home.exists():
         print(f"world: its reference policy is trained first, this once, and kept in {home}")
@@ -475,10 +488,13 @@ def sum_up(values):
             f"correlation of implicit and true reward    {v['correlation']:.3f}")
 
 
-# --- Rows and batches -------------------------------------------------------------------------------------------------
+# --- Rows and batches -----------------------------------------------------------------------------
 
 def load_rows(args, loss, tokenizer, home, ranks):
-    """-> training rows and held-out rows (maybe none) as token ids. Rank 0 tokenizes, the others read its cache."""
+    """-> training rows and held-out rows (maybe none) as token ids.
+
+    Rank 0 tokenizes, then the others read its cache.
+    """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
     scored = "chosen_scores" in tensor_arguments(loss)
     limits, columns = data.read_flags(args)
@@ -491,7 +507,8 @@ def load_rows(args, loss, tokenizer, home, ranks):
     loaded = {}
     for flag, spec in specs.items():
         if spec:
-            loaded[flag] = data.load_tokens(str(spec), tokenizer, sides, limits, args.strict, scored, columns)
+            loaded[flag] = data.load_tokens(str(spec), tokenizer, sides, limits, args.strict,
+                                            scored, columns)
     if ranks.rank == 0:
         barrier(ranks)
     data.check_template(args.chat_template, [account for _, account in loaded.values()])
@@ -522,7 +539,7 @@ def collate_on_cpu(rows, tokenizer, packed):
 
 
 def to_device(batch, device):
-    """Copy a batch to the device, without waiting, but for labels and what goes with them: see SequenceLogps."""
+    """Copy a batch to the device without waiting, except the labels: see dpo.SequenceLogps."""
     moved = {}
     for name, value in batch.items():
         stays = not torch.is_tensor(value) or name.endswith(("labels", "predictors"))
@@ -535,10 +552,10 @@ def collate(rows: dict, tokenizer: Any, device: torch.device, packed: bool = Fal
 
 
 def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
-    """make(job) for each job, in order; with `threaded` the next one is made while the caller works on this one.
+    """make(job) for each job, in order; with `threaded` one ahead of the caller, in a thread.
 
-    An exception in the thread is raised here, with its traceback. The thread ends with the generator:
-    close it (contextlib.closing) where it may not be read to its end.
+    An exception in the thread is raised here, with its traceback. The thread ends with the
+    generator: close it (contextlib.closing) where it may not be read to its end.
     """
     if not threaded:
         yield from map(make, jobs)
@@ -554,9 +571,10 @@ def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
 
 
 def load_batches(rows, index_lists, tokenizer, packed, device):
-    """The batch of each list of row indices, in order. For a GPU the next batch is made ahead, in a thread.
+    """The batch of each list of row indices, in order.
 
-    On a CPU the thread and the computation would share the cores, and nothing is gained.
+    For a GPU the next batch is read, collated and pinned in a thread while this one is computed. On
+    a CPU the thread would share the cores with the computation, and nothing is gained.
     """
     on_gpu = device.type == "cuda"
 
@@ -581,7 +599,7 @@ class Piece(NamedTuple):
 def cut(args, count, tokens, ranks, size=None):
     """This rank's micro-batches of `count` pairs -> [Piece]. `tokens`: of each of these pairs.
 
-    A slice of a tensor on a GPU costs no copy, where indices from the CPU would cost a blocking one.
+    A slice of a tensor on a GPU costs no copy; indices from the CPU would cost a blocking one.
     """
     size, by_tokens = size or args.micro_batch_size, None
     if not size:
@@ -590,7 +608,7 @@ def cut(args, count, tokens, ranks, size=None):
     return [Piece(slice(places[0], places[-1] + 1), weight) for places, weight in pieces]
 
 
-# --- The models -------------------------------------------------------------------------------------------------------
+# --- The models -----------------------------------------------------------------------------------
 
 def autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -650,7 +668,7 @@ def load_reference(args, policy, source, dtype: str, ranks):
 
 
 def check_model(args, model, tokenizer):
-    """Refuse here what would otherwise be an index out of range inside the model, at some later row."""
+    """Refuse what would otherwise be an index out of range inside the model, at some later row."""
     words = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
         raise ValueError(f"--model {args.model}: {len(tokenizer)} tokens in its tokenizer, "
@@ -687,7 +705,10 @@ def move_reference(args, policy, reference):
 
 
 def fingerprint(policy, reference, ranks):
-    """A hash of the weights that no step changes: the reference's, and those below an adapter. A collective."""
+    """A hash of the weights that no step changes: the reference's, and those below an adapter.
+
+    A collective: all ranks must call it.
+    """
     fixed = {}
     if isinstance(reference, torch.nn.Module):
         fixed |= reference.state_dict(prefix="reference.")
@@ -758,8 +779,8 @@ def try_rows(verdict, module, dtype, ranks):
 def failing_together(ranks):
     """Inside, packed attention that raises on one rank raises on all of them, at the same call.
 
-    FSDP gathers weights in every block. If one rank left its forward alone, the others would wait for
-    it in the next gather until they time out.
+    FSDP gathers weights in every block. If one rank left its forward alone, the others would wait
+    for it in the next gather until they time out.
     """
     def attention(*inputs, **options):
         reason = None
@@ -837,26 +858,26 @@ def checkpoint_bytes(args, model, reference):
             + tensor_bytes(moving.values()))
 
 
-# --- The reference's log-probs, computed once -------------------------------------------------------------------------
+# --- The reference's log-probs, computed once -----------------------------------------------------
 
-# How far two batches of different shapes may put one log-prob apart by rounding: in nats per root of
-# the answer's tokens, since the errors of single tokens add up like a random walk. Measured on
+# How far apart rounding may put one log-prob in two batches of different shapes: in nats per root
+# of the answer's tokens, since the errors of single tokens add up like a random walk. Measured on
 # SmolLM2-135M (30 layers) on a CPU, 32 answers of 9 to 190 tokens of HH-RLHF, padded and packed in
 # batches of 1, 4, 8 and 16 pairs: at most 9e-6 in float32 and 0.098 under bfloat16 autocast (rms
 # 0.028). The bounds are 11 and 4 times that. TF32, which a GPU takes for float32, has 3 bits more
-# than bfloat16, so an eighth of its bound; it and float64 are not measured.
+# than bfloat16, so an eighth of its bound; TF32 and float64 are not measured.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.05, "bfloat16": 0.4}
 
 
 def rounding(dtype, lengths, device):
-    """How far apart rounding may put two values of a log-prob, in nats, by the tokens of the answers."""
+    """How far apart rounding may put log-probs, in nats, of answers with so many tokens."""
     if dtype == "float32" and device.type == "cuda":
         dtype = "tf32"
     return ROUNDING[dtype] * lengths ** 0.5
 
 
 def cache_key(args, weights, splits, dtype):
-    """A hash of all that the log-probs depend on: the weights, every token id, the dtype, the weights of tokens."""
+    """A hash of all that the log-probs depend on: weights, token ids, dtype, weights of tokens."""
     digest = hashlib.blake2b(digest_size=12)
     digest.update(f"{weights} {dtype} {args.ld_alpha} {args.quantize}".encode())
     for rows in splits:
@@ -868,10 +889,10 @@ def cache_key(args, weights, splits, dtype):
 
 @torch.no_grad()
 def of_all_pairs(compute, batches, pieces, count, ranks):
-    """{name: (count,)} in fp64, on every rank, of what compute(batch) -> {name: (B,)} finds for each pair.
+    """{name: (count,)} in fp64, on every rank, of what compute(batch) -> {name: (B,)} returns.
 
-    The ranks share the work. Each contributes zeros for the pairs that it does not own, so that one
-    all-reduce gathers the values exactly.
+    The ranks share the work. Each contributes zeros for the pairs that it does not own, so that
+    one all-reduce gathers the values exactly.
     """
     tables = {}
     for (places, weight), batch in zip(pieces, batches):
@@ -884,7 +905,7 @@ def of_all_pairs(compute, batches, pieces, count, ranks):
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
-    """(len(indices), 2) log-probs of chosen and rejected under the reference. A title shows a bar."""
+    """(len(indices), 2) log-probs of chosen and rejected; a bar if there is a title."""
     def compute(batch):
         with autocast(task.dtype, ranks.device):
             out = concatenated_forward(reference, batch, ld_alpha=args.ld_alpha)
@@ -902,7 +923,10 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
 
 
 def cache_reference(args, reference, splits, weights, tokenizer, task, ranks):
-    """The splits with the columns ref_chosen_logp and ref_rejected_logp, from a file that is made first if needed."""
+    """Add the columns ref_chosen_logp and ref_rejected_logp to the splits.
+
+    They are read from a file, which all ranks make together if it is not there.
+    """
     key = cache_key(args, weights, splits, task.dtype) if ranks.rank == 0 else None
     path = pathlib.Path("runs") / "references" / f"{broadcast(key, ranks)}.safetensors"
     splits = dict(zip(("train", "eval"), splits))
@@ -913,7 +937,8 @@ def cache_reference(args, reference, splits, weights, tokenizer, task, ranks):
             tables[name] = torch.zeros(0, 2)
             if len(rows):
                 indices, title = np.arange(len(rows)), f"reference, {name}"
-                tables[name] = reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title)
+                tables[name] = reference_logps(args, reference, rows, indices, tokenizer, task,
+                                               ranks, title)
             ids = "\n".join(rows["id"]).encode()
             tables[f"{name}_ids"] = torch.tensor(list(ids), dtype=torch.uint8)
         if ranks.rank == 0:
@@ -942,7 +967,8 @@ def read_cache(path, name, rows):
         tables = load_file(path)
         table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n")
     except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+        raise ValueError(f"{path}: cannot be read ({error}); "
+                         "delete it, and it is made again") from error
     if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
         raise ValueError(f"{path}: does not hold the log-probs of every {name} row; "
                          "delete it, and it is made again")
@@ -953,25 +979,28 @@ def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
     """Compute the log-probs of four rows again and compare them with the file's."""
     some = np.linspace(0, len(rows) - 1, min(4, len(rows))).astype(int)
     again = reference_logps(args, reference, rows, some, tokenizer, task, ranks)
-    excess = (again - table[some]).abs() / rounding(task.dtype, answer_lengths(rows)[some], task.device)
+    bound = rounding(task.dtype, answer_lengths(rows)[some], task.device)
+    excess = (again - table[some]).abs() / bound
     if excess.max() <= 1:
         return
     worst = int(excess.amax(1).argmax())
-    raise ValueError(
-        f"{path}: holds other log-probs than the reference gives now for row {rows[int(some[worst])]['id']}: "
-        f"{table[some][worst].tolist()} and {again[worst].tolist()}; delete it, and it is made again")
+    row = rows[int(some[worst])]["id"]
+    raise ValueError(f"{path}: holds other log-probs than the reference gives now for row {row}: "
+                     f"{table[some][worst].tolist()} and {again[worst].tolist()}; "
+                     "delete it, and it is made again")
 
 
 def answer_lengths(rows):
     """(rows, 2) tokens of the chosen and of the rejected answers."""
-    prompt, chosen, tokens = (data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens"))
-    return torch.from_numpy(np.stack([chosen, tokens - prompt - chosen], 1))
+    chosen = data.column(rows, "chosen_length")
+    rejected = data.column(rows, "tokens") - data.column(rows, "prompt_length") - chosen
+    return torch.from_numpy(np.stack([chosen, rejected], 1))
 
 
-# --- One optimizer step -----------------------------------------------------------------------------------------------
+# --- One optimizer step ---------------------------------------------------------------------------
 
 class Task(NamedTuple):
-    """What is computed from a batch: the same in training, in evaluation and before the first step."""
+    """What is computed from a batch: the same in training, evaluation and the step-0 check."""
     loss: Callable
     hyper: dict
     options: dict  # of the log-probs: reference_free, wpo, ld_alpha
@@ -1011,7 +1040,7 @@ def pair_losses(task, policy, reference, batch, state):
 def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
                optimizer: torch.optim.Optimizer, batches: Iterator, step: Step,
                max_grad_norm: float, stopping: bool, ranks: Ranks) -> dict[str, float]:
-    """Update the policy by the mean loss over the pairs of one step -> {metric: mean over these pairs}.
+    """Update the policy by the mean loss over the pairs of one step -> {metric: mean over them}.
 
     batches    yields this rank's micro-batches; a loss that compares pairs takes all of them twice
     stopping   did this rank catch a signal? The metric "stop" is above 0 if any rank did
@@ -1026,7 +1055,8 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
             return pair_logps(task, model, reference, batch)
 
         tensors = of_all_pairs(logps, batches, pieces, step.count, ranks)
-        slopes, all_metrics = logp_gradients(tensors | step.state, task.loss, task.hyper, **task.link)
+        slopes, all_metrics = logp_gradients(tensors | step.state, task.loss, task.hyper,
+                                             **task.link)
 
     # Forward and backward, one micro-batch at a time.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
@@ -1034,7 +1064,8 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
     for piece, batch in zip(pieces, batches):
         sync_gradients(policy, on=piece is pieces[-1])
         if task.compares_pairs:
-            out = pair_logps(task, policy, None, batch, reference_free=True)  # slopes include the reference
+            # The slopes include the reference.
+            out = pair_logps(task, policy, None, batch, reference_free=True)
             losses = sum(slopes[name][piece.places] * out[name] for name in slopes)  # (B,)
             metrics = {name: values[piece.places] for name, values in all_metrics.items()}
         else:
@@ -1060,7 +1091,7 @@ def add(totals, metrics, weight=1.0):
 
 
 def mean_over_ranks(totals, norm, count, ranks):
-    """{metric: sum on this rank} -> {metric: mean over `count` pairs on all ranks}, and "grad_norm".
+    """{metric: sum on this rank} -> {metric: mean over `count` pairs on all ranks}, + grad_norm.
 
     One all-reduce, one division, and one copy from the GPU.
     """
@@ -1097,15 +1128,15 @@ def stop_if_not_finite(number, values, seen, ranks=None, policy=None):
                              f"{values['grad_norm']}; nothing of this step was saved\n{where}")
 
 
-# --- Before the first step, and between steps -------------------------------------------------------------------------
+# --- Before the first step, and between steps -----------------------------------------------------
 
 @torch.no_grad()
 def check_start(task, policy, reference, batch, cached):
-    """Check that policy and reference are equal before the first update -> the mean loss, that at zero margin.
+    """Check that policy and reference are equal before the first update -> the loss at zero margin.
 
-    Training would begin from a log-ratio that is an error of this program or of the setup. Computed in
-    the same way, both give the same loss; a `cached` reference was computed in batches of other
-    shapes, so there the log-probs are compared, with room for rounding.
+    Else training would begin from a log-ratio that is an error of this program or of the setup.
+    Computed in the same way, both give the same loss; a `cached` reference was computed in batches
+    of other shapes, so there the log-probs are compared, with room for rounding.
     """
     tensors = pair_logps(task, policy, reference, batch)
     names = [name for name in tensors if name.startswith("policy_")]
@@ -1113,7 +1144,7 @@ def check_start(task, policy, reference, batch, cached):
     found, metrics = preference_loss(tensors, task.loss, task.hyper, **task.link)
     expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, **task.link)
     stop_if_not_finite(0, {"loss": found.sum().item(), "grad_norm": 0.0}, [(batch["id"], metrics)])
-    excess = (found - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: too far apart
+    excess = (found - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: unequal
     if cached:
         excess = torch.zeros_like(found)
         for name in names:
@@ -1124,10 +1155,10 @@ def check_start(task, policy, reference, batch, cached):
     if excess[worst] > 1:
         raise ValueError(
             f"before the first step the loss of {batch['id'][worst]} is {found[worst]:.6f}, but "
-            f"{expected[worst]:.6f} where policy and reference are equal. So they are not: look for "
-            "another dtype on one side, dropout left on, an adapter on one side (one that came from "
-            "SFT is part of the reference too: --ref adapter), or a reference that is not what the "
-            "policy starts from (if that is meant, name it with --ref_model)")
+            f"{expected[worst]:.6f} where policy and reference are equal. So they are not: look "
+            "for another dtype on one side, dropout left on, an adapter on one side (one that "
+            "came from SFT is part of the reference too: --ref adapter), or a reference that is "
+            "not what the policy starts from (if that is meant, name it with --ref_model)")
     return expected.mean().item()
 
 
@@ -1155,7 +1186,7 @@ def row_window(args, number, count):
 
 
 def training_batches(args, task, rows, start, steps, tokenizer, ranks):
-    """This rank's micro-batches of all steps after `start`, in the order in which train_step takes them."""
+    """This rank's micro-batches of all steps after `start`, in the order that train_step takes."""
     tokens = data.column(rows, "tokens")
 
     def index_lists():
@@ -1174,7 +1205,7 @@ def bar_interval():
 
 
 class Log:
-    """config.json, metrics.jsonl, the bar and the lines between: on rank 0, and silent elsewhere."""
+    """config.json, metrics.jsonl, the bar and the lines between: on rank 0, silent elsewhere."""
 
     def __init__(self, folder, flags, start, steps, ranks):
         self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
@@ -1213,13 +1244,13 @@ BRIEF = {
 
 
 def brief(values, more={}):
-    names = BRIEF | more
-    return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items() if name in values)
+    names = {name: short for name, short in (BRIEF | more).items() if name in values}
+    return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items())
 
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list that the first Ctrl-C or SIGTERM is put on, for the loop to see after its step; the second ends the process."""
+    """A list of the caught Ctrl-C or SIGTERM, for the loop to see; a second ends the process."""
     caught, before = [], {}
 
     def note(number, frame):
@@ -1236,7 +1267,7 @@ def caught_signals():
 
 
 def choose_folder(args, ranks):
-    """--output_dir, or the first free folder below runs/. A folder that has a run in it is only ever continued."""
+    """--output_dir, or the first free folder below runs/. A folder with a run is only continued."""
     name = args.output_dir
     if name is None:
         base = "runs/" + re.sub("[:,]", "+", args.loss)
@@ -1250,7 +1281,7 @@ def choose_folder(args, ranks):
 
 
 def use_deterministic_kernels(on):
-    """Set torch's switch for all kernels. On a CPU the ones used here are deterministic without it."""
+    """Set torch's switch. On a CPU the kernels used here are deterministic without it."""
     if on:
         # cuBLAS reads this when it is first used: see torch.use_deterministic_algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1258,7 +1289,7 @@ def use_deterministic_kernels(on):
     torch.use_deterministic_algorithms(on)
 
 
-# --- The loop ---------------------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 
 def main(argv: list[str], ranks: Ranks) -> bool:
     """Train. Returns whether a signal ended it early."""
@@ -1314,6 +1345,9 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     # --- how rows are laid out, and the reference's log-probs if they are computed once
     modules = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
     attention, line = choose_attention(args, modules, rows, dtype, ranks)
+    if args.compile:  # policy and reference, so that they round alike
+        for module in modules:
+            compile_blocks(module.model)
     del modules
     say(line)
     options, link = variants(args)
@@ -1380,7 +1414,8 @@ def main(argv: list[str], ranks: Ranks) -> bool:
                     splits["eval"] = evaluate(args, task, model, reference, held_out, delta,
                                               tokenizer, ranks)
                 if home:
-                    splits["world"] = world_metrics(model, home, tokenizer, loss, hyper, ranks.device)
+                    splits["world"] = world_metrics(model, home, tokenizer, loss, hyper,
+                                                    ranks.device)
                 for split, metrics in splits.items():
                     log.row(number, split, metrics)
                     log.say(f"step {number} {split}: {brief(metrics)}")
@@ -1391,8 +1426,11 @@ def main(argv: list[str], ranks: Ranks) -> bool:
                 def save_model_in(folder):
                     save(model.model, tokenizer, folder, source, ranks)
 
-                tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
-                state = fixed | {"scheduler": scheduler.state_dict(), "delta": delta, "flags": flags}
+                moving = moving_tensors(args, model, reference)
+                tensors = optimizer_tensors(model, optimizer, moving)
+                state = fixed | {
+                    "scheduler": scheduler.state_dict(), "delta": delta, "flags": flags,
+                }
                 save_checkpoint(folder, number, save_model_in, tensors, state, keep, ranks)
                 if stopping:
                     log.bar.close()
@@ -1415,8 +1453,8 @@ def introduce(args, task, model, reference, splits, steps, folder, plan, ranks):
     where = f"{ranks.size} x {ranks.device.type}"
     if ranks.size > 1:
         where += f", {args.parallel}"
-    print(f"{args.loss} {task.hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} rows, "
-          f"{len(held_out)} rows held out; {task.dtype} on {where}; {folder}")
+    print(f"{args.loss} {task.hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} "
+          f"rows, {len(held_out)} rows held out; {task.dtype} on {where}; {folder}")
     adapted = lora_layers(model.model)
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
@@ -1447,20 +1485,22 @@ def explain(error):
         return f"--deterministic: {first}"
     connection = "onnection (closed|reset)|gloo|NCCL|[Tt]imed out"
     if "RANK" in os.environ and re.search(connection, str(error)):
-        return (f"another process of this run has ended, or does not answer ({first[:120]}); what it "
-                "printed says why. What was saved is whole: start again with --output_dir and --resume")
+        return (f"another process of this run has ended, or does not answer ({first[:120]}); what "
+                "it printed says why. What was saved is whole: start again with --output_dir and "
+                "--resume")
     return None
 
 
 def run():
-    """main, with errors for people: one sentence and exit status 2; a traceback only where the fault is in the program."""
+    """main, with one line and exit status 2 for errors of users; a traceback only for bugs."""
     rank = int(os.environ.get("RANK", 0))
     try:
         ranks = init_distributed()
         stopped = main(sys.argv[1:], ranks)
         leave_distributed(ranks)
         sys.exit(130 if stopped else 0)
-    except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError, SafetensorError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError,
+            SafetensorError) as error:
         sentence = explain(error)
         if sentence is None:
             raise

@@ -1,14 +1,20 @@
 """Whatever ends a run, nothing that was saved is lost, and the next run says what is wrong or goes on exactly."""
+import hashlib
+import json
 import os
 import pathlib
+import re
 import resource
+import shutil
 import signal
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from conftest import ALONE, launch, read_metrics, tiny_model, unfinished, wait_for_checkpoint, weights
 
+import checkpoint
 import model as models
 import train
 
@@ -75,6 +81,62 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_comes_to_the_same_en
     check_equal(whole, out)
 
 
+def test_the_hashes_of_a_checkpoint_are_those_of_its_files_and_the_optimizer_is_not_read_to_have_them(fit, monkeypatch):
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, *given: read.append(pathlib.Path(file.name)) or digest(file, *given))
+    out, _ = fit(**STEPS, keep_checkpoints=9)
+    assert read and not [path for path in read if path.parent.name == "optimizer"]
+    for path in out.glob("checkpoint-*"):
+        files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "state.json"}
+        assert json.loads((path / "state.json").read_text())["files"] == {
+            name: hashlib.blake2b(content).hexdigest() for name, content in files.items()}
+        assert any(name.startswith("optimizer/") for name in files)
+
+
+# --- what checkpoints need of the disk
+
+def sizes(path):
+    """Bytes of the tensors, without the headers of the files."""
+    return sum(tensor.nbytes for file in path.rglob("*.safetensors") for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}, {"sync_ref_every": 1}, {"adapter": True, "sync_ref_every": 1}])
+def test_the_size_that_is_said_before_the_first_step_is_that_of_the_files(fit, capsys, tmp_path, flags):
+    if "adapter" in flags:
+        flags = flags | {"adapter": fit(loss="sft", lora_rank=4, max_steps=1, out="sft")[0]}
+    capsys.readouterr()
+    out, _ = fit(**STEPS, **flags)
+    said = re.search(r"a checkpoint has ([\d.]+) kB; written every 2 steps and when interrupted, the newest 2 kept", capsys.readouterr().out)
+    assert float(said[1]) * 1000 == pytest.approx(sizes(out / "checkpoint-4"), rel=0.01)  # AdamW counts the steps of each parameter, in 4 bytes
+
+
+def test_a_large_checkpoint_is_kept_once_and_a_small_one_twice(fit, monkeypatch, capsys):
+    small, _ = fit(**STEPS, out="small")
+    monkeypatch.setattr(checkpoint, "LARGE", 1000)
+    large, _ = fit(**STEPS, out="large")
+    chosen, _ = fit(**STEPS, keep_checkpoints=2, out="chosen")
+    assert [len(list(path.glob("checkpoint-*"))) for path in (small, large, chosen)] == [2, 1, 2]
+    assert "the newest 1 kept" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(fit, monkeypatch, capsys, tmp_path):
+    """Of three that are on it at once, while the third is written; one is enough where none is due before the end."""
+    out, _ = fit(**STEPS, out="measured")
+    size = sizes(out / "checkpoint-4")
+    usage = shutil.disk_usage(tmp_path)
+    for free, flags, refused in ((2 * size, {}, False), (size, {}, True), (2 * size, {"save_every": 1}, True),
+                                 (2 * size, {"save_every": 1, "keep_checkpoints": 1}, False), (0, {"save_every": 0}, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        name = f"out-{free}-{len(flags)}-{refused}"
+        if refused:
+            with pytest.raises(ValueError, match=r"free, but checkpoints need .*; make room, or lower --keep_checkpoints, or write none by --save_every 0"):
+                fit(**STEPS | flags, out=name)
+            assert not (tmp_path / name).exists()
+        else:
+            fit(**STEPS | flags, out=name)
+    assert "There is no room for it: 0.0 kB free" in capsys.readouterr().out
+
+
 def test_where_every_checkpoint_is_damaged_the_run_is_refused(fit):
     out = unfinished(fit(**STEPS)[0])
     for path in out.glob("checkpoint-*/model.safetensors"):
@@ -116,7 +178,7 @@ def test_a_gradient_that_is_not_finite_stops_with_step_weight_and_rows_and_spoil
     with pytest.raises(FloatingPointError, match=r"step 4: the loss is 0\.\d+, the gradient norm (inf|nan); (.|\n)*backward pass that overflows, in "
                        r"model.lm_head.weight and 0 more, on the rows .*pairs.jsonl, row \d+"):
         fit(**STEPS)
-    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     assert all(value.isfinite().all() for value in weights(tmp_path / "out" / "checkpoint-2").values())
 
 

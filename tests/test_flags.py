@@ -19,7 +19,7 @@ CHANGES = {  # flag: (flags of the run it is added to, its value); None: refused
     "output_dir": ({}, "ELSEWHERE"), "resume": ({}, True), "adapter": ({}, "ADAPTER"), "lora_rank": ({}, 2), "lora_alpha": (LORA, 1),
     "lora_target": (LORA, "q_proj"), "lora_dropout": (LORA, 0.5), "rslora": (LORA, True), "dora": (LORA, True), "quantize": (LORA, "nf4"),
     "gradient_checkpointing": ({}, True), "ref": ({}, "cache"), "ref_model": ({}, "OTHER"), "ref_batch_size": ({"ref": "cache"}, 1),
-    "sync_ref_every": ({}, 1), "sync_ref_alpha": ({"sync_ref_every": 1}, 0.1), "batch_size": ({}, 4), "micro_batch_size": ({}, 1), "attention": ({}, "packed"), "profile": ({}, True),
+    "sync_ref_every": ({}, 1), "sync_ref_alpha": ({"sync_ref_every": 1}, 0.1), "batch_size": ({}, 4), "micro_batch_size": ({}, 1), "attention": ({}, "packed"), "deterministic": ({}, True), "compile": ({}, True),
     "tokens_per_micro_batch": ({"micro_batch_size": None}, 30), "epochs": ({}, 2),
     "max_steps": ({}, 1), "lr": ({}, 1e-3), "lr_schedule": ({}, "cosine"), "warmup_steps": ({}, 2), "max_grad_norm": ({}, 1e-3),
     "max_length": ({}, 8), "max_prompt_length": ({}, 2), "max_completion_length": ({}, 2), "truncation_mode": ({"max_prompt_length": 2}, "keep_start"),
@@ -66,19 +66,20 @@ def observe(places, flags, monkeypatch):
     given = {name: places.get(value, value) if isinstance(value, str) else value for name, value in (common | flags).items() if value is not None}
     if "max_steps" in given:
         given.pop("epochs", None)
-    shapes, init = [], dpo.SequenceLogps.__init__
+    shapes, kernels, init = [], set(), dpo.SequenceLogps.__init__
 
     def watched(self, model):
         init(self, model)
         for block in model.model.layers:
             block.self_attn.o_proj.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+            block.register_forward_hook(lambda *given: kernels.add(torch.are_deterministic_algorithms_enabled()))
 
     monkeypatch.setattr(dpo.SequenceLogps, "__init__", watched)
     train.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()], ALONE)
     monkeypatch.setattr(dpo.SequenceLogps, "__init__", init)
     out = here / given["output_dir"]
     kept = train.load_file(out / ("adapter_model.safetensors" if (out / "adapter_config.json").exists() else "model.safetensors"))
-    found = {"weights": kept, "files": sorted(str(path.relative_to(here)) for path in here.rglob("*") if "references" not in path.parts), "forwards": shapes,
+    found = {"weights": kept, "files": sorted(str(path.relative_to(here)) for path in here.rglob("*") if "references" not in path.parts), "forwards": shapes, "deterministic": kernels,
              "metrics": [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in read_metrics(out)]}
     places["seen"][key] = found
     return found
@@ -86,7 +87,7 @@ def observe(places, flags, monkeypatch):
 
 def differ(left, right):
     same = left["weights"].keys() == right["weights"].keys() and all(torch.equal(value, right["weights"][name]) for name, value in left["weights"].items())
-    return not same or any(left[part] != right[part] for part in ("files", "metrics", "forwards"))
+    return not same or any(left[part] != right[part] for part in ("files", "metrics", "forwards", "deterministic"))
 
 
 @pytest.mark.parametrize("flag", CHANGES)

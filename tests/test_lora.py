@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -13,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from conftest import ALONE, ROOT, command, read_metrics, tiny_model, unfinished, weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+from transformers.pytorch_utils import Conv1D
 
+import lora
 import model as models
 import train
 from lora import (
     adapter_tensors, add_adapter, find_targets, load_adapter, Lora, lora_layers, LoraSettings,
-    merge, nf4_levels, nf4_quantize, NF4Linear, quantize, save_adapter, use_adapter,
+    merge, nf4_levels, nf4_pairs, nf4_quantize, nf4_unpack, NF4Linear, quantize, save_adapter, use_adapter,
 )
 
 IDS = torch.arange(24).view(2, 12) % 20 + 3
@@ -96,6 +100,132 @@ def test_dora_takes_the_norm_as_a_constant_in_its_gradient():
     B = layer.B["a"].detach().requires_grad_()
     (ratio * (2 * (x @ layer.A["a"].T @ B.T))).sum().backward()
     assert torch.allclose(found, B.grad, atol=1e-5)
+
+
+def linear(kind, dtype):
+    """A linear layer 48 -> 40 whose bias is as large as its products."""
+    torch.manual_seed(1)
+    layer = Conv1D(40, 48) if kind == "Conv1D" else torch.nn.Linear(48, 40, bias=kind == "bias")
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
+    return layer.to(dtype)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_dora_gives_exactly_the_output_of_its_base(dtype, kind, autocast):
+    layer, x = Lora(linear(kind, dtype)), torch.randn(64, 48).to(dtype)
+    layer.add("a", KINDS["dora"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        base = layer(x)
+        layer.active = "a"
+        assert torch.equal(layer(x), base)
+
+
+@pytest.fixture(scope="module")
+def biased(tokenizer, tmp_path_factory):
+    """A model whose projections have biases, in a bfloat16 file, as Qwen2 has them."""
+    path = tmp_path_factory.mktemp("biased")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(
+        vocab_size=len(tokenizer) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    models.save_model(model.bfloat16(), tokenizer, path)
+    return str(path)
+
+
+def test_dora_in_bfloat16_starts_at_a_margin_of_exactly_0_with_biases(fit, biased):
+    _, metrics = fit("--dora", model=biased, lora_rank=4, dtype="bfloat16", max_steps=2)
+    assert metrics[0]["rewards/margins"] == 0 and metrics[1]["rewards/margins"] != 0
+
+
+def test_dora_in_bfloat16_starts_at_a_margin_of_exactly_0_under_fsdp(biased, pairs, tmp_path):
+    flags = dict(model=biased, dataset=pairs, batch_size=8, micro_batch_size=4, max_length=64, lr=1e-2, eval_share=0.1,
+                 log_every=1, dtype="bfloat16", lora_rank=4, max_steps=2, parallel="fsdp")
+    result = subprocess.run(command("--dora", *(f"--{k}={v}" for k, v in flags.items()), f"--output_dir={tmp_path / 'out'}", torchrun=2),
+                            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics[0]["rewards/margins"] == 0 and metrics[1]["rewards/margins"] != 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_follows_from_the_seed_alone_in_every_dtype_and_leaves_the_random_state(tokenizer, kind):
+    drawn = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = tiny_model("llama", tokenizer).to(dtype)
+        torch.manual_seed(int(torch.rand(()) * 1000))
+        before = torch.random.get_rng_state()
+        add_adapter(model, "policy", find_targets(model, None), KINDS[kind], seed=7)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        drawn.append({key: tensor for key, tensor in adapter_tensors(model, "policy").items() if "lora_A" in key})
+    assert len({tensor.sum().item() for tensor in drawn[0].values()}) == 14  # each layer has its own
+    for key, tensor in drawn[0].items():
+        assert torch.equal(drawn[1][key], tensor.double()) and torch.equal(drawn[2][key], tensor)
+
+
+def test_another_seed_draws_another_adapter(tokenizer):
+    one, two = tiny_model("llama", tokenizer), tiny_model("llama", tokenizer)
+    add_adapter(one, "policy", ["model.layers.0.mlp.up_proj"], KINDS["lora"], seed=0)
+    add_adapter(two, "policy", ["model.layers.0.mlp.up_proj"], KINDS["lora"], seed=1)
+    assert not torch.equal(lora_layers(one).popitem()[1].A["policy"], lora_layers(two).popitem()[1].A["policy"])
+
+
+def saved_for_backward(compute):
+    """The tensors that autograd keeps between forward and backward."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        compute()
+    return saved
+
+
+def adapted_linear(base, settings=KINDS["lora"]):
+    layer = Lora(base)
+    layer.add("a", settings)
+    torch.nn.init.normal_(layer.B["a"])
+    layer.active = "a"
+    return layer
+
+
+def test_under_autocast_q_k_and_v_share_one_saved_input_and_make_no_fp32_copy_of_it():
+    layers = [adapted_linear(linear("no bias", torch.bfloat16)) for _ in range(3)]
+    x = torch.randn(2, 30, 48, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        saved = saved_for_backward(lambda: [layer(x) for layer in layers])
+    inputs = [tensor for tensor in saved if tensor.numel() == x.numel()]
+    assert {tensor.dtype for tensor in inputs} == {torch.bfloat16}
+    assert {tensor.data_ptr() for tensor in inputs} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
+def test_a_frozen_layer_keeps_nothing_but_its_weight_and_an_adapter_its_input_once(kind):
+    base = linear(kind, torch.float32)
+    layer, x = adapted_linear(base), torch.randn(2, 30, 48, requires_grad=True)
+    layer.active = None
+    assert {tensor.data_ptr() for tensor in saved_for_backward(lambda: layer(x))} == {base.weight.data_ptr()}
+    layer.active = "a"
+    saved = saved_for_backward(lambda: layer(x))
+    known = {tensor.data_ptr() for tensor in (x, base.weight, layer.A["a"], layer.B["a"])}
+    others = {tensor.data_ptr(): tensor.numel() for tensor in saved if tensor.data_ptr() not in known}
+    assert list(others.values()) == [2 * 30 * 4]  # the low-rank product
+    layer.requires_grad_(False)
+    assert {tensor.data_ptr() for tensor in saved_for_backward(lambda: layer(x))} <= known  # and that one is not needed then
+
+
+@pytest.mark.parametrize("kind", ["bias", "no bias", "Conv1D"])
+def test_lora_in_fp32_has_the_bits_of_the_formula_in_its_values_and_gradients(kind):
+    layer, x = adapted_linear(linear(kind, torch.float32)), torch.randn(2, 30, 48, requires_grad=True)
+    leaves = [x, layer.A["a"], layer.B["a"]]
+    expected = layer.base(x) + 2.0 * F.linear(F.linear(x, layer.A["a"]), layer.B["a"])
+    slope = torch.randn_like(expected)
+    y = layer(x)
+    assert torch.equal(y, expected)
+    for found, wanted in zip(torch.autograd.grad(y, leaves, slope), torch.autograd.grad(expected, leaves, slope)):
+        assert torch.equal(found, wanted)
 
 
 def test_only_the_adapter_is_trained_and_is_fp32_on_a_bf16_base(tokenizer):
@@ -305,6 +435,76 @@ def test_a_weight_takes_0_52_bytes_and_its_dense_form_is_not_kept_for_backward()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(torch.randn(2, 512, requires_grad=True)).sum()
     assert sum(kept) < 512 * 8
+
+
+def test_unpacking_gives_the_level_of_each_code_times_the_scale_of_its_block():
+    weight = torch.randn(50, 77, generator=torch.Generator().manual_seed(2))
+    codes, absmax = nf4_quantize(weight)
+    split = torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()
+    expected = nf4_levels()[split].view(-1, 64) * absmax[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(nf4_unpack(codes, absmax, nf4_pairs(), dtype), expected.to(dtype))
+
+
+class Traffic(TorchDispatchMode):
+    """Kernels, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if not operator.is_view:
+            self.kernels += 1
+            self.bytes += sum(x.numel() * x.element_size() for x in (*args, out) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 17.1), (torch.bfloat16, 23.1)])
+def test_a_dense_weight_costs_8_kernels_and_23_bytes_a_weight_without_a_compiler(dtype, most):
+    layer = NF4Linear(torch.randn(512, 512), None)
+    layer.dense(dtype)
+    with Traffic() as traffic:
+        layer.dense(dtype)
+    assert traffic.kernels <= 8 and traffic.bytes / 512**2 <= most
+
+
+def test_the_compiled_unpacking_has_the_same_bits_for_every_size_and_dtype():
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a compiler")
+    compiled = torch.compile(nf4_unpack, dynamic=True)
+    for shape in ((64, 64), (7, 13), (300, 257)):
+        layer = NF4Linear(torch.randn(shape), None)
+        for dtype in (torch.float32, torch.bfloat16):
+            given = layer.codes, layer.absmax(), nf4_pairs(), dtype
+            assert torch.equal(compiled(*given), nf4_unpack(*given))
+
+
+def test_layers_are_quantized_one_by_one_on_the_device_and_no_dense_one_stays_there(tokenizer, monkeypatch):
+    """"meta" is the device here: it has no values, but each tensor's place can be seen."""
+    model, seen, init = tiny_model("gpt2", tokenizer).bfloat16(), [], NF4Linear.__init__
+
+    def watched(layer, weight, bias):
+        on_device = [parameter for parameter in model.parameters() if parameter.is_meta and parameter.ndim == 2]
+        seen.append((weight.device.type, weight.dtype, len(on_device)))
+        init(layer, weight, bias)
+
+    monkeypatch.setattr(NF4Linear, "__init__", watched)
+    quantize(model, torch.device("meta"))
+    assert seen == [("meta", torch.bfloat16, 0)] * 8
+    assert {buffer.device.type for layer in model.modules() if isinstance(layer, NF4Linear) for buffer in layer.buffers()} == {"meta"}
+
+
+def test_a_4_bit_model_is_quantized_before_anything_is_moved_or_widened(biased, monkeypatch):
+    found, move = [], models.move
+    monkeypatch.setattr(models, "move", lambda model, *given: found.append({type(layer).__name__ for layer in model.model.layers[0].mlp.children()})
+                        or move(model, *given))
+    model = models.load_model(biased, four_bits=True)
+    assert found == [{"NF4Linear", "SiLUActivation"}]
+    expected = AutoModelForCausalLM.from_pretrained(biased, dtype=torch.float32)
+    quantize(expected)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_gradient_through_4_bits_is_that_of_the_dense_weight(tokenizer):

@@ -5,15 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from conftest import (ALONE, ROOT, SHARED, command, launch, make_rows, read_metrics, same_metrics, tiny_model, unfinished, wait_for_checkpoint,
                       weights, write_jsonl)
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
+import data
 import model as models
 import train
+from dpo import SequenceLogps, concatenated_forward
 from losses import find, hyperparameters
 
 
@@ -128,7 +135,7 @@ def test_config_json_holds_every_resolved_flag_and_every_logged_step_its_metrics
     out, metrics = fit(max_steps=4)
     flags = json.loads((out / "config.json").read_text())["flags"]
     assert flags["beta"] == 0.1 and flags["warmup_steps"] == 0 and flags["loss"] == "sigmoid" and flags["epochs"] is None
-    assert set(vars(train.parse_args([])[0])) == set(flags)
+    assert set(vars(train.parse_args([])[0])) == set(flags) and flags["attention"] in ("packed", "padded") and flags["output_dir"] == str(out)
     wanted = {"step", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
               "logps/rejected", "grad_norm", "lr", "tokens_per_second"}
     assert all(wanted <= set(row) for row in metrics if row["split"] == "train") and metrics[-1]["split"] == "eval"
@@ -140,14 +147,111 @@ def test_bfloat16_trains_and_leaves_float32_weights(fit):
     assert {value.dtype for value in weights(out).values()} == {torch.float32}
 
 
-def test_profile_names_what_the_time_of_a_step_goes_into_and_changes_nothing_else(fit):
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: .item() and the like, and copies to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*given, **named or {})
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "aot", "kto_pair"])
+def test_one_step_alone_is_an_update_by_the_mean_loss_and_reads_no_single_number(loss, folder, tokenizer):
+    """7 pairs in pieces of 3, 3 and 1, in float64 and by gradient descent, against autograd on all of them at once."""
+    policy, reference = (SequenceLogps(models.load_model(folder, torch.float64)) for _ in range(2))
+    policy.model.lm_head.weight.data.mul_(1.1)  # else every log-ratio is 0
+    task = train.Task(find(loss), {}, {}, {}, "float64", torch.device("cpu"), packed=True)
+    ids = [{name: tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")} for row in make_rows(7)]
+    columns = {"id": list("abcdefg")} | {f"{name}_ids": [row[name] for row in ids] for name in ids[0]}
+    pieces = [train.Piece(slice(i, min(i + 3, 7)), 1.0) for i in (0, 3, 6)]
+    batches = [train.collate({name: values[piece.places] for name, values in columns.items()}, tokenizer, ALONE.device, True) for piece in pieces]
+    losses, metrics = train.preference_step(policy, reference, train.collate(columns, tokenizer, ALONE.device), find(loss), {})
+    parameters = dict(policy.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(losses.mean(), list(parameters.values()))))
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer, stream = torch.optim.SGD(policy.parameters(), lr=0.1), iter(batches * 2)  # twice: for a loss that compares pairs
+    with Waits() as waits:
+        values = train.train_step(task, policy, reference, optimizer, stream, train.Step(1, 7, pieces, {}), 1e9, False, ALONE)
+    assert waits.count == 0
+    assert len(list(stream)) == (3 if loss == "sigmoid" else 0)
+    for name, parameter in parameters.items():
+        assert torch.allclose(parameter, start[name] - 0.1 * gradients[name], rtol=0, atol=1e-7), name  # a Llama's norms are in float32
+    assert values["grad_norm"] == pytest.approx(sum(g.square().sum() for g in gradients.values()).sqrt().item(), rel=1e-5)
+    assert values["stop"] == 0 and all(values[name] == pytest.approx(value.mean().item(), rel=1e-5, abs=1e-5) for name, value in metrics.items())
+
+
+# --- the next micro-batch is made while this one is computed
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
+
+
+def test_one_ahead_keeps_the_order_and_works_on_the_next_one_only():
+    made, seen = [], []
+    for value in train.one_ahead(iter(range(6)), lambda job: made.append(job) or 10 * job, threaded=True):
+        seen.append(value)
+        time.sleep(0.01)
+        assert len(made) == min(6, len(seen) + 1)
+    assert seen == [0, 10, 20, 30, 40, 50] == list(train.one_ahead(range(6), lambda job: 10 * job, threaded=False))
+    assert list(train.one_ahead([], str, threaded=True)) == [] and not threads()
+
+
+def test_an_error_in_the_thread_is_raised_with_its_traceback_and_the_thread_ends():
+    def fails_at_two(job):
+        return 1 / (2 - job)
+
+    found = []
+    with pytest.raises(ZeroDivisionError) as error:
+        for value in train.one_ahead(range(5), fails_at_two, threaded=True):
+            found.append(value)
+    assert found == [0.5, 1.0] and error.traceback[-1].name == "fails_at_two" and not threads()
+
+
+def test_a_run_with_the_thread_is_the_same_bit_for_bit_and_leaves_no_thread_after_its_end_an_error_or_a_signal(fit, monkeypatch, tmp_path):
+    plain = [fit(loss=loss, out=f"plain-{loss}", sync_ref_every=2, save_every=2) for loss in ("sigmoid", "aot")]
+    inner, started = train.one_ahead, []
+    monkeypatch.setattr(train, "one_ahead", lambda jobs, make, threaded: started.append(1) or inner(jobs, make, True))
+    for loss, (folder, metrics) in zip(("sigmoid", "aot"), plain):
+        out, again = fit(loss=loss, out=f"thread-{loss}", sync_ref_every=2, save_every=2)
+        same_metrics(metrics, again, 0)
+        assert all(torch.equal(value, weights(out)[name]) for name, value in weights(folder).items())
+        assert started and not threads()
+    step, calls = train.train_step, []
+
+    def interrupted(*given):
+        calls.append(len(threads()))
+        if len(calls) == 1:  # a second one would end the process
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*given)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(AssertionError):  # of `fit`, which expects a run to end
+        fit(out="signal")
+    assert calls == [0, 1] and not threads() and (tmp_path / "signal" / "checkpoint-2").exists()
+    monkeypatch.setattr(train, "train_step", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(out="error")
+    assert not threads()
+
+
+# --- deterministic kernels
+
+def test_deterministic_sets_torch_and_cublas_and_changes_no_number_on_a_cpu(fit, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     _, plain = fit(max_steps=3, out="plain")
-    _, metrics = fit("--profile", max_steps=3)
-    same_metrics([{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics], plain, 0)
-    for row in metrics[:3]:
-        spent = {name.removeprefix("time/"): value for name, value in row.items() if name.startswith("time/")}
-        assert spent.keys() == {"data", "reference", "forward", "backward", "optimizer"} | ({"logging"} if row["step"] > 1 else set())
-        assert all(seconds > 0 for seconds in spent.values())
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    inside, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *given: inside.append(
+        (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))) or step(*given))
+    _, metrics = fit("--deterministic", max_steps=3)
+    assert inside == [(True, ":4096:8")] * 3
+    same_metrics(plain, metrics, 0)
+    fit(max_steps=1, out="off")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # --- the check before the first step
@@ -185,6 +289,43 @@ def test_the_step_0_check_is_skipped_with_a_line_when_the_reference_differs_on_p
     models.save_model(other, tokenizer, tmp_path / "other")
     _, metrics = fit(max_steps=1, ref_model=tmp_path / "other")
     assert "no step-0 check: --ref_model" in capsys.readouterr().out and metrics[0]["rewards/margins"] != 0
+
+
+@pytest.mark.parametrize("dtype, shift, stops", [("bfloat16", 0.8, False), ("bfloat16", 4.0, True), ("float32", 4e-3, True), ("float32", 1e-4, False)])
+def test_a_cached_reference_may_differ_by_rounding_in_nats_per_root_of_tokens_and_by_no_more(fit, tmp_path, monkeypatch, dtype, shift, stops):
+    """A bound that grows with the log-prob would let 0.004 nats of 60 pass in float32, and stop 0.8 nats of 60 in bfloat16."""
+    monkeypatch.chdir(tmp_path)
+    rows = [row | {"chosen": " cat sat on a mat and saw one dog", "rejected": " dog ran far from home in rain or sun"} for row in make_rows(12)]
+    flags = dict(dataset=write_jsonl(tmp_path / "long.jsonl", rows), eval_share=0, ref="cache", max_steps=1, dtype=dtype, lr=1e-9)
+    fit(**flags)
+    path, = (tmp_path / "runs" / "references").iterdir()
+    tables = load_file(path)
+    assert 30 < tables["train"].abs().min() and tables["train"].abs().max() < 100
+    save_file(tables | {"train": tables["train"] + shift}, path)
+    if stops:
+        with pytest.raises(ValueError, match="holds other log-probs than the reference gives now for row"):
+            fit(**flags, out="again")
+    else:
+        fit(**flags, out="again")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("REAL_MODEL" not in os.environ or not SHARED.exists(), reason="REAL_MODEL names no folder")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_real_model_rounding_stays_well_below_its_bound(dtype):
+    """Log-probs of 8 real pairs in batches of 1, 4 and 8, padded and packed."""
+    folder = os.environ["REAL_MODEL"]
+    tokenizer, module = models.load_tokenizer(folder), SequenceLogps(models.load_model(folder))
+    rows = data.load_tokens(str(SHARED / "data" / "hh_harmless_512.jsonl"), tokenizer, ("chosen", "rejected"), data.Limits(1024))[0]
+    rows = rows.select([i for i, tokens in enumerate(data.column(rows, "tokens")) if tokens < 300][:8])
+    found = []
+    for packed in (False, True):
+        for size in (1, 4, 8):
+            with torch.no_grad(), train.autocast(dtype, ALONE.device):
+                parts = [concatenated_forward(module, train.collate(rows[i:i + size], tokenizer, ALONE.device, packed)) for i in range(0, 8, size)]
+            found.append(torch.stack([torch.cat([part[f"{side}_logps"] for part in parts]) for side in ("chosen", "rejected")], 1).double())
+    spread = torch.stack(found).amax(0) - torch.stack(found).amin(0)
+    assert 0 < (spread / train.rounding(dtype, train.answer_lengths(rows), ALONE.device)).max() < 0.5
 
 
 def test_a_policy_without_a_trainable_parameter_is_refused(fit, monkeypatch):
@@ -262,7 +403,7 @@ def test_a_half_written_checkpoint_is_not_mistaken_for_one(fit, tmp_path):
     fit(max_steps=4, save_every=2)
     (tmp_path / "out" / ".checkpoint").mkdir()
     (tmp_path / "out" / ".checkpoint" / "model.safetensors").write_bytes(b"half")
-    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
 def test_a_complete_run_resumes_to_nothing_and_is_not_overwritten(fit, capsys):
@@ -313,6 +454,7 @@ def test_resume_needs_a_run(tmp_path):
     (["--loss", "nca_pair", "--f_divergence", "js"], "--f_divergence: nca_pair reads more than a margin"),
     (["--f_divergence", "js", "--f_alpha", "0.5"], "--f_alpha: is read by the f_divergence alpha alone, got js"),
     (["--loss", "sigmoid", "--reference_free", "--ref_model", "x"], "--ref_model x: is not read with --reference_free"),
+    (["--lora_rank", "4", "--ref", "model", "--sync_ref_every", "1"], "--sync_ref_every 1: --ref model has no adapter to move"),
     (["--loss", "aot", "--wpo"], "--wpo: a weight belongs to a pair"),
     (["--loss", "sigmoid", "--ld_alpha", "2"], "--ld_alpha must be in [0, 1], got 2.0"),
     (["--betta", "0.1"], "--betta: there is no such flag; the nearest is --beta"),
@@ -378,8 +520,8 @@ def test_nan_weights_stop_with_step_rows_and_log_probs_and_save_nothing(fit, tok
 def test_a_learning_rate_that_explodes_stops_before_the_weights_are_spoiled(fit, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss is"):
         fit(lr=1e30, max_steps=20, save_every=1, warmup_steps=0)
-    for checkpoint in train.checkpoints(tmp_path / "out"):
-        assert all(value.isfinite().all() for value in weights(checkpoint).values())
+    for path in checkpoint.checkpoints(tmp_path / "out"):
+        assert all(value.isfinite().all() for value in weights(path).values())
 
 
 def test_an_error_is_one_line_and_exit_status_2(tmp_path):
