@@ -113,7 +113,7 @@ class SequenceLogps(torch.nn.Module):
         if "packed" in inputs:
             packing.enable(self.model)
         elif not self.needs_mask:
-            inputs.pop("attention_mask", None)
+            inputs["attention_mask"] = packing.no_mask(self.model)
         if labels is not None:
             targets = find_targets(labels, predictors, token_weights, inputs["input_ids"].device)
         if targets is None:

@@ -374,7 +374,7 @@ def bco_pair(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be > 0 and finite, got {beta}")
     chosen, rejected = beta * (policy_chosen_logps - ref_chosen_logps), beta * (policy_rejected_logps - ref_rejected_logps)
-    delta = torch.as_tensor(delta, dtype=chosen.dtype, device=chosen.device).detach()
+    delta = delta.detach() if torch.is_tensor(delta) else delta  # a number is not copied to a GPU
     return F.softplus(-(chosen - delta)) + F.softplus(rejected - delta)
 
 

@@ -37,6 +37,7 @@ CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits of one chunk: each chunk reads t
 CACHE = 2**18  # logits that fit a CPU's cache through several element-wise steps
 BREAK_EVEN = 150_000  # see is_faster
 NAME = "sdpa_or_packed"
+NO_MASK = (1, 1, 1, 1)  # shape of an attention mask that masks nothing, see no_mask
 INPUTS = ("input_ids", "position_ids", "attention_mask", "packed", "labels", "predictors")
 HALF = (torch.bfloat16, torch.float16)
 
@@ -52,8 +53,8 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the queries and keys of every segment are. K counts the keys of all segments: the tokens
-    of a prompt count once for each segment that attends to them."""
+    """Where the queries and keys of every segment are. K counts the keys of all segments, where the
+    tokens of a prompt count once for each segment that attends to them."""
     keys: torch.Tensor  # (K,) places in the row
     own: torch.Tensor  # (T,) which of the K keys belong to the segment itself
     query_counts: list  # per segment
@@ -121,12 +122,15 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def attention(module, query, key, value, attention_mask, packed=None, **options):
-    """transformers' sdpa, or with `packed` the attention of packed rows.
+    """transformers' sdpa, causal under `no_mask`; or with `packed`, the attention of packed rows.
 
     query (1, heads, T, size), key and value (1, key heads, T, size) -> (1, T, heads, size), None
     """
     if packed is None:
         sdpa = AttentionInterface()["sdpa"]
+        if attention_mask is not None and attention_mask.shape == NO_MASK:
+            length, window = query.shape[2], options.get("sliding_window")
+            attention_mask = visible(length, length, window, query.device)
         return sdpa(module, query, key, value, attention_mask, **options)
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
@@ -218,6 +222,16 @@ def enable(model):
     model.config._attn_implementation = NAME
 
 
+def no_mask(model) -> torch.Tensor:
+    """An attention mask that makes rows causal, with the windows of each layer.
+
+    transformers passes a 4-D mask on as it is. Without any mask it would search the positions for
+    packed rows, and wait for the GPU to do so.
+    """
+    enable(model)
+    return torch.ones(NO_MASK, dtype=torch.bool, device=model.device)
+
+
 # --- Batches ------------------------------------------------------------------------------------
 
 def collate(rows: dict) -> dict:
@@ -251,7 +265,7 @@ def collate(rows: dict) -> dict:
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "attention_mask": torch.ones(NO_MASK, dtype=torch.bool),
         "packed": tuple(packed),
         "labels": padded(sum(labels, []), IGNORE),
         "predictors": padded(sum(predictors, []), 0),
@@ -312,28 +326,30 @@ def can_pack(module) -> str | None:
 
 
 def can_drop_mask(module) -> str | None:
-    """None if right-padded rows have the same log-probs without `attention_mask`, else the reason.
+    """None if right-padded rows have the same log-probs under `no_mask`, else the reason.
 
-    This holds for causal models, because padding comes after all that is scored. Without a mask
-    attention needs no (2B, 1, T, T) tensor and no synchronization to inspect it.
+    This holds for causal models, because padding comes after all that is scored. Attention then
+    needs no (2B, 1, T, T) tensor and no synchronization to inspect it.
     """
     return verify(module, compare_unmasked)
 
 
 def verify(module, compare: Callable) -> str | None:
-    """Run a comparison without autocast and, if the run has it on, with it."""
+    """Run a comparison without autocast and, if the run has it on, with it -> the first difference.
+
+    A comparison goes on after a difference: with sharded weights, all ranks make the same forwards.
+    """
     model = module.model
     before, device = model.config._attn_implementation, model.device.type
     if before not in ("sdpa", NAME):
         return f"its attention is {before} and not sdpa"
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    reasons = []
     try:
         with narrow_windows(model, WINDOW), torch.enable_grad():
             for enabled in {False, autocast}:
                 with torch.autocast(device, dtype, enabled=enabled):
-                    reason = compare(module)
-                if reason:
-                    return reason
+                    reasons += compare(module)
     except Exception as error:
         # Kernels and models refuse rows by errors of many kinds. An error of ours is a bug.
         refused = isinstance(error, (RuntimeError, Unsupported))
@@ -343,7 +359,7 @@ def verify(module, compare: Callable) -> str | None:
         return f"it fails on packed rows ({type(error).__name__}: {first_line})"
     finally:
         model.config._attn_implementation = before
-    return None
+    return reasons[0] if reasons else None
 
 
 def raised_here(error: Exception) -> bool:
@@ -365,11 +381,9 @@ class Rounding(NamedTuple):
     gradient: float
 
 
-def compare_packed(module) -> str | None:
-    """Packed rows against rows that are not packed -> the first difference."""
-    expected, rounding, reason = unpacked_trials(module)
-    if reason:
-        return reason
+def compare_packed(module) -> list[str]:
+    """Packed rows against rows that are not packed -> how they differ."""
+    expected, rounding, reasons = unpacked_trials(module)
     prompts, answers, _ = trial_rows(module.model)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     batch = collate(dict(zip(names, (prompts, *answers))))
@@ -385,20 +399,19 @@ def compare_packed(module) -> str | None:
         wanted[places] = expected[i].gradient[:len(places)]
         gradient, = torch.autograd.grad(logps[i], embedded, retain_graph=True)
         found = Trial(logps[i].detach(), gradient[0])
-        reason = difference(found, Trial(expected[i].logp, wanted), rounding, "in a row of its own")
-        if reason:
-            return reason
-    return None
+        wanted = Trial(expected[i].logp, wanted)
+        reasons += difference(found, wanted, rounding, "in a row of its own")
+    return reasons
 
 
-def compare_unmasked(module) -> str | None:
-    """Rows that are filled up without a mask against single rows -> the first difference."""
-    _, _, reason = unpacked_trials(module)
-    return reason
+def compare_unmasked(module) -> list[str]:
+    """Rows that are filled up without a mask against single rows -> how they differ."""
+    _, _, reasons = unpacked_trials(module)
+    return reasons
 
 
 def unpacked_trials(module):
-    """-> a Trial of each answer, chosen ones first; the model's Rounding; None or what is wrong.
+    """-> a Trial of each answer, chosen ones first; the model's Rounding; what is wrong.
 
     The rows are one batch. They are filled up on the right with other tokens, which a causal model
     does not see, without a mask. The first and the last row are computed again alone and not filled
@@ -414,23 +427,22 @@ def unpacked_trials(module):
         predictors.append(list(range(first, first + len(answer))))
     labels = padded([answer for _, answer in rows], IGNORE)
     logps, embedded = logps_and_embeddings(
-        module, labels, padded(predictors, 0), input_ids=torch.tensor(ids)
+        module, labels, padded(predictors, 0),
+        input_ids=torch.tensor(ids), attention_mask=no_mask(module.model),
     )
     gradients, = torch.autograd.grad(logps.sum(), embedded)  # (rows, WIDTH, H)
     trials = [Trial(*each) for each in zip(logps.detach(), gradients)]
 
-    rounding = least_rounding(embedded)
+    rounding, reasons = least_rounding(embedded), []
     half = autocast_dtype(embedded) in HALF
     most = Rounding(0.1, 0.5) if half else Rounding(0.01, 0.1)  # more is no rounding
     for i in (0, len(rows) - 1):
         alone = single_trial(module, *rows[i])
         where = "with no other token after the row"
-        reason = difference(trials[i], alone, most, where)
-        if reason:
-            return trials, rounding, reason
+        reasons += difference(trials[i], alone, most, where)
         measured = distances(trials[i], alone)
         rounding = Rounding(*(max(old, MARGIN * new) for old, new in zip(rounding, measured)))
-    return trials, rounding, None
+    return trials, rounding, reasons
 
 
 def single_trial(module, prompt: list, answer: list) -> Trial:
@@ -475,16 +487,16 @@ def distances(found: Trial, expected: Trial) -> Rounding:
     )
 
 
-def difference(found: Trial, expected: Trial, rounding: Rounding, where: str) -> str | None:
-    """None if both are equal up to rounding, and their gradients zero at the same tokens."""
+def difference(found: Trial, expected: Trial, rounding: Rounding, where: str) -> list[str]:
+    """[] if both are equal up to rounding, and their gradients zero at the same tokens."""
     if not torch.equal(found.gradient.any(-1), expected.gradient.any(-1)):
-        return "an answer's log-prob depends on other tokens than its own"
+        return ["an answer's log-prob depends on other tokens than its own"]
     logp, gradient = distances(found, expected)
     if logp <= rounding.logp and gradient <= rounding.gradient:
-        return None
+        return []
     explained = f"{rounding.logp:.1e} and {rounding.gradient:.1e}"
-    return (f"an answer's log-prob is not what it is {where}: it differs by {logp:.1e} and its "
-            f"gradient by {gradient:.1e}, where rounding explains {explained}")
+    return [f"an answer's log-prob is not what it is {where}: it differs by {logp:.1e} and its "
+            f"gradient by {gradient:.1e}, where rounding explains {explained}"]
 
 
 def logps_and_embeddings(module, labels, predictors, **inputs):
