@@ -61,7 +61,7 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
     upcast      False: parameters of a 16-bit file stay in its dtype, for `parallel.place`
 
     Policy and reference both come through here, so that they differ in nothing but what training
-    changes: another dtype or dropout on one side is a log-ratio that is not 0 before the first step.
+    changes: another dtype, or dropout on one side, makes a log-ratio that is not 0 at the start.
     """
     device = torch.device(device)
     if os.path.exists(os.path.join(name, "adapter_config.json")):
@@ -140,8 +140,8 @@ def move(model, device: torch.device, dtype=None):
     """Move a model to a device and widen its parameters to `dtype` there, in place, one at a time.
 
     What crosses to the device has the dtype it had on the host. A host parameter is freed once it
-    is moved. Tied parameters stay tied. fp32 parameters stay fp32 where `dtype` has 16 bits, and
-    buffers keep their dtype unless they are 16-bit ones of a file, as in from_pretrained(dtype=...).
+    is moved. Tied parameters stay tied. As in from_pretrained, fp32 parameters stay fp32 where
+    `dtype` has 16 bits, and buffers keep their dtype unless they are 16-bit ones of a file.
     """
     moved = {}  # id of an old tensor: the tensor, whose id must stay in use, and the new one
     for module in model.modules():
@@ -252,7 +252,8 @@ def merge_command(args):
     merged = load_model(args.out)
     difference = (merged(ids).logits - adapted).abs().max()
     print(f"{args.out}: {base} with {args.adapter}; loaded again, its logits differ from the "
-          f"adapted model's by at most {difference:.2g}, where they reach {adapted.abs().max():.3g}")
+          f"adapted model's by at most {difference:.2g}, where they reach "
+          f"{adapted.abs().max():.3g}")
 
     if flags.get("quantize"):
         quantize(merged)
