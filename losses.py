@@ -66,7 +66,13 @@ import torch.nn.functional as F
 
 import registry
 from registry import (  # noqa: F401  (other files import these from here, where LOSSES is full)
-    LOSSES, find, hyperparameters, loss, needs_reference, needs_rejected, tensor_arguments,
+    LOSSES,
+    find,
+    hyperparameters,
+    loss,
+    needs_reference,
+    needs_rejected,
+    tensor_arguments,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -305,8 +311,8 @@ def odpo(
     Formula    L = −log σ(βh − Δ),        Δ = α log(s_w − s_l)
     Gradient   ∂L/∂w = −β σ(Δ − βh) = −∂L/∂l: the gradient of DPO at a margin that is smaller by Δ.
     Args       four (B,) log-probs; chosen_scores > rejected_scores, both (B,): s_w and s_l, a score
-               of each answer on any scale; beta > 0; odpo_alpha >= 0 (authors' code 1, sentiment
-               task 0.5; 0 is DPO)
+               of each answer on any scale (checked on CPU tensors); beta > 0; odpo_alpha >= 0
+               (authors' code 1, sentiment task 0.5; 0 is DPO)
     Elsewhere  Other functions of the scores than the log are possible, and α can stand outside:
                turbo-alignment takes Δ itself.
     """
@@ -843,7 +849,8 @@ def capped_exp(x, minus_one=False):
     order of two values is kept; a plain clamp would make the gradient 0. With `minus_one`, expm1
     keeps the result exact near 0.
     """
-    cap = x.clamp(max=torch.tensor(torch.finfo(x.dtype).max).log().item() / 2)
+    largest = torch.tensor(torch.finfo(x.dtype).max)
+    cap = x.clamp(max=largest.log().item() / 2)
     if minus_one:
         return torch.expm1(cap) + cap.exp() * (x - cap)
     return cap.exp() * (1 + x - cap)

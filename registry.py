@@ -45,7 +45,7 @@ def loss(*marks: str, **ranges: str) -> Callable:
 
         @functools.wraps(function)
         def checked(*tensors, **named):
-            given = dict(zip(names, tensors)) | named
+            given = dict(zip(names, tensors, strict=False)) | named
             check_shapes(function.__name__, given)
             check_ranges(ranges, given)
             return function(*tensors, **named)
