@@ -849,7 +849,7 @@ def capped_exp(x, minus_one=False):
     order of two values is kept; a plain clamp would make the gradient 0. With `minus_one`, expm1
     keeps the result exact near 0.
     """
-    largest = torch.tensor(torch.finfo(x.dtype).max)
+    largest = torch.tensor(torch.finfo(x.dtype).max, dtype=torch.float64)
     cap = x.clamp(max=largest.log().item() / 2)
     if minus_one:
         return torch.expm1(cap) + cap.exp() * (x - cap)

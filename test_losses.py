@@ -1310,7 +1310,7 @@ def test_no_loss_reads_a_value_back_from_the_device(name):
     assert call(name, pairs).shape == (6,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", PAIRWISE)
 @pytest.mark.parametrize("a, b", list(itertools.product([-1e4, 0.0, 1e4], repeat=2)))
 def test_loss_and_gradient_are_finite_at_log_ratios_of_1e4(name, a, b, dtype):
@@ -1323,7 +1323,7 @@ def test_loss_and_gradient_are_finite_at_log_ratios_of_1e4(name, a, b, dtype):
         assert gradient.isfinite().all() and (gradient ** 2).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_capped_exponential_is_exact_below_its_cap_and_finite_and_rising_beyond(dtype):
     cap = math.log(torch.finfo(dtype).max) / 2
     below = torch.linspace(-cap, 0.99 * cap, 50, dtype=dtype)
