@@ -143,7 +143,7 @@ def needs_rejected(function: Callable) -> bool:
 def find(spec: str) -> Callable:
     """The loss that `NAME` or `NAME:WEIGHT,NAME:WEIGHT` names. A weight left out is 1."""
     weights = {}
-    for part in spec.split(","):
+    for part in spec.split(","):  # "sigmoid:0.8"
         name, _, weight = part.strip().partition(":")
         if name not in LOSSES:
             near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)[0]
@@ -152,7 +152,7 @@ def find(spec: str) -> Callable:
         if name in weights:
             raise ValueError(f"loss {spec}: names {name} twice")
         weights[name] = read_weight(spec, name, weight or "1")
-    if list(weights.values()) == [1.0]:
+    if list(weights.values()) == [1.0]:  # one loss, unweighted
         return LOSSES[name]
     return combine(weights)
 
@@ -178,15 +178,16 @@ def combine(weights: dict[str, float]) -> Callable:
     RPO and MPO average the likelihood over each answer by itself, `sft` over all tokens.
     """
     functions = {name: LOSSES[name] for name in weights}
-    signature = merge_signatures(functions.values())
     sum_name = ",".join(f"{name}:{weight:g}" for name, weight in weights.items())
 
     def weighted_sum(**named):
+        # Every hyper-parameter needs a value.
         named = hyperparameters(weighted_sum) | named
         for name, value in named.items():
             if value is ...:
                 raise ValueError(f"{name} must be given: it has different defaults in the parts "
                                  f"of {sum_name}")
+        # Each part gets those arguments that its signature names.
         total = 0
         for name, function in functions.items():
             accepted = inspect.signature(function).parameters
@@ -194,8 +195,9 @@ def combine(weights: dict[str, float]) -> Callable:
             total = total + weights[name] * function(**arguments)
         return total
 
+    # The sum answers the same questions as a loss in LOSSES.
     weighted_sum.__name__ = sum_name
-    weighted_sum.__signature__ = signature
+    weighted_sum.__signature__ = merge_signatures(functions.values())
     weighted_sum.parts = weights
     weighted_sum.marks = merge_marks(functions.values())
     return weighted_sum
