@@ -1,0 +1,300 @@
+"""The registry of losses: `@loss` fills it, `find` reads it.
+
+    @loss("margin", beta="> 0")               # in losses.py, above the function of a loss
+    LOSSES["sigmoid"]                         # the function of that name
+    find("sigmoid:0.8,bco_pair:0.2,sft:1")    # a weighted sum, as --loss takes it
+
+A loss is written in one place. Its signature says what it needs: the tensor arguments come first,
+the keyword-only arguments are its hyper-parameters. The functions below read the signature. With
+them dpo.py computes the tensors, train.py makes the flags, and `table` prints the losses.
+"""
+import difflib
+import functools
+import inspect
+import math
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+
+LOSSES = {}  # name: function; losses.py fills it when it is imported
+
+COMPARE = {">": operator.gt, ">=": operator.ge, "!=": operator.ne}
+
+
+# --- @loss ----------------------------------------------------------------------------------------
+
+def loss(*marks: str, **ranges: str) -> Callable:
+    """Register a loss under its own name, and check its arguments at every call.
+
+    Args   marks    properties that the signature cannot express: see losses.py
+           ranges   for every hyper-parameter its range, as `in_range` reads it. A tensor argument
+                    may have one too: chosen_scores="> rejected_scores".
+
+    The wrapped function raises ValueError where tensors are not all of one shape (B,), and where an
+    argument is out of its range. Without the first check, a wrong shape would broadcast silently.
+    """
+
+    def register(function):
+        unchecked = hyperparameters(function).keys() - ranges.keys()
+        if unchecked:
+            raise TypeError(f"@loss of {function.__name__}: no range for {', '.join(unchecked)}")
+        names = tensor_arguments(function)
+
+        @functools.wraps(function)
+        def checked(*tensors, **named):
+            given = dict(zip(names, tensors, strict=False)) | named
+            check_shapes(function.__name__, given)
+            check_ranges(ranges, given)
+            return function(*tensors, **named)
+
+        checked.marks = set(marks)
+        checked.ranges = ranges
+        checked.parts = {function.__name__: 1.0}  # of a sum: its losses and their weights
+        LOSSES[function.__name__] = checked
+        return checked
+
+    return register
+
+
+def check_shapes(loss_name, given):
+    """All tensors of pairs must have one shape (B,)."""
+    shapes = {}
+    for name, value in given.items():
+        if name.endswith(("_logps", "_lengths", "_scores")) and value is not None:
+            shapes[name] = tuple(value.shape)
+    different = len(set(shapes.values())) > 1
+    if different or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(
+            f"{loss_name} takes one number per pair, all tensors of one shape (B,), got {shapes}")
+
+
+def check_ranges(ranges, given):
+    """Every argument must be in its range. None and an argument left out stand for the default."""
+    for name, text in ranges.items():
+        value = given.get(name)
+        bound = text.removeprefix("> ")
+        if value is None:
+            continue
+        if bound in given:
+            check_above(name, value, bound, given[bound])
+        elif not in_range(value, text):
+            raise ValueError(f"{name} must be {describe_range(text)}, got {value}")
+
+
+def check_above(name, value, bound_name, bound):
+    """One tensor must be above another in every pair. Tensors on a GPU are not checked: to read a
+    value would make the CPU wait in every micro-batch, and data.py drops such rows on loading."""
+    if value.device.type == "cpu" and not (value > bound).all():
+        raise ValueError(f"{name} must be above {bound_name} in every pair")
+
+
+def in_range(value: float, text: str) -> bool:
+    """Whether a finite number is in the range "> 0", ">= 0", "!= 0", "finite", "[0, 0.5)" or the
+    like. Infinity and NaN are in no range."""
+    if not math.isfinite(value):
+        return False
+    if text == "finite":
+        return True
+    if text.startswith(("[", "(")):
+        low, high = text[1:-1].split(",")
+        above = value >= float(low) if text[0] == "[" else value > float(low)
+        below = value <= float(high) if text[-1] == "]" else value < float(high)
+        return above and below
+    sign, bound = text.split()
+    return COMPARE[sign](value, float(bound))
+
+
+def describe_range(text):
+    if text.startswith(("[", "(")):
+        return f"in {text}"
+    return text if text == "finite" else f"{text} and finite"
+
+
+# --- What a signature says ------------------------------------------------------------------------
+
+def tensor_arguments(function: Callable) -> list[str]:
+    """Names of the tensors that a loss takes, in order."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
+def hyperparameters(function: Callable) -> dict:
+    """{name: default} of a loss. train.py makes them its flags. In a sum, the default is `...`
+    where the parts have different ones."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def needs_reference(function: Callable) -> bool:
+    """Whether a loss reads log-probs of the reference model."""
+    return any(name.startswith("ref_") for name in tensor_arguments(function))
+
+
+def needs_rejected(function: Callable) -> bool:
+    """Whether a loss compares two answers. Only `sft` does not."""
+    return any("rejected" in name for name in tensor_arguments(function))
+
+
+# --- Sums of losses -------------------------------------------------------------------------------
+
+def find(spec: str) -> Callable:
+    """The loss that `NAME` or `NAME:WEIGHT,NAME:WEIGHT` names. A weight left out is 1."""
+    weights = {}
+    for part in spec.split(","):  # "sigmoid:0.8"
+        name, _, weight = part.strip().partition(":")
+        if name not in LOSSES:
+            near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)[0]
+            raise ValueError(f"loss {name}: there is no such loss; the nearest name is {near}; "
+                             f"all: {', '.join(LOSSES)}")
+        if name in weights:
+            raise ValueError(f"loss {spec}: names {name} twice")
+        weights[name] = read_weight(spec, name, weight or "1")
+    if list(weights.values()) == [1.0]:  # one loss, unweighted
+        return LOSSES[name]
+    return combine(weights)
+
+
+def read_weight(spec, name, text):
+    is_number = re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", text)
+    if not is_number or not in_range(float(text), "> 0"):
+        raise ValueError(f"loss {spec}: the weight of {name} must be a number > 0, got {text!r}")
+    return float(text)
+
+
+def combine(weights: dict[str, float]) -> Callable:
+    """Σ weight · loss over {name: weight}, as a loss.
+
+    A hyper-parameter that several parts have is one hyper-parameter of the sum. Where the defaults
+    of the parts differ, the sum has no default (`...`), and the caller must give a value.
+
+    Known sums:
+        sigmoid,sft                     RPO, arXiv:2404.19733v3, eq. 1. With a reference of zeros
+                                        it is CPO.
+        sigmoid:0.8,bco_pair:0.2,sft:1  MPO, arXiv:2411.10442, Sec. 4.1, eq. 3. The weights are
+                                        those that TRL's documentation quotes.
+    RPO and MPO average the likelihood over each answer by itself, `sft` over all tokens.
+    """
+    functions = {name: LOSSES[name] for name in weights}
+    sum_name = ",".join(f"{name}:{weight:g}" for name, weight in weights.items())
+
+    def weighted_sum(**named):
+        # Every hyper-parameter needs a value.
+        named = hyperparameters(weighted_sum) | named
+        for name, value in named.items():
+            if value is ...:
+                raise ValueError(f"{name} must be given: it has different defaults in the parts "
+                                 f"of {sum_name}")
+        # Each part gets those arguments that its signature names.
+        total = 0
+        for name, function in functions.items():
+            accepted = inspect.signature(function).parameters
+            arguments = {key: value for key, value in named.items() if key in accepted}
+            total = total + weights[name] * function(**arguments)
+        return total
+
+    # The sum answers the same questions as a loss in LOSSES.
+    weighted_sum.__name__ = sum_name
+    weighted_sum.__signature__ = merge_signatures(functions.values())
+    weighted_sum.parts = weights
+    weighted_sum.marks = merge_marks(functions.values())
+    return weighted_sum
+
+
+def merge_signatures(functions: Iterable[Callable]) -> inspect.Signature:
+    """Each parameter once: tensors, then tensors with a default, then hyper-parameters."""
+    merged = {}
+    for function in functions:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in merged and merged[name].default != parameter.default:
+                parameter = parameter.replace(default=...)
+            merged[name] = parameter
+
+    def place(parameter):
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            return 2
+        return 0 if parameter.default is parameter.empty else 1
+
+    return inspect.Signature(sorted(merged.values(), key=place))
+
+
+def merge_marks(functions):
+    """A sum depends on the batch if one part does. It has any other mark only if all of its parts
+    that compare two answers have the mark."""
+    pairwise = [function.marks - {"batch"} for function in functions if needs_rejected(function)]
+    merged = set.intersection(*pairwise) if pairwise else set()
+    if any("batch" in function.marks for function in functions):
+        merged.add("batch")
+    return merged
+
+
+# --- python losses.py -----------------------------------------------------------------------------
+
+def table() -> list[str]:
+    """The losses as the lines of a Markdown table, read from signatures and docstrings."""
+    rows = ["| loss | paper | reference | hyper-parameters |", "|---|---|---|---|"]
+    for name, function in LOSSES.items():
+        if name != function.__name__:
+            continue  # an older name of the same loss
+        # A citation continues on the next line where its line ends with a comma.
+        citation = re.search(r"Paper +(.+(?:(?<=,)\n.+)*)", function.__doc__).group(1)
+        paper = " ".join(citation.split())
+        reference = "yes" if needs_reference(function) else "no"
+        defaults = [f"`{key}` {value}" for key, value in hyperparameters(function).items()]
+        rows.append(f"| `{name}` | {paper} | {reference} | {', '.join(defaults) or 'none'} |")
+    return rows
+
+
+def curve(function: Callable, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A margin loss and its derivative at the margins h, with default hyper-parameters. The answers
+    have 30 and 20 tokens (1 and 1 where the loss averages), and scores that differ by e."""
+    h = h.clone().requires_grad_()
+    zeros, ones = torch.zeros_like(h), torch.ones_like(h)
+    averages = "average" in function.marks
+    given = {
+        "policy_chosen_logps": h,
+        "chosen_lengths": ones if averages else 30 * ones,
+        "rejected_lengths": ones if averages else 20 * ones,
+        "chosen_scores": torch.e * ones,
+        "rejected_scores": zeros,
+    }
+    tensors = {name: given.get(name, zeros) for name in tensor_arguments(function)}
+    value = function(**tensors)
+    slope, = torch.autograd.grad(value.sum(), h)
+    return value.detach(), slope
+
+
+def plot(path):
+    """Draw every margin loss and its derivative against βh. Each loss has a panel with its own
+    scale, because the default β of the losses differ by a factor of 100."""
+    from matplotlib.figure import Figure
+
+    functions = [function for function in LOSSES.values() if "margin" in function.marks]
+    rows = math.ceil(len(functions) / 3)
+    figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
+    z = torch.linspace(-6, 6, 601, dtype=torch.float64)  # βh
+    for place, function in enumerate(functions, 1):
+        defaults = hyperparameters(function)
+        value, slope = curve(function, z / defaults["beta"])
+        panel = figure.add_subplot(rows, 3, place)
+        panel.plot(z, value, "tab:blue", label="L")
+        panel.plot(z, slope / defaults["beta"], "tab:red", label="∂L/∂(βh)")
+        panel.grid(color="0.9")
+        settings = [f"{name} {value:g}" for name, value in defaults.items()]
+        panel.set_title(", ".join([function.__name__, *settings]), fontsize=9)
+        panel.set_xlabel("βh̄" if "average" in function.marks else "βh")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    """The command `python losses.py`."""
+    arguments = sys.argv[1:]
+    if not arguments:
+        print("\n".join(table()))
+    elif len(arguments) == 2 and arguments[0] == "--plot":
+        plot(arguments[1])
+    else:
+        sys.exit("usage: python losses.py [--plot FILE.png]")
