@@ -91,7 +91,7 @@ def json_rows(path):
 
 
 def csv_rows(path):
-    """Yield (number, row). Every value is the text of the file: "NA" is not null, "42" no number."""
+    """Yield (number, row). Every value is the text of the file: "NA" is not null, "42" no int."""
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
         # strict: an open quote is an error instead of swallowing all rows after it.
@@ -273,9 +273,9 @@ def choose_fields(row, where, sides):
         # One answer without a prompt must be a dialogue: a text does not show where it begins.
         if len(fields) > 1 or isinstance(row[fields[0]], list):
             return fields
-    needed = ", ".join(("prompt", *sides))
+    needed, existing = ", ".join(("prompt", *sides)), quote_names(sorted(names))
     raise UserError(f"{where}: needs the fields {needed}, or chosen and rejected with the prompt "
-                    f"inside both (--columns renames other fields); it has {quote_names(sorted(names))}")
+                    f"inside both (--columns renames other fields); it has {existing}")
 
 
 def read_field(row, field, where):
@@ -1072,8 +1072,8 @@ def add_flags(add: Callable):
 def read_flags(args: argparse.Namespace) -> tuple[Limits, tuple]:
     """Check the flags of add_flags. Returns (limits, columns)."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
-        raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves no tokens for an "
-                        f"answer in --max_length {args.max_length}")
+        raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room "
+                        f"in --max_length {args.max_length}")
     if args.chat_template and not os.path.isfile(args.chat_template):
         raise UserError(f"--chat_template {args.chat_template}: no such file")
     columns = ()
