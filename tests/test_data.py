@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import IGNORE, Limits, collate, describe, fit, hold_out, load_tokens, micro_batches, split_prompt, window
+from data import (IGNORE, Limits, collate, describe, hold_out, load_tokens, micro_batches, split_prompt, truncate, window)
+from errors import UserError
 
 BOTH = ("chosen", "rejected")
 
@@ -47,7 +48,7 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
         assert load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())[0].remove_columns("id")[:] == expected, name
 
 
-def test_a_folder_is_all_its_files_in_order(load, tmp_path, tokenizer):
+def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_path, tokenizer):
     folder = tmp_path / "many"
     folder.mkdir()
     write_jsonl(folder / "b.jsonl", make_rows(3, seed=1))
@@ -80,7 +81,7 @@ def test_sft_needs_no_rejected_answer(load):
 
 # --- tokens
 
-def test_decoded_scored_tokens_are_the_answer_and_eos(load, tokenizer):
+def test_the_scored_tokens_decode_to_the_answer_and_eos(load, tokenizer):
     rows = make_rows(30) + [row("ende", "ü 😀", "漢字"), row("e", "\u0301 x", "y"), row("🙂", "🙂🙂", " 🙂")]
     kept, _ = load(rows)
     for tokens, text in zip(kept, rows):
@@ -99,7 +100,7 @@ def merging_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-def test_where_tokens_merge_across_the_boundary_both_answers_still_see_one_prompt(load):
+def test_both_answers_have_the_same_prompt_when_tokens_merge_across_the_boundary(load):
     """prompt "ab" is a b, but "abcd" is a bc d: the three agree on "a" alone, and "b" is scored with the answers."""
     kept, _ = load([row("ab", "cd", "xd")], tokenizer=merging_tokenizer())
     ids = merging_tokenizer().convert_tokens_to_ids
@@ -117,19 +118,19 @@ def bos_tokenizer(tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "<bos>a cat", ""])
-def test_bos_stands_once_and_in_front_also_when_the_text_brings_its_own(load, tokenizer, prompt):
+def test_bos_is_first_and_appears_once_even_if_the_text_begins_with_it(load, tokenizer, prompt):
     with_bos = bos_tokenizer(tokenizer)
     tokens = load([row(prompt)], tokenizer=with_bos)[0][0]
     whole = tokens["prompt_ids"] + tokens["chosen_ids"]
     assert whole[0] == with_bos.bos_token_id and whole.count(with_bos.bos_token_id) == 1
 
 
-def test_no_bos_is_invented_and_a_prompt_without_tokens_is_dropped(load, tokenizer):
+def test_a_tokenizer_without_bos_adds_none_and_a_prompt_without_tokens_is_dropped(load, tokenizer):
     kept, account = load([row(""), row()])
     assert len(kept) == 1 and "1 dropped (no prompt: " in account and kept[0]["prompt_ids"] == tokenizer("a cat")["input_ids"]
 
 
-def test_eos_is_not_doubled_when_the_answer_brings_its_own(load, tokenizer):
+def test_an_answer_that_ends_with_eos_gets_no_second_one(load, tokenizer):
     kept, _ = load([row(chosen=" sat<eos>")])
     assert kept[0]["chosen_ids"].count(tokenizer.eos_token_id) == 1
 
@@ -144,16 +145,16 @@ def test_a_cut_answer_loses_eos_and_an_answer_that_just_fits_keeps_it(load, toke
 
 # --- truncation
 
-def test_a_prompt_gives_way_to_its_answers_only_as_far_as_it_must():
+def test_a_prompt_is_cut_only_as_far_as_its_answers_need():
     prompt, answers = list(range(100)), [[1] * 10, [2] * 20]
-    assert fit(prompt, answers, Limits(max_length=120)) == (prompt, answers)
-    assert fit(prompt, answers, Limits(max_length=70)) == (prompt[-50:], answers)  # the last 50, what the longer answer leaves
-    assert fit(prompt, answers, Limits(max_length=70, truncation_mode="keep_start")) == (prompt[:50], answers)
-    assert fit(prompt, answers, Limits(max_length=30)) == (prompt[-15:], [[1] * 10, [2] * 15])  # never below half of max_length
-    assert fit(prompt, answers, Limits(max_length=70, max_prompt_length=5)) == (prompt[-5:], answers)
-    assert fit(prompt, answers, Limits(max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
-    assert fit(prompt, answers, Limits(max_length=104, max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
-    assert fit([7] + prompt, answers, Limits(max_length=70), front=1) == ([7] + prompt[-49:], answers)  # BOS stays
+    assert truncate(prompt, answers, Limits(max_length=120)) == (prompt, answers)
+    assert truncate(prompt, answers, Limits(max_length=70)) == (prompt[-50:], answers)  # the last 50, what the longer answer leaves
+    assert truncate(prompt, answers, Limits(max_length=70, truncation_mode="keep_start")) == (prompt[:50], answers)
+    assert truncate(prompt, answers, Limits(max_length=30)) == (prompt[-15:], [[1] * 10, [2] * 15])  # never below half of max_length
+    assert truncate(prompt, answers, Limits(max_length=70, max_prompt_length=5)) == (prompt[-5:], answers)
+    assert truncate(prompt, answers, Limits(max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
+    assert truncate(prompt, answers, Limits(max_length=104, max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
+    assert truncate([7] + prompt, answers, Limits(max_length=70), front=1) == ([7] + prompt[-49:], answers)  # BOS stays
 
 
 def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(load, tokenizer):
@@ -176,8 +177,8 @@ def test_useless_rows_are_dropped_counted_and_named(load):
     assert all(f"rows.jsonl, row {number}" in account for number in (2, 3, 4, 5))
 
 
-def test_strict_makes_them_errors(load):
-    with pytest.raises(ValueError, match="chosen equals rejected: .*rows.jsonl, row 2"):
+def test_strict_makes_useless_rows_an_error(load):
+    with pytest.raises(UserError, match="chosen equals rejected: .*rows.jsonl, row 2"):
         load([row(), row(chosen=" ran")], strict=True)
 
 
@@ -185,7 +186,7 @@ def test_sft_keeps_a_row_whose_answers_are_equal(load):
     assert len(load([row(chosen=" ran")], sides=("chosen",))[0]) == 1
 
 
-def test_scores_come_along_for_the_loss_that_reads_them_from_json_and_csv(load):
+def test_scores_are_read_from_json_and_csv_for_a_loss_that_needs_them(load):
     rows = [row(), row(chosen=" slept")]
     for r, (better, worse) in zip(rows, ((2, -0.5), (1e9 + 1e-6, 1e9))):
         r |= {"chosen_score": better, "rejected_score": worse}
@@ -197,14 +198,14 @@ def test_scores_come_along_for_the_loss_that_reads_them_from_json_and_csv(load):
     assert "chosen_score" not in load(rows)[0].column_names
 
 
-def test_a_score_that_contradicts_the_preference_drops_the_row_and_one_that_is_no_number_is_an_error(load):
+def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_number_is_an_error(load):
     rows = [row() | {"chosen_score": 1, "rejected_score": 0}, row() | {"chosen_score": 1, "rejected_score": 1.0}]
     kept, account = load(rows, scored=True)
     assert len(kept) == 1 and "1 dropped (chosen_score not above rejected_score: " in account and "row 2" in account
     for bad in (None, "high", float("nan"), float("inf"), [1]):
-        with pytest.raises(ValueError, match="row 1: the loss reads the field 'chosen_score', a finite number"):
+        with pytest.raises(UserError, match="row 1: the loss reads the field 'chosen_score', a finite number"):
             load([rows[0] | {"chosen_score": bad}], scored=True)
-    with pytest.raises(ValueError, match="row 1: the loss reads the field 'chosen_score'"):
+    with pytest.raises(UserError, match="row 1: the loss reads the field 'chosen_score'"):
         load([row()], scored=True)
 
 
@@ -246,7 +247,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_is_an_error_that_names_file_row_and_field(load, tmp_path, kind):
     text, message = BAD[kind]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(text)
     assert message in str(error.value) and str(tmp_path / "rows.jsonl") in str(error.value)
 
@@ -258,20 +259,20 @@ def test_a_bad_file_is_an_error_that_names_file_row_and_field(load, tmp_path, ki
     ("rows.parquet", b"PAR1 and then nothing", "cannot be read as parquet"),
     ("rows.json", b"[{]", "cannot be read as json"),
     ("rows.json", b" \n[{}]", "needs the fields prompt, chosen, rejected"),
-    ("rows.txt", b"hello", "not a kind of file that is read"),
+    ("rows.txt", b"hello", "cannot read this kind of file"),
 ])
 def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
+def test_a_missing_file_is_an_error(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
         load_tokens(str(tmp_path / "nowhere.jsonl"), tokenizer, BOTH, Limits())
 
 
-def test_a_data_set_of_the_hub_is_read_like_a_file_and_again_when_it_changes(monkeypatch, tokenizer):
+def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_changes(monkeypatch, tokenizer):
     import datasets
     for count in (3, 4):
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(make_rows(count)))
@@ -285,7 +286,7 @@ def test_a_changed_file_is_read_again(load):
 
 def test_a_tokenizer_without_eos_is_refused(load):
     bare = PreTrainedTokenizerFast(tokenizer_object=merging_tokenizer().backend_tokenizer)
-    with pytest.raises(ValueError, match="no EOS token"):
+    with pytest.raises(UserError, match="no EOS token"):
         load([row("ab", "cd", "xd")], tokenizer=bare)
 
 
@@ -371,7 +372,7 @@ def test_strings_and_messages_through_an_identity_template_give_the_same_tokens_
         assert load(list(rows), name=f"{i}.jsonl", tokenizer=chat)[0].remove_columns(["id", "prompt_key"])[:] == expected, rows[0]
 
 
-def test_messages_come_alike_from_json_and_parquet(load, tmp_path, tokenizer):
+def test_json_and_parquet_give_the_same_messages(load, tmp_path, tokenizer):
     import pyarrow
     import pyarrow.parquet
     rows, chat = [next(every_format(row())), next(every_format(row(chosen=" slept")))], chat_tokenizer(tokenizer, CHATML)
@@ -380,7 +381,7 @@ def test_messages_come_alike_from_json_and_parquet(load, tmp_path, tokenizer):
     assert found == load(rows, tokenizer=chat)[0].remove_columns("id")[:]
 
 
-def test_the_template_writes_the_prompt_and_the_end_of_the_turn_is_scored_and_nothing_after_it(load, tokenizer):
+def test_the_chat_template_writes_the_prompt_and_the_end_of_the_turn_is_the_last_scored_token(load, tokenizer):
     """ChatML ends a turn with <|im_end|> and a line break: no EOS is glued on, and the line break, which nobody generates, goes."""
     chat = chat_tokenizer(tokenizer, CHATML)
     history = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "a cat?")]
@@ -402,7 +403,7 @@ def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
     assert end not in kept[0]["chosen_ids"] and len(kept[0]["chosen_ids"]) == 3 and "1 rows: answers cut" in account
 
 
-def test_the_bos_of_a_template_stands_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
+def test_the_bos_of_a_template_appears_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
     bos = bos_tokenizer(tokenizer)
     bos.chat_template = "{{ bos_token }}" + IDENTITY
     rows = [{"prompt": [turn("user", "x" * 200)], "chosen": " sat", "rejected": " ran"}]
@@ -410,7 +411,7 @@ def test_the_bos_of_a_template_stands_once_and_stays_when_the_prompt_is_cut(load
     assert tokens["prompt_ids"][0] == bos.bos_token_id and tokens["prompt_ids"].count(bos.bos_token_id) == 1
 
 
-def test_dialogues_part_where_the_assistant_goes_on_even_if_the_answers_begin_with_the_same_turns(load, tokenizer):
+def test_dialogues_split_at_a_turn_of_the_assistant_even_if_the_answers_begin_alike(load, tokenizer):
     """A common first sentence is part of both answers; a common first turn of them is part of the prompt."""
     chat = chat_tokenizer(tokenizer, CHATML)
     start = [turn("user", "hi"), turn("assistant", "hello")]
@@ -430,12 +431,12 @@ def test_dialogues_that_share_nothing_have_no_prompt_and_are_dropped(load, token
 
 
 def test_a_file_may_not_change_its_format(load, tokenizer):
-    with pytest.raises(ValueError, match="row 2: has a prompt, and the first row of its file had none"):
+    with pytest.raises(UserError, match="row 2: has a prompt, and the first row of its file had none"):
         load([{"chosen": "a b", "rejected": "a c"}, row()])
     mixed = json.dumps(row()) + "\n" + json.dumps(next(every_format(row())))
-    with pytest.raises(ValueError, match="row 2: some rows of this file are texts, others are messages"):
+    with pytest.raises(UserError, match="row 2: some rows of this file are texts, others are messages"):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
-    with pytest.raises(ValueError, match="row 1: one text without a prompt"):
+    with pytest.raises(UserError, match="row 1: one text without a prompt"):
         data.split_row(None, ["hi"], "row 1")
 
 
@@ -443,7 +444,7 @@ LOOP_LAST = ("{% for m in messages %}{% if loop.last and messages[0]['role'] == 
              "{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}")
 
 
-def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_never_trains_on_it(load, tokenizer):
+def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_an_answer(load, tokenizer):
     """As Mistral's, which puts the system message before the last turn: with an answer behind it that would be another place."""
     chat, system = chat_tokenizer(tokenizer, LOOP_LAST), [turn("system", "be kind"), turn("user", "hi")]
     rows = [{"prompt": [turn("user", "hi")], "chosen": " yes", "rejected": " no"}, {"prompt": system, "chosen": " yes", "rejected": " no"}]
@@ -454,8 +455,8 @@ def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_never_trai
 @pytest.mark.parametrize("prompt, answer", [
     ([turn("system", "s")], [turn("user", "hi"), turn("assistant", "a")]), ([turn("user", "2+2?")], [turn("user", "bye"), turn("assistant", "a")]),
     ("2+2?", [turn("user", "bye"), turn("assistant", "a")]), ([turn("user", "hi")], [turn("gpt", "a")])])
-def test_a_prompt_is_never_thrown_away_for_what_the_answers_begin_with(load, tokenizer, prompt, answer):
-    with pytest.raises(ValueError, match="row 1: the answers begin neither with a turn of the assistant nor with the prompt"):
+def test_answers_that_begin_with_another_prompt_are_an_error(load, tokenizer, prompt, answer):
+    with pytest.raises(UserError, match="row 1: the answers begin neither with a turn of the assistant nor with the prompt"):
         load([{"prompt": prompt, "chosen": answer, "rejected": answer[:-1] + [turn("assistant", "b")]}], tokenizer=chat_tokenizer(tokenizer, CHATML))
 
 
@@ -476,25 +477,25 @@ def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
     assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
 
 
-def test_what_would_not_be_read_of_a_row_is_an_error(load, tokenizer):
+def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
-    with pytest.raises(ValueError, match="row 1: the field 'chosen' holds a message with tool_calls, which is not read"):
+    with pytest.raises(UserError, match="row 1: the field 'chosen' holds a message with tool_calls, which is not read"):
         load([{"prompt": "hi", "chosen": [call], "rejected": "no"}], tokenizer=chat)
     for column in ("system", "tools"):
-        with pytest.raises(ValueError, match=f"row 1: the column '{column}' is not read"):
+        with pytest.raises(UserError, match=f"row 1: the column '{column}' is not read"):
             load([row() | {column: "be kind"}])
 
 
 def test_an_open_quote_in_a_csv_does_not_swallow_the_rows_after_it(load):
     for text, message in (('say it:, b, c\nsay it:, b," c\nsay more:, e, f\n', "cannot be read as csv"), ('a,b,"c"d\n', "cannot be read as csv")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load("prompt,chosen,rejected\n" + text, "rows.csv")
-    with pytest.raises(ValueError, match="its header names a column twice"):
+    with pytest.raises(UserError, match="its header names a column twice"):
         load("prompt,chosen,chosen,rejected\na,b,b,c\n", "rows.csv")
 
 
-def test_another_reading_of_special_tokens_is_not_served_from_the_cache(load, tokenizer):
+def test_a_tokenizer_that_splits_special_tokens_does_not_share_the_cache_of_one_that_does_not(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     rows = [row(chosen=" a<|im_end|>b")]
     before = load(rows, tokenizer=chat)[0][0]["chosen_ids"]
@@ -502,11 +503,11 @@ def test_another_reading_of_special_tokens_is_not_served_from_the_cache(load, to
     assert load(rows, tokenizer=chat)[0][0]["chosen_ids"] != before
 
 
-def test_an_answer_that_brings_eos_and_a_line_break_ends_with_one_eos(load, tokenizer):
+def test_an_answer_that_ends_with_eos_and_a_line_break_has_one_eos(load, tokenizer):
     assert tokenizer.decode(load([row(chosen=" sat<eos>\n")])[0][0]["chosen_ids"]) == " sat<eos>"
 
 
-def test_all_that_a_tokenizer_puts_in_front_stands_in_front(load, tokenizer):
+def test_every_token_that_the_tokenizer_puts_before_a_text_comes_first(load, tokenizer):
     """GLM puts two tokens before a text, neither of them a BOS."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["[gMASK]", "<sop>"])
@@ -518,21 +519,21 @@ def test_all_that_a_tokenizer_puts_in_front_stands_in_front(load, tokenizer):
         assert glm.convert_ids_to_tokens(tokens["prompt_ids"][:2]) == ["[gMASK]", "<sop>"]
 
 
-def test_a_thousand_useless_rows_before_the_first_good_one(load):
+def test_a_thousand_useless_rows_may_come_before_the_first_good_one(load):
     assert len(load([row("")] * 1001 + [row()])[0]) == 1
 
 
-def test_a_part_of_a_mixture_that_gives_nothing_is_an_error_and_rows_left_out_are_counted(tmp_path, tokenizer):
+def test_a_part_of_a_mixture_without_usable_rows_is_an_error_and_rows_left_out_are_counted(tmp_path, tokenizer):
     a, b = (write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", make_rows(20)), ("b", [row(rejected=" ")])))
-    with pytest.raises(ValueError, match="b.jsonl: none of its 1 rows can be used"):
+    with pytest.raises(UserError, match="b.jsonl: none of its 1 rows can be used"):
         load_tokens(f"{a},{b}", tokenizer, BOTH, Limits())
     c = write_jsonl(tmp_path / "c.jsonl", make_rows(20, seed=5))
-    with pytest.raises(ValueError, match="c.jsonl: its share of the mixture is less than one row"):
+    with pytest.raises(UserError, match="c.jsonl: its share of the mixture is less than one row"):
         load_tokens(f"{a}:1,{c}:0.0001", tokenizer, BOTH, Limits())
     assert "30 of 40 rows kept, 10 left out by the shares" in describe(load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())[1])
 
 
-def test_sft_takes_the_last_turn_of_a_dialogue(load, tokenizer):
+def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     dialogue = [turn("user", "hi"), turn("assistant", "hello"), turn("user", "bye"), turn("assistant", "see you")]
     kept = load([{"chosen": dialogue}], sides=("chosen",), tokenizer=chat)[0]
@@ -540,13 +541,13 @@ def test_sft_takes_the_last_turn_of_a_dialogue(load, tokenizer):
 
 
 def test_no_chat_template_is_an_error_that_says_how_to_pass_one(load):
-    with pytest.raises(ValueError, match="row 1: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template"):
+    with pytest.raises(UserError, match="row 1: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template"):
         load([next(every_format(row()))])
 
 
-def test_a_template_that_refuses_a_row_is_an_error_that_names_it(load, tokenizer):
+def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tokenizer):
     chat = chat_tokenizer(tokenizer, "{{ raise_exception('no system turns here') }}")
-    with pytest.raises(ValueError, match="row 1: the chat template fails on this row: no system turns here"):
+    with pytest.raises(UserError, match="row 1: the chat template fails on this row: no system turns here"):
         load([next(every_format(row()))], tokenizer=chat)
 
 
@@ -555,8 +556,8 @@ def test_a_template_that_refuses_a_row_is_an_error_that_names_it(load, tokenizer
     ([{"from": "human", "value": "hi"}], "a message has a role and a content, both text"),
     ([turn("user", None)], "a message has a role and a content"), ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
     ([turn("user", "\ud83d")], "half of a surrogate pair")])
-def test_what_is_no_message_is_refused_with_file_row_and_field(load, value, message):
-    with pytest.raises(ValueError, match=rf"rows.jsonl, row 2: the field 'prompt' {message}" if "holds" in message else message):
+def test_a_value_that_is_no_message_is_an_error_that_names_file_row_and_field(load, value, message):
+    with pytest.raises(UserError, match=rf"rows.jsonl, row 2: the field 'prompt' {message}" if "holds" in message else message):
         load(json.dumps(row()) + "\n" + json.dumps(row() | {"prompt": value}))
 
 
@@ -581,7 +582,7 @@ def tokenizers_of_every_kind():
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "wordpiece", "merging"])
-def test_prompt_and_answer_ids_together_are_the_ids_of_the_text_and_the_prompt_is_the_same_for_both(load, kind):
+def test_prompt_and_answer_ids_are_the_ids_of_the_text_and_both_answers_share_the_prompt(load, kind):
     """enc(a + b) = enc(a)' + rest, with the same enc(a)' for both answers: 200 random rows, cut at any character."""
     tokenizer, generator = tokenizers_of_every_kind()[kind], np.random.default_rng(0)
     alphabet = "abcdx" if kind == "merging" else "the cat sat on a mat. é漢🙂e\u0301\n"
@@ -626,12 +627,12 @@ def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
     assert len(kept) == 2 and "1 rows: prompt cut: " in account
     kept, account = load(rows, limits=Limits(**short, overlong="drop"))
     assert len(kept) == 1 and "1 dropped (too long: " in account and "row 2)" in account
-    with pytest.raises(ValueError, match="too long: .*row 2. Mend these rows, or leave out --overlong error"):
+    with pytest.raises(UserError, match="too long: .*row 2. Fix these rows, or leave out --overlong error"):
         load(rows, limits=Limits(**short, overlong="error"))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_limits_leave_a_row_without_scored_tokens_or_with_two_prompts(load, seed):
+def test_under_any_limits_every_row_has_a_prompt_and_scored_tokens_within_the_limits(load, seed):
     generator = np.random.default_rng(seed)
     length = int(generator.integers(2, 12))
     limits = Limits(length, *(int(generator.integers(1, high)) if generator.random() < 0.7 and high > 1 else None for high in (length, 9)),
@@ -644,12 +645,12 @@ def test_no_limits_leave_a_row_without_scored_tokens_or_with_two_prompts(load, s
 
 # --- several parts
 
-def test_columns_under_other_names(load):
+def test_columns_may_have_other_names(load):
     renamed = [{"question": "a cat", "good": " sat", "bad": " ran", "prompt": 7, "id": "x1"}]
     columns = (("prompt", "question"), ("chosen", "good"), ("rejected", "bad"))
     found, expected = load(renamed, columns=columns)[0], load([row()])[0]
     assert found.remove_columns("id")[:] == expected.remove_columns("id")[:] and found[0]["id"].endswith("rows.jsonl, row 1 (id x1)")
-    with pytest.raises(ValueError, match="row 1: --columns names 'nice'; the row has 'question', 'good', 'bad', 'prompt', 'id'"):
+    with pytest.raises(UserError, match="row 1: --columns names 'nice'; the row has 'question', 'good', 'bad', 'prompt', 'id'"):
         load(renamed, columns=(("chosen", "nice"),))
 
 
@@ -673,7 +674,7 @@ def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
     ("{a}:0.5,{a}", "give every part a share, or none"), ("{a}:0", "with a share above 0"), ("{a}:x:y:1", "a data set is NAME, NAME:SPLIT"),
     ("{a}:test", "a file has no splits"), (",{a}", "a data set is NAME"), ("{a},./nowhere.jsonl", "nowhere.jsonl: no such file")])
 def test_a_wrong_data_set_name_is_refused(tmp_path, tokenizer, spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tokens(spec.format(a=write_jsonl(tmp_path / "a.jsonl", make_rows(3))), tokenizer, BOTH, Limits())
 
 
@@ -686,7 +687,7 @@ def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
     assert len(load_tokens(f"{tmp_path}/both:test", tokenizer, BOTH, Limits())[0]) == 3
     assert load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())[0][0]["id"] == f"{tmp_path}/one, row 1"
     for spec in ("both:dev", "one:test"):
-        with pytest.raises(ValueError, match="there is no split"):
+        with pytest.raises(UserError, match="there is no split"):
             load_tokens(f"{tmp_path}/{spec}", tokenizer, BOTH, Limits())
 
 
@@ -704,7 +705,7 @@ def test_the_statistics_of_three_rows_counted_by_hand(load):
     assert found["tokens_per_epoch"] == 8 + 9 + 9 and found["tokens_per_epoch_prompt_once_for_each_answer"] == 16 + 9 + 9
 
 
-def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_marked(load):
+def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_in_brackets(load):
     tokenizer = merging_tokenizer()
     shown = data.show(load([row("aa", "d", "bcx")], tokenizer=tokenizer)[0], tokenizer)
     assert shown.splitlines()[1:] == ["  prompt   'aa'", "  chosen   [d|<eos>]", "  rejected [bc|x|<eos>]"]
@@ -717,7 +718,7 @@ def run_report(*arguments):
     return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
-def test_python_data_py_reports_every_kind_of_file_without_a_word_from_a_library(folder, tmp_path):
+def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anything(folder, tmp_path):
     import csv
     import datasets
     import pyarrow
@@ -739,7 +740,7 @@ def test_python_data_py_reports_every_kind_of_file_without_a_word_from_a_library
         assert "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout and "scored tokens in brackets" in result.stdout
 
 
-def test_the_report_is_json_for_machines_and_counts_prompts_that_train_and_eval_share(folder, tmp_path):
+def test_the_json_report_counts_the_prompts_that_train_and_eval_share(folder, tmp_path):
     path, held = write_jsonl(tmp_path / "a.jsonl", make_rows(9)), write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2] + [row(rejected=" ")])
     result = run_report(path, "--model", folder, "--eval_dataset", held, "--json")
     report, other = json.loads(result.stdout)
@@ -751,7 +752,7 @@ def test_the_report_is_json_for_machines_and_counts_prompts_that_train_and_eval_
     (["nowhere.jsonl", "--model", "{folder}"], "nowhere.jsonl: no such file"), (["{pairs}", "--model", "/nowhere"], "--model /nowhere: no tokenizer there"),
     (["{pairs}", "--model", "{folder}", "--columns", "prompt"], "--columns prompt: write OURS=THEIRS"),
     (["{pairs}", "--model", "{folder}", "--columns", "chosen=a,chosen=b"], "names a column twice"),
-    (["{pairs}", "--model", "{folder}", "--chat_template", "{pairs}"], "no row holds messages, so it is not read"),
+    (["{pairs}", "--model", "{folder}", "--chat_template", "{pairs}"], "no row holds messages, so it is not used"),
     (["{pairs}", "--model", "{folder}", "--columns", "answer=chosen"], "OURS is one of prompt, chosen"),
     (["{pairs}", "--model", "{folder}", "--chat_template", "nowhere"], "--chat_template nowhere: no such file")])
 def test_an_error_of_the_report_is_one_line_and_exit_status_2(folder, pairs, flags, message):

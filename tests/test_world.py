@@ -21,7 +21,7 @@ def home(tmp_path_factory):
     return place, result.stdout
 
 
-def test_the_main_job_reaches_the_optimum_and_learns_the_true_reward(home):
+def test_train_py_without_flags_reaches_the_optimum_and_learns_the_true_reward(home):
     _, stdout = home
     share, correlation = (float(re.search(rf"{name} +([\d.]+)", stdout).group(1)) for name in
                           ("share of the achievable", "correlation of implicit and true reward"))
@@ -29,7 +29,7 @@ def test_the_main_job_reaches_the_optimum_and_learns_the_true_reward(home):
     assert "share of the achievable" in stdout.splitlines()[-2] and "correlation" in stdout.splitlines()[-1]
 
 
-def test_its_metrics_are_logged_during_training_and_at_the_end(home):
+def test_the_metrics_of_the_world_are_logged_during_training_and_at_the_end(home):
     rows = [row for row in read_metrics(home[0] / "runs" / "sigmoid") if row["split"] == "world"]
     assert len(rows) > 4 and rows[-1]["step"] == 512
     for key in ("reward", "kl", "objective", "optimum", "share", "correlation", "mass"):
@@ -76,7 +76,7 @@ def test_the_true_reward_depends_on_the_prompt_and_is_not_additive():
     assert torch.allclose(reward.flatten(1).std(-1), torch.full((8,), world.STD, dtype=torch.float64))
 
 
-def test_the_chain_and_its_samples_agree():
+def test_samples_follow_the_log_probs_of_the_chain():
     logps = world.chain_logps()
     assert torch.allclose(logps.exp().sum(-1), torch.ones(8, dtype=torch.float64))
     things, chosen = world.sample(logps, 80_000, 1, seed=0)
@@ -98,7 +98,7 @@ def test_labels_follow_bradley_terry():
         assert right.item() == pytest.approx(expected.item(), abs=4 * 0.5 / within.sum().item() ** 0.5)
 
 
-def test_the_optimal_policy_has_all_of_the_achievable_and_the_true_reward_as_its_implicit_one():
+def test_the_optimal_policy_has_share_1_and_its_implicit_reward_is_the_true_one():
     """π* = π_ref exp(r/β) / Z attains J* = β log Z, and β log π*/π_ref = r − β log Z (2305.18290 eqs. 4 and 5)."""
     reference, beta = world.chain_logps(), 0.7
     best = (reference + world.true_reward() / beta).log_softmax(-1)
@@ -109,7 +109,7 @@ def test_the_optimal_policy_has_all_of_the_achievable_and_the_true_reward_as_its
     assert nudged["world/objective"] < values["world/optimum"]
 
 
-def test_the_reference_itself_has_achieved_nothing_at_no_kl():
+def test_the_reference_itself_has_share_0_and_kl_0():
     values = world.metrics(world.chain_logps() - 1, world.chain_logps(), 1.0)
     assert values["world/share"] == pytest.approx(0) and values["world/kl"] == pytest.approx(0)
     assert values["world/mass"] == pytest.approx(torch.tensor(-1.0).exp().item())  # what is lost to other answers is seen here alone
@@ -117,7 +117,7 @@ def test_the_reference_itself_has_achieved_nothing_at_no_kl():
     assert values["world/reward"] == pytest.approx(start)
 
 
-def test_every_row_of_the_files_is_json_with_the_world_own_words(home):
+def test_the_files_hold_json_rows_of_prompts_and_answers_of_the_world(home):
     place, stdout = home
     kept = place / re.search(r"kept in (\S+)", stdout).group(1)
     for name, count, keys in (("sft", 16_384, {"prompt", "chosen"}), ("pairs", 65_536, {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}),
