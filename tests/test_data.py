@@ -65,6 +65,7 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
     ]
     expected = load(rows)[0].remove_columns("id")[:]
     import csv
+
     import pyarrow
     import pyarrow.parquet
 
@@ -1200,6 +1201,7 @@ def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_in_brackets(lo
 def run_report(*arguments):
     import subprocess
     import sys
+
     from conftest import ROOT
 
     return subprocess.run(
@@ -1212,6 +1214,7 @@ def run_report(*arguments):
 
 def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anything(folder, tmp_path):
     import csv
+
     import datasets
     import pyarrow
     import pyarrow.parquet
