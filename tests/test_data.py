@@ -82,6 +82,16 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
         ), name
 
 
+def test_a_json_list_keeps_its_texts_as_they_are_written(tmp_path):
+    """Readers that infer types make a date of "2020-01-01" and a string of a message with an
+    optional key."""
+    messages = [turn("user", "a"), turn("assistant", "b") | {"name": None}]
+    rows = [row("when?", "2020-01-01", "2020-01-02"), row("7", "8", "9") | {"extra": messages}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = list(data.read_rows(data.Source(str(tmp_path / "rows.json"))))
+    assert found == [(f"{tmp_path}/rows.json, row {i}", row) for i, row in enumerate(rows, 1)]
+
+
 def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_path, tokenizer):
     folder = tmp_path / "many"
     folder.mkdir()
@@ -297,6 +307,11 @@ def test_scores_are_read_from_json_and_csv_for_a_loss_that_needs_them(load):
     assert "chosen_score" not in load(rows)[0].column_names
 
 
+def test_a_score_is_read_without_a_rejected_answer(load):
+    kept, _ = load([row() | {"chosen_score": 2}], sides=("chosen",), scored=True)
+    assert kept["chosen_score"][:] == [2]
+
+
 def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_number_is_an_error(
     load,
 ):
@@ -428,11 +443,8 @@ def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_change
     import datasets
 
     for count in (3, 4):
-        monkeypatch.setattr(
-            datasets,
-            "load_dataset",
-            lambda name, split: datasets.Dataset.from_list(make_rows(count)),
-        )
+        rows = datasets.Dataset.from_list(make_rows(count))
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, rows=rows: rows)
         assert (
             load_tokens("org/pairs", tokenizer, BOTH, Limits())[0]["id"][count - 1]
             == f"org/pairs, row {count}"
@@ -600,8 +612,8 @@ def test_json_and_parquet_give_the_same_messages(load, tmp_path, tokenizer):
 def test_the_chat_template_writes_the_prompt_and_the_end_of_the_turn_is_the_last_scored_token(
     load, tokenizer
 ):
-    """ChatML ends a turn with <|im_end|> and a line break. No EOS is added, and the line break, which
-    no model generates, is removed."""
+    """ChatML ends a turn with <|im_end|> and a line break. No EOS is added, and the line break,
+    which no model generates, is removed."""
     chat = chat_tokenizer(tokenizer, CHATML)
     history = [
         turn("system", "be kind"),
@@ -724,7 +736,7 @@ LOOP_LAST = (
 def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_an_answer(
     load, tokenizer
 ):
-    """Mistral's template puts the system message before the last turn: an answer changes its place."""
+    """Mistral's template puts the system message before the last turn, which an answer changes."""
     chat, system = (
         chat_tokenizer(tokenizer, LOOP_LAST),
         [turn("system", "be kind"), turn("user", "hi")],
