@@ -42,9 +42,10 @@ def load(tokenizer, tmp_path):
         columns=(),
     ):
         path = tmp_path / name
-        path.write_text(rows, encoding="utf-8") if isinstance(rows, str) else write_jsonl(
-            path, rows
-        )
+        if isinstance(rows, str):
+            path.write_text(rows, encoding="utf-8")
+        else:
+            write_jsonl(path, rows)
         rows, account = load_tokens(str(path), tokenizer, sides, limits, strict, scored, columns)
         return rows, describe(account)
 
@@ -82,14 +83,20 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
         ), name
 
 
-def test_a_json_list_keeps_its_texts_as_they_are_written(tmp_path):
-    """Readers that infer types make a date of "2020-01-01" and a string of a message with an
-    optional key."""
-    messages = [turn("user", "a"), turn("assistant", "b") | {"name": None}]
-    rows = [row("when?", "2020-01-01", "2020-01-02"), row("7", "8", "9") | {"extra": messages}]
+@pytest.mark.parametrize("optional", [{}, {"name": None}])
+def test_a_json_list_has_the_texts_of_the_same_json_lines(tmp_path, optional):
+    """Readers that infer types make a date of "2020-01-01", a number of "7", and a string of a
+    message with an optional key."""
+    rows = [row("when?", "2020-01-01", "7"), row("why?", "NA", "null")]
+    if optional:
+        rows = [next(every_format(text)) for text in rows]
+        rows[0]["chosen"][0] |= optional
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    found = list(data.read_rows(data.Source(str(tmp_path / "rows.json"))))
-    assert found == [(f"{tmp_path}/rows.json, row {i}", row) for i, row in enumerate(rows, 1)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    files = [data.Source(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
+    from_list, from_lines = (list(data.examples(file, BOTH)) for file in files)
+    assert [text["id"] for text in from_list] == [f"{tmp_path}/rows.json, row {i}" for i in (1, 2)]
+    assert [text | {"id": ""} for text in from_list] == [text | {"id": ""} for text in from_lines]
 
 
 def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_path, tokenizer):
@@ -108,9 +115,8 @@ def test_a_prompt_inside_two_dialogues_ends_with_their_last_shared_turn():
     chosen, rejected = history + " Because it is so.", history + " Because I say so."
     assert split_prompt(chosen, rejected) == history  # not "... Because ", which both share
     assert split_prompt("Q: why? Because it is", "Q: why? Because I say") == "Q: why? Because"
-    assert (
-        split_prompt("one two three", "one two thirty") == "one two"
-    )  # "th" is the beginning of a word, not a prompt
+    # "th" is the beginning of a word, not a prompt.
+    assert split_prompt("one two three", "one two thirty") == "one two"
     assert split_prompt("abc", "abd") == ""
 
 
@@ -217,35 +223,22 @@ def test_a_cut_answer_loses_eos_and_an_answer_that_just_fits_keeps_it(load, toke
 
 def test_a_prompt_is_cut_only_as_far_as_its_answers_need():
     prompt, answers = list(range(100)), [[1] * 10, [2] * 20]
-    assert truncate(prompt, answers, Limits(max_length=120)) == (prompt, answers)
-    assert truncate(prompt, answers, Limits(max_length=70)) == (
-        prompt[-50:],
-        answers,
-    )  # the last 50, what the longer answer leaves
-    assert truncate(prompt, answers, Limits(max_length=70, truncation_mode="keep_start")) == (
-        prompt[:50],
-        answers,
-    )
-    assert truncate(prompt, answers, Limits(max_length=30)) == (
-        prompt[-15:],
-        [[1] * 10, [2] * 15],
-    )  # never below half of max_length
-    assert truncate(prompt, answers, Limits(max_length=70, max_prompt_length=5)) == (
-        prompt[-5:],
-        answers,
-    )
-    assert truncate(prompt, answers, Limits(max_completion_length=4)) == (
-        prompt,
-        [[1] * 4, [2] * 4],
-    )
-    assert truncate(prompt, answers, Limits(max_length=104, max_completion_length=4)) == (
-        prompt,
-        [[1] * 4, [2] * 4],
-    )
-    assert truncate([7] + prompt, answers, Limits(max_length=70), front=1) == (
-        [7] + prompt[-49:],
-        answers,
-    )  # BOS stays
+
+    def cut(front=0, prompt=prompt, **limits):
+        return truncate(prompt, answers, Limits(**limits), front)
+
+    assert cut(max_length=120) == (prompt, answers)
+    # The prompt keeps its last 50 tokens, which the longer answer leaves.
+    assert cut(max_length=70) == (prompt[-50:], answers)
+    assert cut(max_length=70, truncation_mode="keep_start") == (prompt[:50], answers)
+    # The prompt keeps half of max_length at least.
+    assert cut(max_length=30) == (prompt[-15:], [[1] * 10, [2] * 15])
+    assert cut(max_length=70, max_prompt_length=5) == (prompt[-5:], answers)
+    short = [[1] * 4, [2] * 4]
+    assert cut(max_completion_length=4) == (prompt, short)
+    assert cut(max_length=104, max_completion_length=4) == (prompt, short)
+    # BOS stays.
+    assert cut(max_length=70, front=1, prompt=[7] + prompt) == ([7] + prompt[-49:], answers)
 
 
 def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(load, tokenizer):
@@ -489,10 +482,12 @@ def test_an_epoch_sees_each_row_once_on_any_number_of_ranks(count, batch, size, 
         for step in range(epoch * steps, (epoch + 1) * steps):
             rows = window(step, count, batch, seed=3, shuffle=True)
             shares = [micro_batches(rows, size, rank, ranks) for rank in range(ranks)]
-            assert all(
-                0 < len(part) <= size for share in shares for part, _ in share
-            )  # each rank takes part in each step
-            weighted = [i for share in shares for part, weight in share for i in part if weight]
+            weighted = []
+            for share in shares:
+                assert len(share) > 0  # each rank takes part in each step
+                for part, weight in share:
+                    assert 0 < len(part) <= size
+                    weighted += list(part) if weight else []
             assert weighted == rows.tolist()  # in order: rank by rank is the window itself
             seen += weighted
         assert sorted(seen) == list(range(count))
@@ -571,12 +566,13 @@ def every_format(text):
     yield {"prompt": [user], "chosen": text["chosen"], "rejected": text["rejected"]}
     yield {"prompt": text["prompt"], "chosen": [chosen], "rejected": [rejected]}
     yield {"chosen": [user, chosen], "rejected": [user, rejected]}
+    # UltraFeedback.
     yield {
         "prompt": text["prompt"],
         "chosen": [user, chosen],
         "rejected": [user, rejected],
         "messages": [user, chosen],
-    }  # UltraFeedback
+    }
     yield {"prompt": [user], "chosen": [user, chosen], "rejected": [user, rejected]}
 
 
