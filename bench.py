@@ -1,15 +1,20 @@
-"""Time the training step of train.py: how fast, in how much memory, and at which share of what the machine can do.
+"""Time the training step of train.py: its speed, its memory, and its share of the machine's peak.
 
-    python bench.py --model M --data pairs.jsonl --batch_size 8 --no_shuffle --threads 1         # prints one JSON line
-    python bench.py --compare "python tests/bench_trl.py" --model M ... --no_shuffle             # and its ratio to another trainer
+    python bench.py --model M --data pairs.jsonl --batch_size 8 --no_shuffle --threads 1
+    python bench.py --compare "python tests/bench_trl.py" --model M ... --no_shuffle
 
-It is train.main that runs, and the clock is read at the end of each optimizer step: between two is all that a user waits for, rows and
-metrics too. `unique_tokens_per_s` counts each prompt once, `nonpad_tokens_per_s` before each answer.
+The first command prints one JSON line. The second prints the ratios to another trainer.
 
-Peak memory above the state (weights, reference, AdamW's moments) is of activations, logits and gradients. On a CPU peak_rss_mb −
-rss_before_train_mb − optimizer_mb: the most the process ever had, at the end and when models and rows were there but no batch yet; on a GPU
-peak_gpu_mb − state_mb. What another trainer doesn't print of this is taken from our line.
+bench.py runs train.main and reads the clock at the end of each optimizer step, so a step time
+includes all that a user waits for, such as the loading of rows and the metrics.
+`unique_tokens_per_s` counts each prompt once, `nonpad_tokens_per_s` once for each answer.
+
+Peak memory above the state (weights, reference, AdamW's moments) is the memory of activations,
+logits and gradients. On a CPU it is peak_rss_mb - rss_before_train_mb - optimizer_mb: the process's
+peak, minus its peak when models and rows were loaded but no batch, minus the moments. On a GPU it
+is peak_gpu_mb - state_mb. For another trainer that does not print these numbers, ours are used.
 """
+import argparse
 import contextlib
 import json
 import os
@@ -22,38 +27,66 @@ import sys
 import tempfile
 import time
 import unittest.mock
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 import train
+from errors import UserError, run_script
+from model import load_model, load_tokenizer
 from parallel import init_distributed
 
-SWITCHES = {"bf16": "autocast", "gc": "gradient checkpointing", "precompute_ref": "the reference's log-probs before the first step",
-            "no_shuffle": "rows in the order of the file"}
-NUMBERS = {"batch_size": 8, "steps": 6, "warmup": 2, "max_length": 1024, "lora_r": 0, "threads": torch.get_num_threads()}
+SWITCHES = {
+    "bf16": "autocast to bfloat16",
+    "gc": "gradient checkpointing",
+    "precompute_ref": "compute the reference's log-probs before the first step",
+    "no_shuffle": "take the rows in the order of the file",
+}
+NUMBERS = {
+    "batch_size": 8,
+    "steps": 6,
+    "warmup": 2,
+    "max_length": 1024,
+    "lora_r": 0,
+    "threads": torch.get_num_threads(),
+}
 
+
+# --- What the machine and the model need ----------------------------------------------------------
 
 def floor(lengths, body, vocabulary, hidden, layers, passes):
-    """FLOPs that (B, 3) tokens of prompt, chosen and rejected can't do without: each goes through the body's weights once, tokens of
-    answers through the head too, and queries meet the keys they see. A forward is one pass, a
-    backward two, or one where weights are frozen."""
-    prompt, *answers = lengths.T
-    seen = prompt * (prompt + 1) / 2 + sum(answer * prompt + answer * (answer + 1) / 2 for answer in answers)
-    weights = body * lengths.sum() + vocabulary * hidden * sum(answers).sum()
-    return passes * (2 * weights + 4 * hidden * layers * seen.sum())
+    """The FLOPs that these rows need at least.
+
+    lengths     (B, 3) tokens of prompt, chosen and rejected
+    body        weights of the model without its embeddings and its head
+    passes      1 for a forward, 2 for a backward, 1 for a backward through frozen weights
+
+    Every token goes through the weights of the body once, tokens of answers through the head too,
+    and a query meets the keys that it sees.
+    """
+    prompt, chosen, rejected = lengths.T
+    answers = chosen + rejected
+    keys = prompt * (prompt + 1) / 2
+    for answer in (chosen, rejected):
+        keys = keys + answer * prompt + answer * (answer + 1) / 2
+    weights = body * lengths.sum() + vocabulary * hidden * answers.sum()
+    attention = 2 * hidden * layers * keys.sum()
+    return passes * 2 * (weights + attention)
 
 
 def matmul_peak(dtype, device, size=2048, repeats=10):
     """FLOP/s of a square matrix product, the best of several."""
-    x, marks = torch.randn(size, size, dtype=dtype, device=device), []
+    x = torch.randn(size, size, dtype=dtype, device=device)
+    seconds = []
     for _ in range(repeats):
-        marks.append(now())
+        start = now()
         x @ x
-        marks.append(now())
-    return 2 * size**3 / np.diff(marks)[::2].min()
+        seconds.append(now() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def now():
@@ -62,132 +95,347 @@ def now():
     return time.perf_counter()
 
 
+class Memory(NamedTuple):
+    """MB. The numbers of the GPU are 0 where there is none."""
+    peak_rss: float
+    gpu: float
+    peak_gpu: float
+
+
 def memory():
-    """MB: the most that this process had so far; on a GPU, what is held there now and the most that was, else zeros."""
-    most, *gpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    return [size / 2**20 for size in (most, *gpu)]
+    """The memory of this process: its peak so far, and on the GPU its size now and its peak."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    gpu, peak_gpu = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return Memory(rss, gpu / 2**20, peak_gpu / 2**20)
 
 
-def run(args, ranks, rows):
-    """train.main on some lines, in a folder of its own, where nothing is cached -> what was seen of it."""
-    flags = {"model": args.model, "dataset": "rows.jsonl", "output_dir": "out", "batch_size": args.batch_size, "max_steps": args.steps,
-             "micro_batch_size": args.micro_batch_size or args.batch_size, "max_length": args.max_length, "attention": args.attention,
-             "lr": 1e-6, "lr_schedule": "constant", "warmup_steps": 0, "eval_share": 0, "eval_every": 0, "save_every": 0, "log_every": 1,
-             "shuffle": "false" if args.no_shuffle else "true", "dtype": "bfloat16" if args.bf16 else "float32"}
-    flags |= ({"lora_rank": args.lora_r} if args.lora_r else {}) | ({"ref": "cache"} if args.precompute_ref else {})
-    seen = {"marks": [now()], "losses": []}
+# --- One run of train.py --------------------------------------------------------------------------
 
-    class Clock(train.Log):
-        def __init__(self, *given):
-            super().__init__(*given)
-            seen["marks"].append(now())
+class Recorder:
+    """Observes a training run from outside, through torch.optim alone."""
 
-        def tick(self, values):
-            seen["marks"].append(now())
-            seen["losses"].append(values["loss"])
-            seen["peak"] = memory()
-            super().tick(values)
+    def __init__(self):
+        self.start = now()
+        self.step_ends = []
+        self.trained = 0  # parameters
+        self.before = None  # Memory when models and rows are loaded
+        self.peak = None  # Memory after the last step
 
-    def choose_attention(flags, models, rows, *others, inner=train.choose_attention):
-        seen["model"], seen["rows"], seen["before"] = models[0].model, rows, memory()
-        seen["attention"], line = inner(flags, models, rows, *others)
-        return seen["attention"], line
+    def note_optimizer(self):
+        self.before = memory()
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr), \
-            unittest.mock.patch.object(datasets.config, "HF_DATASETS_CACHE", folder), \
-            unittest.mock.patch.multiple(train, Log=Clock, choose_attention=choose_attention):
-        pathlib.Path("rows.jsonl").write_text("".join(rows))
-        train.main([*(f"--{name}={value}" for name, value in flags.items()), *["--gradient_checkpointing"][:args.gc]], ranks)
-        prompt, chosen, tokens = (data.column(seen["rows"], name) for name in ("prompt_length", "chosen_length", "tokens"))
-    return seen | {"lengths": np.stack([prompt, chosen, tokens - prompt - chosen], 1)}
+    def note_step(self, optimizer, args, kwargs):
+        self.step_ends.append(now())
+        self.peak = memory()
+        self.trained = 0
+        for group in optimizer.param_groups:
+            self.trained += sum(parameter.numel() for parameter in group["params"])
+
+
+@contextlib.contextmanager
+def recorded():
+    """Record the optimizer that is made inside, and each of its steps."""
+    recorder, make = Recorder(), torch.optim.Optimizer.__init__
+
+    def make_and_note(optimizer, *args, **kwargs):
+        recorder.note_optimizer()
+        make(optimizer, *args, **kwargs)
+
+    hook = register_optimizer_step_post_hook(recorder.note_step)
+    try:
+        with unittest.mock.patch.object(torch.optim.Optimizer, "__init__", make_and_note):
+            yield recorder
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def empty_folder():
+    """Run in an empty folder, with an empty cache of data sets and without output on stdout."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(unittest.mock.patch.object(
+            datasets.config, "HF_DATASETS_CACHE", folder))
+        yield
+
+
+class Run(NamedTuple):
+    """What a run of train.main shows."""
+    recorder: Recorder
+    lengths: np.ndarray  # (N, 3) tokens of prompt, chosen and rejected
+    attention: str  # "packed" or "padded"
+    metrics: list  # the rows of metrics.jsonl, one for each step
+
+
+def train_flags(args):
+    """The flags of train.py that stand for ours."""
+    flags = {
+        "model": args.model,
+        "dataset": "rows.jsonl",
+        "output_dir": "out",
+        "batch_size": args.batch_size,
+        "micro_batch_size": args.micro_batch_size or args.batch_size,
+        "max_steps": args.steps,
+        "max_length": args.max_length,
+        "attention": args.attention,
+        "lr": 1e-6,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "eval_share": 0,
+        "eval_every": 0,
+        "save_every": 0,
+        "log_every": 1,
+        "shuffle": "false" if args.no_shuffle else "true",
+        "dtype": "bfloat16" if args.bf16 else "float32",
+    }
+    if args.lora_r:
+        flags["lora_rank"] = args.lora_r
+    if args.precompute_ref:
+        flags["ref"] = "cache"
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    if args.gc:
+        argv.append("--gradient_checkpointing")
+    return argv
+
+
+def run(args, ranks, lines):
+    """Train on these lines of JSON."""
+    with empty_folder():
+        pathlib.Path("rows.jsonl").write_text("".join(lines))
+        with recorded() as recorder:
+            train.main(train_flags(args), ranks)
+        config = json.loads(pathlib.Path("out/config.json").read_text())
+        metrics = []
+        for line in pathlib.Path("out/metrics.jsonl").read_text().splitlines():
+            metrics.append(json.loads(line))
+        # The rows that were trained on, from the cache of the run.
+        rows, _ = data.load_tokens("rows.jsonl", load_tokenizer(args.model),
+                                   ("chosen", "rejected"), data.Limits(args.max_length))
+        prompt = data.column(rows, "prompt_length")
+        chosen = data.column(rows, "chosen_length")
+        rejected = data.column(rows, "tokens") - prompt - chosen
+    lengths = np.stack([prompt, chosen, rejected], 1)
+    return Run(recorder, lengths, config["flags"]["attention"], metrics)
+
+
+def read_lines(path, count):
+    """`count` lines of a file; its lines are repeated if there are fewer."""
+    try:
+        text = pathlib.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: cannot be read ({error})") from error
+    lines = [line.strip() + "\n" for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"--data {path}: there is no row in it")
+    repeats = count // len(lines) + 1
+    return (lines * repeats)[:count]
+
+
+def count_padded(lengths, size):
+    """The tokens of padded micro-batches of `size` rows, with padding; lengths is (steps, B, 3)."""
+    longest = lengths[..., 0] + lengths[..., 1:].max(-1)  # (steps, B)
+    total = 0
+    for start in range(0, longest.shape[1], size):
+        piece = longest[:, start:start + size]  # (steps, size)
+        total += 2 * piece.max(1).sum() * piece.shape[1]
+    return total
+
+
+def step_floor(args, lengths, trained):
+    """The FLOPs of a step, on average, and the model's number of parameters."""
+    model = load_model(args.model, device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if args.lora_r:
+        parameters += trained
+    head = model.get_output_embeddings().weight
+    ends = {id(head): head}  # tied weights count once
+    embeddings = model.get_input_embeddings().weight
+    ends[id(embeddings)] = embeddings
+    body = parameters - sum(weight.numel() for weight in ends.values())
+
+    # The policy's forward and backward, and the reference's forward.
+    passes = 2 if args.lora_r else 3
+    if not args.precompute_ref:
+        passes += 1
+    layers = model.config.num_hidden_layers
+    total = floor(lengths.reshape(-1, 3), body, *head.shape, layers, passes)
+    return total / len(lengths), parameters
+
+
+def speed_fields(args, attention, lengths, seconds):
+    """Speeds from the tokens (steps, B, 3) and the seconds (steps,) of each step."""
+    unique, total = lengths.sum(), seconds.sum()
+    nonpad = unique + lengths[..., 0].sum()
+    padding = 0.0
+    if attention == "padded":
+        size = args.micro_batch_size or args.batch_size
+        padding = 1 - nonpad / count_padded(lengths, size)
+    return {
+        "step_s_median": np.median(seconds),
+        "step_s_mean": total / len(lengths),
+        "pairs_per_s": args.batch_size * len(lengths) / total,
+        "nonpad_tokens_per_s": nonpad / total,
+        "unique_tokens_per_s": unique / total,
+        "padding_fraction": padding,
+    }
+
+
+def memory_fields(recorder):
+    optimizer_mb = 8 * recorder.trained / 2**20  # two moments in float32
+    return {
+        "rss_before_train_mb": recorder.before.peak_rss,
+        "peak_rss_mb": recorder.peak.peak_rss,
+        "peak_gpu_mb": recorder.peak.peak_gpu or None,
+        "optimizer_mb": optimizer_mb,
+        "state_mb": recorder.before.gpu + optimizer_mb,  # on the GPU
+    }
 
 
 def measure(args):
-    """-> the fields of the JSON line."""
+    """The fields of the JSON line."""
     torch.set_num_threads(args.threads)
-    ranks, need = init_distributed(), args.batch_size * args.steps
-    rows = [line.strip() + "\n" for line in open(args.data) if line.strip()]
-    seen = run(args, ranks, (rows * (need // len(rows) + 1))[:need])
-    if len(seen["lengths"]) < need:
-        raise ValueError(f"--data {args.data}: {need - len(seen['lengths'])} of its first rows teach nothing and were dropped; take them out")
-    windows = [data.window(step, need, args.batch_size, 0, not args.no_shuffle) for step in range(args.warmup, args.steps)]
-    times, lengths = np.diff(seen["marks"]), seen["lengths"][windows]  # of each step, after the start; (steps, B, 3)
-    total, unique, prompts, model = times[1 + args.warmup:].sum(), lengths.sum(), lengths[..., 0].sum(), seen["model"]
-    size = args.micro_batch_size or args.batch_size
-    longest = [(piece[..., 0] + piece[..., 1:].max(-1)).max(1) * piece.shape[1] for piece in np.split(lengths, range(size, args.batch_size, size), 1)]
-    held, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    outer = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values()
-    passes = 1 + (1 if args.lora_r else 2) + (not args.precompute_ref)
-    least = floor(lengths.reshape(-1, 3), held - sum(p.numel() for p in outer), *model.get_output_embeddings().weight.shape,
-                  model.config.num_hidden_layers, passes) / len(lengths)
-    peak, median = matmul_peak(torch.bfloat16 if args.bf16 else torch.float32, ranks.device), np.median(times[1 + args.warmup:])
-    line = {"impl": "ours", "torch": torch.__version__, "device": ranks.device.type, "attention": seen["attention"], "micro_batch_size": size,
-            **{name: getattr(args, name) for name in (*NUMBERS, *SWITCHES)}, "parameters": held, "trained_parameters": trained,
-            "step_s_median": median, "step_s_mean": total / len(lengths), "pairs_per_s": lengths[..., 0].size / total,
-            "nonpad_tokens_per_s": (unique + prompts) / total, "unique_tokens_per_s": unique / total,
-            "padding_fraction": 1 - (unique + prompts) / (2 * np.sum(longest)) if seen["attention"] == "padded" else 0.0, "init_s": times[0],
-            "rss_before_train_mb": seen["before"][0], "peak_rss_mb": seen["peak"][0], "peak_gpu_mb": seen["peak"][2] or None,
-            "optimizer_mb": 8 * trained / 2**20, "state_mb": seen["before"][1] + 8 * trained / 2**20,  # on the GPU
-            "first_loss": seen["losses"][0], "last_loss": seen["losses"][-1],
-            "floor_tflop": least / 1e12, "matmul_tflops": peak / 1e12, "share_of_peak": least / median / peak}
+    ranks, count = init_distributed(), args.batch_size * args.steps
+    result = run(args, ranks, read_lines(args.data, count))
+    dropped = count - len(result.lengths)
+    if dropped > 0:
+        raise UserError(f"--data {args.data}: {dropped} of its first rows teach nothing and were "
+                        "dropped; take them out")
+    recorder, metrics = result.recorder, result.metrics
+
+    # The tokens of each step.
+    windows = []
+    for step in range(args.steps):
+        windows.append(data.window(step, count, args.batch_size, 0, not args.no_shuffle))
+    lengths = result.lengths[windows]  # (steps, B, 3)
+
+    # The seconds of each step. The start of the first follows from its speed in metrics.jsonl.
+    first_step = lengths[0].sum() / metrics[0]["tokens_per_second"]
+    loop_start = recorder.step_ends[0] - first_step
+    seconds = np.diff([loop_start, *recorder.step_ends])  # (steps,)
+
+    # The steps after the warmup, and the least time that the machine would need for them.
+    lengths, seconds = lengths[args.warmup:], seconds[args.warmup:]
+    least, parameters = step_floor(args, lengths, recorder.trained)
+    peak = matmul_peak(torch.bfloat16 if args.bf16 else torch.float32, ranks.device)
+    line = {
+        "impl": "ours",
+        "torch": torch.__version__,
+        "device": ranks.device.type,
+        "attention": result.attention,
+        "micro_batch_size": args.micro_batch_size or args.batch_size,
+    }
+    line |= {name: getattr(args, name) for name in (*NUMBERS, *SWITCHES)}
+    line |= {"parameters": parameters, "trained_parameters": recorder.trained}
+    line |= speed_fields(args, result.attention, lengths, seconds)
+    line |= {"init_s": loop_start - recorder.start}
+    line |= memory_fields(recorder)
+    line |= {
+        "first_loss": metrics[0]["loss"],
+        "last_loss": metrics[-1]["loss"],
+        "floor_tflop": least / 1e12,
+        "matmul_tflops": peak / 1e12,
+        "share_of_peak": least / line["step_s_median"] / peak,
+    }
     line["peak_above_state_mb"] = above_state(line, line)
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
+    return {name: rounded(value) for name, value in line.items()}
 
 
-# --- beside another trainer
+def rounded(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# --- Comparison with another trainer --------------------------------------------------------------
 
 def above_state(line, ours):
+    """MB above the state. `ours` has the size of the state, which other trainers do not print."""
     if line["peak_gpu_mb"] is not None:
         return line["peak_gpu_mb"] - ours["state_mb"]
     return line["peak_rss_mb"] - line["rss_before_train_mb"] - ours["optimizer_mb"]
 
 
 def call(command, threads):
-    """-> the last line that it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    if done.returncode or not done.stdout.strip():
-        raise ValueError(f"{shlex.join(command)}: ended with status {done.returncode}\n{done.stderr[-2000:]}")
-    print(done.stdout.splitlines()[-1], file=sys.stderr, flush=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    """Run a command and parse the last line that it prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    printed = done.stdout.splitlines()
+    if done.returncode or not printed:
+        print(done.stderr[-2000:], file=sys.stderr)
+        last = done.stderr.splitlines()[-1:]
+        raise UserError(f"{shlex.join(command)}: ended with status {done.returncode}: "
+                        f"{''.join(last)}")
+    print(printed[-1], file=sys.stderr, flush=True)
+    return json.loads(printed[-1])
 
 
 def check_same_work(ours, theirs):
-    ours, theirs = ((line["unique_tokens_per_s"] * line["step_s_mean"], line["first_loss"], line["last_loss"]) for line in (ours, theirs))
-    if abs(ours[0] / theirs[0] - 1) > 0.02 or max(abs(a - b) for a, b in zip(ours[1:], theirs[1:])) > 5e-3:
-        raise ValueError("--compare: not the same work: " + " and ".join(
-            f"{tokens:.0f} tokens a step, losses {first:.4f} to {last:.4f}" for tokens, first, last in (ours, theirs)))
+    """Raise unless both lines are of the same tokens a step and have the same losses."""
+    tokens = [line["unique_tokens_per_s"] * line["step_s_mean"] for line in (ours, theirs)]
+    gaps = [abs(ours[name] - theirs[name]) for name in ("first_loss", "last_loss")]
+    if abs(tokens[0] / tokens[1] - 1) <= 0.02 and max(gaps) <= 5e-3:
+        return
+    work = []
+    for line, count in zip((ours, theirs), tokens):
+        work.append(f"{count:.0f} tokens a step, "
+                    f"losses {line['first_loss']:.4f} to {line['last_loss']:.4f}")
+    raise UserError(f"--compare: not the same work: {' and '.join(work)}")
 
 
 def compare(args):
-    """Runs in turn, each a process of its own -> medians of ratios, ours over theirs."""
-    shared = [f"--{name}={getattr(args, name)}" for name in ("model", "data", *NUMBERS)] + [f"--{name}" for name in SWITCHES if getattr(args, name)]
-    mine, pairs = [f"--attention={args.attention}", *[f"--micro_batch_size={args.micro_batch_size}"][:bool(args.micro_batch_size)]], []
+    """Run both trainers in turn, each in a process of its own. Returns medians of the ratios, ours
+    over theirs."""
+    shared = [f"--{name}={getattr(args, name)}" for name in ("model", "data", *NUMBERS)]
+    shared += [f"--{name}" for name in SWITCHES if getattr(args, name)]
+    our_command = [sys.executable, __file__, f"--attention={args.attention}", *shared]
+    if args.micro_batch_size:
+        our_command.append(f"--micro_batch_size={args.micro_batch_size}")
+    their_command = [*shlex.split(args.compare), *shared]
+
+    speeds, above, shares = [], [], []
     for _ in range(args.repeats):
-        pairs.append([call([*command, *shared], args.threads) for command in ([sys.executable, __file__, *mine], shlex.split(args.compare))])
-        check_same_work(*pairs[-1])
-    speeds = [ours["unique_tokens_per_s"] / theirs["unique_tokens_per_s"] for ours, theirs in pairs]
-    above = [[above_state(line, pair[0]) for line in pair] for pair in pairs]
-    shares = [[pair[0]["floor_tflop"] / line["step_s_median"] / pair[0]["matmul_tflops"] for line in pair] for pair in pairs]
-    return {"speed": statistics.median(speeds), "memory": statistics.median(ours / theirs for ours, theirs in above), "speeds": speeds,
-            "peak_above_state_mb": above, "shares_of_peak": shares}
+        ours, theirs = call(our_command, args.threads), call(their_command, args.threads)
+        check_same_work(ours, theirs)
+        lines = (ours, theirs)
+        speeds.append(ours["unique_tokens_per_s"] / theirs["unique_tokens_per_s"])
+        above.append([above_state(line, ours) for line in lines])
+        fastest = ours["floor_tflop"] / ours["matmul_tflops"]  # seconds
+        shares.append([fastest / line["step_s_median"] for line in lines])
+    return {
+        "speed": statistics.median(speeds),
+        "memory": statistics.median(ours / theirs for ours, theirs in above),
+        "speeds": speeds,
+        "peak_above_state_mb": above,
+        "shares_of_peak": shares,
+    }
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as a UserError."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def main(argv):
-    parser = train.Parser(description=__doc__, formatter_class=train.Help, allow_abbrev=False)
-    for name, what in {"model": "a folder with its tokenizer", "data": "a .jsonl file of pairs"}.items():
-        parser.add_argument(f"--{name}", type=os.path.abspath, required=True, help=what)
-    for name, default in {**NUMBERS, "micro_batch_size": None, "repeats": 5}.items():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=os.path.abspath, required=True,
+                        help="a folder with its tokenizer")
+    parser.add_argument("--data", type=os.path.abspath, required=True,
+                        help="a .jsonl file of pairs")
+    for name, default in (NUMBERS | {"micro_batch_size": None, "repeats": 5}).items():
         parser.add_argument(f"--{name}", type=data.at_least(0, int), default=default)
-    for name, what in SWITCHES.items():
-        parser.add_argument(f"--{name}", action="store_true", help=what)
-    parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help="as of train.py")
-    parser.add_argument("--compare", metavar="COMMAND", help="run it in turn with ours; it is given the flags of both, and prints these fields")
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto",
+                        help="as in train.py (default auto)")
+    parser.add_argument("--compare", metavar="COMMAND",
+                        help="run this command in turn with ours; it gets the flags that both have "
+                             "and prints the same fields")
     args = parser.parse_args(argv)
     print(json.dumps(compare(args) if args.compare else measure(args)))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

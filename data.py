@@ -1,17 +1,30 @@
-"""Rows of text -> token ids -> batches, and a report of what was cut or dropped on the way.
+"""Rows of text -> token ids -> batches, and a report of the rows that were cut or dropped.
 
-    python data.py FILE --model M          # what training with this tokenizer would see: counts, lengths, two rows as token ids
+    python data.py FILE --model M      # counts, lengths and two rows, as training would see them
 
-A row becomes a prompt and its answers. Each answer is scored from its first token to the token that ends it; the prompt and the
-padding are never scored. What can go wrong in between is settled here once:
+A row becomes a prompt and its answers. The scored tokens of an answer run from its first token to
+the token that ends it; the prompt and the padding are never scored. With one token per word:
 
-    boundary     prompt, prompt + chosen and prompt + rejected are tokenised whole, and the answers begin where the three stop
-                 agreeing: a tokenizer that merges across the boundary cannot make the two answers see different prompts
-    BOS          at most one, in front: where the tokenizer puts one before a text, or the chat template writes it
-    EOS          ends an answer that really ended, unless its chat template ended it with another special token; an answer that
-                 is cut loses it with the rest of its tail
-    truncation   the oldest tokens of the prompt go first, the same for both answers; then the tails of the answers
-    drops        rows that cannot teach anything (an empty answer, chosen equal to rejected) are counted and named
+    {"prompt": "a cat", "chosen": " sat", "rejected": " ran"}
+    prompt_ids    a cat
+    chosen_ids    sat <eos>
+    rejected_ids  ran <eos>
+
+These rules hold for every row:
+
+    boundary     prompt, prompt + chosen and prompt + rejected are tokenized whole. The answers
+                 begin at the first token where the three differ, so both answers have the same
+                 prompt even if the tokenizer merges characters across the boundary.
+    BOS          stands in front at most once: if the tokenizer puts one before a text, or if the
+                 chat template writes one.
+    EOS          ends an answer unless the chat template ended it with another special token. An
+                 answer that is cut loses its EOS with the rest of its tail.
+    truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
+                 tails of the answers.
+    drops        rows that cannot teach anything (an empty answer, chosen equal to rejected) are
+                 dropped, counted and named.
+
+Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
 import argparse
 import csv
@@ -23,6 +36,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import datasets
@@ -31,183 +45,297 @@ import pyarrow.parquet
 import torch
 import transformers
 
-IGNORE = -100  # label of a token that is not scored: torch's ignore_index, and dpo.IGNORE
-SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()  # caches made by other code are not ours
+from errors import UserError, run_script
+
+# The label of a token that is not scored.
+IGNORE = torch.nn.CrossEntropyLoss().ignore_index
+# A part of every cache key: token ids that other code made are not reused.
+SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
-# --- Files -> rows ----------------------------------------------------------------------------------------------------
+def first_line(error):
+    """The first line of an exception's message, or the exception's name if it has no message."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- Files -> rows --------------------------------------------------------------------------------
+# A text must arrive as it stands in the file, and every row with its number. The CSV and JSON
+# readers of `datasets`, pandas and pyarrow infer types instead: "2020-01-01" becomes a date, a
+# message with an optional key becomes a string of JSON, and surplus cells of a CSV row disappear.
+# The standard library reads both formats as they are. Parquet has types; `datasets` reads it by
+# pyarrow, too.
+
+def json_line_rows(path):
+    """Yield (number, row), numbered as the lines of the file."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, row {number}: not a whole JSON object ({error})") from None
+            yield number, row
+
 
 def json_rows(path):
-    """JSON lines, numbered as the lines of the file, or one JSON list, numbered from 1."""
+    """Yield (number, row) of one JSON list, numbered from 1, or of JSON lines."""
     with open(path, encoding="utf-8-sig") as file:
-        if path.suffix.lower() == ".json" and file.read(4096).lstrip()[:1] == "[":
+        if file.read(4096).lstrip().startswith("["):
             file.seek(0)
             yield from enumerate(json.load(file), 1)
             return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, row {number}: not a whole JSON object ({error})") from None
+    yield from json_line_rows(path)
 
 
 def csv_rows(path):
-    """Every value is text, as it stands in the file: no guessing that "NA" is missing or "42" a number."""
+    """Yield (number, row). Every value is the text of the file: "NA" is not null, "42" no int."""
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # or an open quote would swallow all rows after it
-        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
-            raise ValueError(f"{path}: its header names a column twice")
+        # strict: an open quote is an error instead of swallowing all rows after it.
+        reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames
+        if names is not None and len(set(names)) < len(names):
+            raise UserError(f"{path}: its header names a column twice")
         for number, row in enumerate(reader, 1):
+            # DictReader puts surplus cells under the key None.
             if None in row:
-                raise ValueError(f"{path}, row {number}: more cells than the header names; text with commas must be quoted")
+                raise UserError(f"{path}, row {number}: more cells than the header names; "
+                                "text with commas must be quoted")
             yield number, row
 
 
 def parquet_rows(path):
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    """Yield (number, row), numbered from 1."""
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
 
 
-READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+READERS = {
+    ".jsonl": json_line_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+}
+# What the readers raise for a file that is not what its name says.
+UNREADABLE = (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError,
+              RecursionError)
 
 
 class Source(NamedTuple):
-    """One part of a --dataset: a file, a folder of files, a folder of `save_to_disk`, or a data set of the hub."""
+    """One part of a --dataset: a file, a folder of files, a folder of `save_to_disk`, or a data set
+    of the Hub."""
     name: str
     split: str | None = None
     share: float | None = None
 
 
-def sources(spec):
-    """`NAME[:SPLIT][:SHARE]`, or several with commas between; a path that exists is itself, whatever it looks like."""
-    found = []
-    for part in [spec] if os.path.exists(spec) else spec.split(","):
-        name, *more = [part] if os.path.exists(part) else part.strip().split(":")
-        share = more.pop() if more and re.fullmatch(r"\d*\.?\d+", more[-1]) else None
-        if len(more) > 1 or not name or share is not None and not 0 < float(share) < math.inf:
-            raise ValueError(f"{part}: a data set is NAME, NAME:SPLIT or NAME:SPLIT:SHARE, with a share above 0")
-        found.append(Source(name, more[0] if more else None, None if share is None else float(share)))
-    if len({source.share is None for source in found}) > 1:
-        raise ValueError(f"{spec}: give every part a share, or none")
-    return found
+def parse_sources(spec):
+    """A --dataset -> its parts: `NAME[:SPLIT][:SHARE]`, or several of these separated by commas.
+
+    A path that exists is taken as it is, even with a comma or a colon in it.
+    """
+    if os.path.exists(spec):
+        return [Source(spec)]
+    parts = [parse_source(text) for text in spec.split(",")]
+    if len({part.share is None for part in parts}) > 1:
+        raise UserError(f"{spec}: give every part a share, or none")
+    return parts
+
+
+def parse_source(text):
+    if os.path.exists(text):
+        return Source(text)
+    name, *options = text.strip().split(":")
+    share = None
+    if options and re.fullmatch(r"\d*\.?\d+", options[-1]):
+        share = float(options.pop())
+    share_is_wrong = share is not None and not 0 < share < math.inf
+    if len(options) > 1 or not name or share_is_wrong:
+        raise UserError(f"{text}: a data set is NAME, NAME:SPLIT or NAME:SPLIT:SHARE, "
+                        "with a share above 0")
+    split = options[0] if options else None
+    return Source(name, split, share)
 
 
 def find_files(source):
-    """The files that a source names, or [] where it is a saved data set or one of the hub."""
-    path = pathlib.Path(source.name)
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS) if path.is_dir() else (
-        [path] if path.is_file() else [])
+    """The files of a source; [] for a folder of `save_to_disk` and for a data set of the Hub."""
+    path, kinds = pathlib.Path(source.name), ", ".join(READERS)
     if is_saved(path):
         return []
-    if path.is_dir() and not files:
-        raise ValueError(f"{path}: no {', '.join(READERS)} file in this folder")
-    if path.is_file() and path.suffix.lower() not in READERS:
-        raise ValueError(f"{path}: not a kind of file that is read; those are {', '.join(READERS)}")
-    if not path.exists() and (path.suffix.lower() in READERS or path.is_absolute() or source.name.startswith(".")):
-        raise ValueError(f"{path}: no such file")
+    files = []
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.is_file() and file.suffix.lower() in READERS:
+                files.append(file)
+        if not files:
+            raise UserError(f"{path}: no {kinds} file in this folder")
+    elif path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"{path}: cannot read this kind of file; use one of {kinds}")
+        files = [path]
+    elif not path.exists():
+        # A name of the Hub has no suffix of a file and does not look like a path.
+        is_path = path.is_absolute() or source.name.startswith(".")
+        if is_path or path.suffix.lower() in READERS:
+            raise UserError(f"{path}: no such file")
     if files and source.split:
-        raise ValueError(f"{source.name}:{source.split}: a file has no splits")
+        raise UserError(f"{source.name}:{source.split}: a file has no splits")
     return files
 
 
 def is_saved(path):
+    """Whether `save_to_disk` wrote this folder."""
     return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def load_set(source):
-    """A folder of `save_to_disk`, or a data set of the hub."""
+def open_dataset(source):
+    """The data set of a folder of `save_to_disk`, or of the Hub."""
     split = source.split or "train"
+    on_disk = is_saved(pathlib.Path(source.name))
+    # The network, the Hub and old files fail in many ways; the user can do the same about each.
     try:
-        if not is_saved(pathlib.Path(source.name)):
-            return datasets.load_dataset(source.name, split=split)
-        saved = datasets.load_from_disk(source.name)
-    except Exception as error:  # the network, the hub and old files fail in many ways; all mean the same to the user
-        raise ValueError(f"{source.name}: no such file, and not to be had from the hub ({str(error).splitlines()[0]})") from error
-    if isinstance(saved, datasets.DatasetDict) and split not in saved or isinstance(saved, datasets.Dataset) and source.split:
-        splits = ", ".join(saved) if isinstance(saved, datasets.DatasetDict) else "none"
-        raise ValueError(f"{source.name}: there is no split {split} in this folder; there are {splits}")
-    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        if on_disk:
+            saved = datasets.load_from_disk(source.name)
+        else:
+            saved = datasets.load_dataset(source.name, split=split)
+    except Exception as error:
+        raise UserError(
+            f"{source.name}: not found locally or on the Hub ({first_line(error)})") from error
+    if not on_disk:
+        return saved
+    # A saved folder holds a dictionary of splits, or one data set without splits.
+    splits = "none"
+    if isinstance(saved, datasets.DatasetDict):
+        splits = ", ".join(saved)
+        if split in saved:
+            return saved[split]
+    elif not source.split:
+        return saved
+    raise UserError(
+        f"{source.name}: there is no split {split} in this folder; there are {splits}")
 
 
 def read_rows(source):
-    """Yield (where, row): the row as a dict, and the name that errors, drops and logs call it by."""
+    """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
     files = find_files(source)
     if not files:
-        yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(load_set(source), 1))
+        for number, row in enumerate(open_dataset(source), 1):
+            yield f"{source.name}, row {number}", row
     for path in files:
+        read = READERS[path.suffix.lower()]
         try:
-            yield from ((f"{path}, row {number}", row) for number, row in READERS[path.suffix.lower()](path))
-        except (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
+            for number, row in read(path):
+                yield f"{path}, row {number}", row
+        except UNREADABLE as error:
+            kind = path.suffix[1:]
+            raise UserError(f"{path}: cannot be read as {kind} ({error})") from error
 
 
-# --- Rows -> prompt and answers, as text or as messages ---------------------------------------------------------------
+# --- Rows -> prompt and answers, as text or as messages -------------------------------------------
 
-TURN = "\n\nAssistant:"  # what comes before an answer in HH-RLHF and the sets made like it
-
-
-def rename(row, columns, where):
-    """--columns: our names for theirs."""
-    missing = [theirs for theirs in columns.values() if not isinstance(row, dict) or theirs not in row]
-    if missing:
-        raise ValueError(f"{where}: --columns names {missing[0]!r}; the row has {', '.join(map(repr, row))}")
-    others = {name: value for name, value in row.items() if name not in columns.values()}
-    return others | {ours: row[theirs] for ours, theirs in columns.items()}
+# Stands before each answer in HH-RLHF and in data sets made like it.
+TURN = "\n\nAssistant:"
+# Keys of a message that carry text which would be lost.
+UNREAD_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
+# Columns of a row that carry text which would be lost.
+UNREAD_COLUMNS = ("system", "tools")
 
 
-def fields_of(row, where, sides):
-    """Which columns we need of a file, read off its first row."""
-    keys = set(row) if isinstance(row, dict) else set()
+def rename_columns(row, columns, where):
+    """Apply --columns, {our name: the file's name}, to a row."""
+    existing = row if isinstance(row, dict) else {}
+    for name in columns.values():
+        if name not in existing:
+            raise UserError(
+                f"{where}: --columns names {name!r}; the row has {quote_names(existing)}")
+    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    for ours, theirs in columns.items():
+        renamed[ours] = row[theirs]
+    return renamed
+
+
+def quote_names(names):
+    return ", ".join(map(repr, names)) or "no fields at all"
+
+
+def choose_fields(row, where, sides):
+    """The fields to read from every row of a file, chosen by its first row."""
+    names = set(row) if isinstance(row, dict) else set()
     for fields in (("prompt", *sides), sides, ("chosen", "rejected")):
-        if keys.issuperset(fields) and (len(fields) > 1 or isinstance(row[fields[0]], list)):
+        if not names.issuperset(fields):
+            continue
+        # One answer without a prompt must be a dialogue: a text does not show where it begins.
+        if len(fields) > 1 or isinstance(row[fields[0]], list):
             return fields
-    raise ValueError(f"{where}: needs the fields {', '.join(('prompt', *sides))}, or chosen and rejected with the prompt "
-                     f"inside both (--columns gives others these names); it has "
-                     f"{', '.join(map(repr, sorted(keys))) or 'no fields at all'}")
+    needed, existing = ", ".join(("prompt", *sides)), quote_names(sorted(names))
+    raise UserError(f"{where}: needs the fields {needed}, or chosen and rejected with the prompt "
+                    f"inside both (--columns renames other fields); it has {existing}")
 
 
-def value_of(row, field, where):
-    """A text, or a list of messages {"role": ..., "content": ...} with nothing else in them."""
+def read_field(row, field, where):
+    """A text, or a list of messages {"role": text, "content": text}."""
     value = row.get(field) if isinstance(row, dict) else None
     if value is None:
-        raise ValueError(f"{where}: the field '{field}' is missing")
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        raise UserError(f"{where}: the field '{field}' is missing")
+    if isinstance(value, str):
+        texts = [value]
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = [read_message(message, field, where) for message in value]
+        texts = []
         for message in value:
-            if unread := [key for key in ("tool_calls", "function_call", "reasoning_content", "thinking") if message.get(key)]:
-                raise ValueError(f"{where}: the field '{field}' holds a message with {unread[0]}, which is not read; write it into the content")
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise ValueError(f"{where}: the field '{field}' holds the message {json.dumps(message, default=str)[:80]}; "
-                                 "a message has a role and a content, both text")
-        value = [{"role": message["role"], "content": message["content"]} for message in value]
-    elif not isinstance(value, str):
-        raise ValueError(f"{where}: the field '{field}' holds {json.dumps(value, default=str)[:60]}, which is not text and no "
-                         "list of messages")
-    for text in [value] if isinstance(value, str) else [message[key] for message in value for key in message]:
-        if not is_unicode(text):
-            raise ValueError(f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
+            texts += message.values()
+    else:
+        start = json.dumps(value, default=str)[:60]
+        raise UserError(f"{where}: the field '{field}' holds {start}, which is not text and no "
+                        "list of messages")
+    if not all(map(is_unicode, texts)):
+        raise UserError(
+            f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
     return value
 
 
+def read_message(message, field, where):
+    """The role and the content of a message, which must not hold other text."""
+    for key in UNREAD_KEYS:
+        if message.get(key):
+            raise UserError(f"{where}: the field '{field}' holds a message with {key}, which is "
+                            "not read; write it into the content")
+    texts = {key: message.get(key) for key in ("role", "content")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        start = json.dumps(message, default=str)[:80]
+        raise UserError(f"{where}: the field '{field}' holds the message {start}; "
+                        "a message has a role and a content, both text")
+    return texts
+
+
 def is_unicode(text):
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    """False for half of a surrogate pair, which UTF-8 cannot encode."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def score_of(row, field, where):
+def read_score(row, field, where):
     value = row.get(field) if isinstance(row, dict) else None
     try:
-        if math.isfinite(float(value)):
-            return float(value)
+        score = float(value)
     except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{where}: the loss reads the field '{field}', a finite number, and the row has {json.dumps(value, default=str)[:60]}")
+        score = math.nan
+    if not math.isfinite(score):
+        start = json.dumps(value, default=str)[:60]
+        raise UserError(f"{where}: the loss reads the field '{field}', a finite number, "
+                        f"and the row has {start}")
+    return score
 
 
-def split_prompt(chosen, rejected):
-    """The prompt inside two dialogues: what they share, cut back so that neither answer loses its beginning. That is to the
-    last turn of the assistant, or where turns are not marked, to before the last white space."""
+def split_prompt(chosen: str, rejected: str) -> str:
+    """The prompt inside two dialogues: their common prefix, cut back to the last turn of the
+    assistant so that neither answer loses its beginning. Where turns are not marked, the prompt
+    ends before the last white space of the prefix."""
     shared = os.path.commonprefix([chosen, rejected])
     if TURN in shared:
         return shared[:shared.rindex(TURN) + len(TURN)]
@@ -216,82 +344,158 @@ def split_prompt(chosen, rejected):
 
 
 def split_messages(dialogues):
-    """The prompt inside dialogues that are lists of messages: what all share, cut back so that each goes on with a turn of the
-    assistant."""
-    length = min(map(len, dialogues))
-    while length and (any(dialogue[:length] != dialogues[0][:length] for dialogue in dialogues) or
-                      any(len(dialogue) == length or dialogue[length]["role"] != "assistant" for dialogue in dialogues)):
-        length -= 1
-    return dialogues[0][:length]
+    """The prompt inside dialogues that are lists of messages: their common prefix, cut back until
+    every dialogue continues with a turn of the assistant."""
+    for length in range(min(map(len, dialogues)), 0, -1):
+        prompt = dialogues[0][:length]
+        answers = [dialogue[length:] for dialogue in dialogues]
+        are_equal = all(dialogue[:length] == prompt for dialogue in dialogues)
+        if are_equal and all(begins_with(answer, ("assistant",)) for answer in answers):
+            return prompt
+    return []
 
 
-def split_row(prompt, answers, where):
-    """Prompt (None: inside the answers) and answers of any of the formats -> prompt and answers, all text or all messages."""
-    if all(isinstance(part, str) for part in (prompt or "", *answers)):
-        if prompt is None and len(answers) == 1:
-            raise ValueError(f"{where}: one text without a prompt: nobody knows where its answer begins")
-        if prompt is None:
-            prompt = split_prompt(*answers)
-            answers = [answer[len(prompt):] for answer in answers]
+def begins_with(messages, roles):
+    return len(messages) > 0 and messages[0]["role"] in roles
+
+
+def split_row(prompt, answers: list, where: str):
+    """Separate prompt and answers, which may come in any of the formats.
+
+    prompt is None where it is inside the answers. Returns prompt and answers, all of them text or
+    all of them lists of messages.
+    """
+    if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
+        return split_conversation(prompt, answers, where)
+    if prompt is not None:
         return prompt, answers
+    if len(answers) == 1:
+        raise UserError(f"{where}: one text without a prompt: where its answer begins is unknown; "
+                        "give it a prompt")
+    prompt = split_prompt(*answers)
+    return prompt, [answer[len(prompt):] for answer in answers]
+
+
+def split_conversation(prompt, answers, where):
+    """split_row for rows in which the prompt or an answer is a list of messages."""
     if prompt is None and any(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{where}: one of chosen and rejected is a text, the other a list of messages; without a prompt, both must be lists")
-    answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer for answer in answers]
-    if prompt is not None and all(answer[0]["role"] in ("assistant", "tool") for answer in answers):
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, answers
-    shared = prompt if isinstance(prompt, list) else split_messages(answers)  # whole dialogues, prompt and all
-    if any(answer[:len(shared)] != shared for answer in answers) or (
-            isinstance(prompt, str) and prompt.strip() not in [message["content"].strip() for message in shared]):
-        raise ValueError(f"{where}: the answers begin neither with a turn of the assistant nor with the prompt")
+        raise UserError(f"{where}: one of chosen and rejected is a text, the other a list of "
+                        "messages; without a prompt, both must be lists")
+    answers = [as_messages("assistant", answer) for answer in answers]
+    # Answers that continue the prompt.
+    if prompt is not None and all(begins_with(answer, ("assistant", "tool")) for answer in answers):
+        return as_messages("user", prompt), answers
+    # Answers that are whole dialogues and repeat the prompt.
+    shared = prompt if isinstance(prompt, list) else split_messages(answers)
+    matches = all(answer[:len(shared)] == shared for answer in answers)
+    if isinstance(prompt, str):
+        contents = [message["content"].strip() for message in shared]
+        matches = matches and prompt.strip() in contents
+    if not matches:
+        raise UserError(
+            f"{where}: the answers begin neither with a turn of the assistant nor with the prompt")
     return shared, [answer[len(shared):] for answer in answers]
 
 
-def examples(source, sides, scored=False, columns=(), **key):
-    """Yield {id, chat, prompt, chosen, rejected} for every row, messages as JSON where `chat`, and {chosen,rejected}_score if
-    `scored`. `key` is for the cache alone: what the file and the code were."""
-    fields = chat = None
+def as_messages(role, value):
+    """A text as one message of this role; a list of messages as it is."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key) -> Iterator[dict]:
+    """Yield {id, chat, prompt, chosen, rejected} for every row.
+
+    scored      adds {side}_score
+    chat        whether prompt and answers are JSON of messages instead of text
+    cache_key   unused here; `datasets` hashes it with the other arguments
+    """
+    fields = file_is_chat = None
     for where, row in read_rows(Source(*source)):
-        row = rename(row, dict(columns), where) if columns else row
-        fields = fields or fields_of(row, where, sides)
+        # Every row of a file must have the format of the first.
+        if columns:
+            row = rename_columns(row, dict(columns), where)
+        if fields is None:
+            fields = choose_fields(row, where, sides)
         if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:
-            raise ValueError(f"{where}: has a prompt, and the first row of its file had none: which is meant?")
-        values = {field: value_of(row, field, where) for field in fields}
-        prompt, answers = split_row(values.get("prompt"), [values[field] for field in fields if field != "prompt"], where)
-        if chat not in (None, not isinstance(prompt, str)):
-            raise ValueError(f"{where}: some rows of this file are texts, others are messages")
-        if unread := [name for name in ("system", "tools") if row.get(name)]:
-            raise ValueError(f"{where}: the column '{unread[0]}' is not read; write it into the prompt, or take it out")
-        chat = not isinstance(prompt, str)
-        parts = [json.dumps(part) if chat else part for part in (prompt, *answers)]
-        scores = {f"{side}_score": score_of(row, f"{side}_score", where) for side in sides} if scored else {}
-        name = where + (f" (id {row['id']})" if row.get("id") is not None and is_unicode(str(row["id"])) else "")
-        yield {"id": name, "chat": chat, **dict(zip(("prompt", *sides), parts)), **scores}
+            raise UserError(f"{where}: has a prompt, and the first row of its file had none; "
+                            "give every row a prompt, or none")
+        values = {field: read_field(row, field, where) for field in fields}
+        prompt = values.pop("prompt", None)
+        prompt, answers = split_row(prompt, list(values.values()), where)
+        is_chat = not isinstance(prompt, str)
+        if file_is_chat not in (None, is_chat):
+            raise UserError(f"{where}: some rows of this file are texts, others are messages")
+        file_is_chat = is_chat
+        for name in UNREAD_COLUMNS:
+            if row.get(name):
+                raise UserError(f"{where}: the column '{name}' is not read; write it into the "
+                                "prompt, or remove the column")
+
+        example = {"id": name_row(row, where), "chat": is_chat}
+        for name, part in zip(("prompt", *sides), (prompt, *answers)):
+            example[name] = json.dumps(part) if is_chat else part
+        if scored:
+            for side in sides:
+                name = f"{side}_score"
+                example[name] = read_score(row, name, where)
+        yield example
+
+
+def name_row(row, where):
+    """The name of a row in errors and logs: file and number, and its id if it has one."""
+    row_id = row.get("id")
+    if row_id is None or not is_unicode(str(row_id)):
+        return where
+    return f"{where} (id {row_id})"
 
 
 def load_text(source, sides, scored=False, columns=()):
-    """A data set of what `examples` yields, read once and kept by `datasets` until the file changes."""
+    """A data set of what `examples` yields, read once and cached by `datasets` until the file
+    changes."""
     files = find_files(source)
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files)  # no list: that would be shards
-    sizes = [path.stat().st_size for path in files or pathlib.Path(source.name).rglob("*")]  # of a hub's set unknown
-    if sizes and sum(sizes) < 20e6:  # done before a bar could be read
+    show_progress(source, files)
+    arguments = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns}
+    if next(examples(**arguments), None) is None:
+        raise UserError(f"{source.name}: there is no row in it")
+    # The state of the data is part of the cache key. A tuple: `datasets` splits lists into shards.
+    state = tuple(file_state(file) for file in files)
+    if not state:
+        state = open_dataset(source)._fingerprint
+    cache_key = {"code": SOURCE, "stamps": state}
+    try:
+        return datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+    except datasets.exceptions.DatasetGenerationError as error:
+        # The exception of `examples`, which names the file and the row.
+        raise error.__cause__ from None
+
+
+def file_state(file):
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def show_progress(source, files):
+    """Turn the progress bars of `datasets` off for data that is read in seconds. The size of a data
+    set of the Hub is unknown, so its bars stay on."""
+    if not files:
+        files = pathlib.Path(source.name).rglob("*")
+    sizes = [file.stat().st_size for file in files]
+    if sizes and sum(sizes) < 20e6:
         datasets.disable_progress_bars()
     else:
         datasets.enable_progress_bars()
-    given = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns}
-    if next(examples(**given), None) is None:
-        raise ValueError(f"{source.name}: there is no row in it")
-    try:
-        return datasets.Dataset.from_generator(
-            examples, gen_kwargs=given | {"code": SOURCE, "stamps": stamps or load_set(source)._fingerprint})
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ from None  # ours, with the file and the row in it
 
 
-# --- Prompt and answers -> token ids ----------------------------------------------------------------------------------
+# --- Prompt and answers -> token ids --------------------------------------------------------------
 
 class Limits(NamedTuple):
-    """Most tokens of a whole row, of its prompt and of an answer with its EOS. A prompt limit of None leaves the prompt what
-    the longer answer does not need, and half of max_length at least. `overlong`: cut such a row, drop it, or stop."""
+    """The largest numbers of tokens of a row (prompt and one answer), of its prompt, and of an
+    answer with its EOS.
+
+    max_prompt_length   None leaves the prompt all that the longer answer does not need, and at
+                        least half of max_length
+    overlong            "cut" such a row, "drop" it, or stop with an "error"
+    """
     max_length: int = 1024
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
@@ -299,315 +503,546 @@ class Limits(NamedTuple):
     overlong: str = "cut"
 
 
-def fit(prompt, answers, limits, front=0):
-    """Cut token lists to the limits -> prompt, answers. The first `front` tokens of the prompt (BOS) always stay."""
-    spare = limits.max_length - min(max(map(len, answers)), limits.max_completion_length or limits.max_length)
-    room = limits.max_prompt_length or max(spare, limits.max_length // 2)
-    if len(prompt) > room:
-        keep_end = limits.truncation_mode == "keep_end"
-        prompt = prompt[:front] + prompt[len(prompt) - room + front:] if keep_end else prompt[:room]
-    space = min(limits.max_length - len(prompt), limits.max_completion_length or limits.max_length)
-    return prompt, [answer[:space] for answer in answers]
+class RowText(NamedTuple):
+    """A row as text, ready for the tokenizer."""
+    prompt: str
+    answers: list  # the answers alone, to find empty and equal ones
+    wholes: list  # prompt + answer, for each answer
+    problem: str  # why the row is dropped, or ""
 
 
-def special_tokens(tokenizer):
-    """What the tokenizer puts before a text (BOS, or nothing, or more than one token), and [EOS]."""
+def truncate(prompt: list, answers: list, limits: Limits, front=0):
+    """Cut token lists to the limits. Returns (prompt, answers).
+
+    The first `front` tokens of the prompt (BOS) always stay.
+    """
+    answer_limit = limits.max_completion_length or limits.max_length
+    prompt_limit = limits.max_prompt_length
+    if prompt_limit is None:
+        longest = min(max(map(len, answers)), answer_limit)
+        prompt_limit = max(limits.max_length - longest, limits.max_length // 2)
+    # The prompt gives way first.
+    if len(prompt) > prompt_limit:
+        if limits.truncation_mode == "keep_end":
+            surplus = len(prompt) - prompt_limit
+            prompt = prompt[:front] + prompt[front + surplus:]
+        else:
+            prompt = prompt[:prompt_limit]
+    # Then the answers.
+    room = min(limits.max_length - len(prompt), answer_limit)
+    return prompt, [answer[:room] for answer in answers]
+
+
+def special_ids(tokenizer):
+    """The ids that the tokenizer puts before a text (BOS, none, or several), and [EOS]."""
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so the model could not learn to stop: set eos_token in its "
-                         "tokenizer_config.json")
-    bare, dressed = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
-    front = next(i for i in range(len(dressed)) if dressed[i:i + len(bare)] == bare)
-    return dressed[:front], [tokenizer.eos_token_id]
+        raise UserError("the tokenizer has no EOS token, so the model could not learn to stop: "
+                        "set eos_token in its tokenizer_config.json")
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = range(len(with_special))
+    front = next(i for i in starts if with_special[i:i + len(plain)] == plain)
+    return with_special[:front], [tokenizer.eos_token_id]
 
 
-def render(prompt, answers, tokenizer, ends, where):
-    """Messages -> the text of the prompt, that of each whole dialogue, and whether they agree, by the tokenizer's own chat template. Some
-    templates write a prompt in another way once an answer follows it: then no answer belongs to the prompt that a user would send.
-    The template's white space after the token that ends the last turn, one of `ends`, goes: a model that says it has stopped."""
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{where}: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template FILE")
+def strip_after_end(text, ends):
+    """Remove white space after a token that ends the text. A model that wrote this token has
+    stopped, so it never writes the white space."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(ends) else text
+
+
+def render(messages, tokenizer, where, add_generation_prompt=False):
+    """Messages -> text, by the tokenizer's chat template."""
+    if not messages:
+        return ""
+    # A template is a program of its own and raises exceptions of any kind.
     try:
-        start, turns, *wholes = (
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate) if messages else ""
-            for messages, generate in ((prompt, True), (prompt, False), *((prompt + answer, False) for answer in answers)))
-    except Exception as error:  # a template is a foreign program, and its errors are of any kind
-        raise ValueError(f"{where}: the chat template fails on this row: {error}") from error
-    wholes = [whole.rstrip() if whole.rstrip().endswith(ends) else whole for whole in wholes]
-    return start, wholes, all(whole.startswith(turns.rstrip()) for whole in wholes)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:
+        raise UserError(f"{where}: the chat template fails on this row: {error}") from error
 
 
-def tokenize_row(texts, prompt, wholes, bos, eos, limits):
-    """One row: its answers as text, the ids of its prompt, the ids of prompt + answer for each answer, and what to put before and
-    after: [BOS] or [], and for each answer [EOS] or []."""
-    start = len(os.path.commonprefix([prompt, *wholes]))
-    front = [] if wholes[0][:len(bos)] == bos else bos
-    answers = [whole[start:] for whole in wholes]
-    ended = [answer if answer[-1:] == end else answer + end for answer, end in zip(answers, eos)]
-    short_prompt, short = fit(front + wholes[0][:start], ended, limits, len(bos))
-    prompt_cut, answers_cut = len(short_prompt) < len(front) + start, sum(map(len, short)) < sum(map(len, ended))
+def text_of_messages(prompt, answers, tokenizer, ends, where):
+    """Prompt and answers as lists of messages -> RowText.
+
+    Some templates write the prompt differently when an answer follows. Such a row is dropped: its
+    answers do not belong to the prompt that a user would send.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"{where}: the row holds messages, and the tokenizer has no chat template; "
+                        "pass one by --chat_template FILE")
+    prompt_text = render(prompt, tokenizer, where, add_generation_prompt=True)
+    prompt_turns = render(prompt, tokenizer, where).rstrip()
+    wholes, answer_texts, roles = [], [], set()
+    for answer in answers:
+        whole = render(prompt + answer, tokenizer, where)
+        wholes.append(strip_after_end(whole, ends))
+        answer_texts.append("".join(message["content"] for message in answer))
+        roles |= {message["role"] for message in answer}
     problem = ""
-    if any(not text.strip() for text in texts) or not all(answers):
-        problem = "empty answer"
-    elif not short_prompt:
-        problem = "no prompt"
-    elif len(texts) == 2 and texts[0] == texts[1]:
-        problem = "chosen equals rejected"
-    elif limits.overlong != "cut" and (prompt_cut or answers_cut):
-        problem = "too long"
-    elif len(short) == 2 and short[0] == short[1]:
-        problem = "chosen equals rejected once cut" if answers_cut else "chosen and rejected are the same tokens"
-    return {"prompt_ids": short_prompt, "problem": problem, "prompt_cut": prompt_cut, "answers_cut": answers_cut,
-            "merged": start < len(prompt), "prompt_length": len(short_prompt), "chosen_length": len(short[0]),
-            "tokens": len(short_prompt) + sum(map(len, short))}, short
+    if prompt and roles & {"user", "system"}:
+        problem = "turns of the user inside an answer"
+    elif prompt and not all(whole.startswith(prompt_turns) for whole in wholes):
+        problem = "the chat template writes the prompt otherwise when an answer follows"
+    return RowText(prompt_text, answer_texts, wholes, problem)
+
+
+def tokenize_row(text, prompt, wholes, front, ends, limits):
+    """The columns of one row.
+
+    text     RowText
+    prompt   the ids of the prompt; wholes: of prompt + answer, for each answer
+    front    the ids to put before the row, [BOS] or []
+    ends     the ids to put after each answer, [EOS] or []
+    """
+    # The answers begin where the tokens of prompt, prompt + chosen and prompt + rejected differ.
+    start = len(os.path.commonprefix([prompt, *wholes]))
+    answers = [whole[start:] for whole in wholes]
+    # No second BOS and no second EOS where the text brings its own.
+    whole_prompt = wholes[0][:start]
+    if wholes[0][:len(front)] != front:
+        whole_prompt = front + whole_prompt
+    ended = []
+    for answer, end in zip(answers, ends):
+        ended.append(answer if answer[-1:] == end else answer + end)
+    prompt_ids, answer_ids = truncate(whole_prompt, ended, limits, len(front))
+
+    answer_tokens = sum(map(len, answer_ids))
+    row = {
+        "prompt_ids": prompt_ids,
+        "answer_ids": answer_ids,
+        "prompt_cut": len(prompt_ids) < len(whole_prompt),
+        "answers_cut": answer_tokens < sum(map(len, ended)),
+        "merged": start < len(prompt),
+        "prompt_length": len(prompt_ids),
+        "chosen_length": len(answer_ids[0]),
+        "tokens": len(prompt_ids) + answer_tokens,
+    }
+    is_empty = not all(answers) or not all(answer.strip() for answer in text.answers)
+    row["problem"] = "empty answer" if is_empty else find_problem(text, row, limits)
+    if text.problem:
+        row["problem"] = text.problem
+    return row
+
+
+def find_problem(text, row, limits):
+    """Why a row without an empty answer cannot be trained on, or ""."""
+    is_pair = len(text.answers) == 2
+    if not row["prompt_ids"]:
+        return "no prompt"
+    if is_pair and text.answers[0] == text.answers[1]:
+        return "chosen equals rejected"
+    if limits.overlong != "cut" and (row["prompt_cut"] or row["answers_cut"]):
+        return "too long"
+    if is_pair and row["answer_ids"][0] == row["answer_ids"][1]:
+        if row["answers_cut"]:
+            return "chosen equals rejected once cut"
+        return "chosen and rejected are the same tokens"
+    return ""
+
+
+def text_of_row(batch, i, tokenizer, sides, ends):
+    """Row i of a batch of `examples` -> RowText."""
+    prompt = batch["prompt"][i]
+    answers = [batch[side][i] for side in sides]
+    if batch["chat"][i]:
+        messages = [json.loads(answer) for answer in answers]
+        return text_of_messages(json.loads(prompt), messages, tokenizer, ends, batch["id"][i])
+    answers = [strip_after_end(answer, tokenizer.eos_token) for answer in answers]
+    return RowText(prompt, answers, [prompt + answer for answer in answers], "")
 
 
 def tokenize(batch, tokenizer, sides, limits):
-    """The function that Dataset.map runs over a batch of {column: list}."""
-    (bos, eos), rows = special_tokens(tokenizer), []
-    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)  # EOS, ends of turns
-    texts = [[batch[side][i] for side in sides] for i in range(len(batch["id"]))]  # of the answers, for each row
-    texts = [[text.rstrip() if text.rstrip().endswith(tokenizer.eos_token) else text for text in row] for row in texts]
-    prompts, wholes = list(batch["prompt"]), [[batch["prompt"][i] + text for text in row] for i, row in enumerate(texts)]
-    problems = [""] * len(texts)
-    for i in np.flatnonzero(batch["chat"]):
-        prompt, answers = json.loads(batch["prompt"][i]), [json.loads(text) for text in texts[i]]
-        texts[i] = ["".join(message["content"] for message in answer) for answer in answers]
-        prompts[i], wholes[i], agree = render(prompt, answers, tokenizer, ends, batch["id"][i])
-        if prompt and any(message["role"] in ("user", "system") for answer in answers for message in answer):
-            problems[i] = "turns of the user inside an answer"
-        elif prompt and not agree:
-            problems[i] = "the chat template writes the prompt otherwise when an answer follows"
+    """Tokenize a batch {column: list} of what `examples` yields. Dataset.map runs this function."""
+    bos, eos = special_ids(tokenizer)
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = tuple(token.content for token in special)  # EOS and the ends of turns
+    count = len(batch["id"])
+    texts = [text_of_row(batch, i, tokenizer, sides, ends) for i in range(count)]
 
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # One call for the prompts and one for each side: a call encodes its texts in parallel.
+    def encode(strings):
+        return tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
 
-    prompt_ids, whole_ids = encode(prompts), [encode(list(side)) for side in zip(*wholes)]  # one call per side: it runs in parallel
-    for i, chat in enumerate(batch["chat"]):
-        ids = [side[i] for side in whole_ids]
-        front = bos if not chat else ids[0][:1] if ids[0][:1] == [tokenizer.bos_token_id] else []  # a template writes its own
-        end = [[] if chat and whole.endswith(ends) else eos for whole in wholes[i]]
-        row, answers = tokenize_row(texts[i], prompt_ids[i], ids, front, end, limits)
-        row["problem"] = problems[i] or row["problem"]
-        row["repeats"] = bool(prompts[i].strip()) and not chat and all(text.startswith(prompts[i]) for text in texts[i])
-        row["prompt_key"] = int.from_bytes(hashlib.blake2b(batch["prompt"][i].encode(), digest_size=7).digest(), "big")
-        rows.append(row | {f"{side}_ids": answer for side, answer in zip(sides, answers)})
-    scores = {name: batch[name] for name in batch if name.endswith("_score")}
-    for row, (better, worse) in zip(rows, zip(*scores.values())):
-        row["problem"] = row["problem"] or ("" if better > worse else "chosen_score not above rejected_score")
-    return {"id": batch["id"], **scores, **{name: [row[name] for row in rows] for name in rows[0]}}
+    prompt_ids = encode([text.prompt for text in texts])
+    whole_ids = []
+    for k in range(len(sides)):
+        whole_ids.append(encode([text.wholes[k] for text in texts]))
+
+    # Token ids -> rows.
+    rows = []
+    for i, text in enumerate(texts):
+        is_chat = batch["chat"][i]
+        wholes = [side_ids[i] for side_ids in whole_ids]
+        front, end_ids = bos, [eos] * len(sides)
+        if is_chat:
+            # A chat template writes its own BOS and ends its turns with its own special token.
+            has_bos = wholes[0][:1] == [tokenizer.bos_token_id]
+            front = wholes[0][:1] if has_bos else []
+            end_ids = [[] if whole.endswith(ends) else eos for whole in text.wholes]
+        row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits)
+        repeats = all(answer.startswith(text.prompt) for answer in text.answers)
+        row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
+        row["prompt_key"] = hash_prompt(batch["prompt"][i])
+        row |= {f"{side}_ids": answer for side, answer in zip(sides, row.pop("answer_ids"))}
+        rows.append(row)
+
+    # Scores must agree with the preference.
+    columns = {"id": batch["id"]}
+    columns |= {name: batch[name] for name in batch if name.endswith("_score")}
+    if {"chosen_score", "rejected_score"} <= set(columns):
+        scores = zip(columns["chosen_score"], columns["rejected_score"])
+        for row, (chosen, rejected) in zip(rows, scores):
+            if not row["problem"] and not chosen > rejected:
+                row["problem"] = "chosen_score not above rejected_score"
+    for name in rows[0]:
+        columns[name] = [row[name] for row in rows]
+    return columns
 
 
-def load_tokens(spec, tokenizer, sides, limits, strict=False, scored=False, columns=()):
-    """A --dataset -> (rows of token ids fit to train on, an account of all rows that `describe` puts into words).
+def hash_prompt(prompt):
+    """A number in [0, 2**56)."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest(), "big")
 
-    Columns of a row: id, prompt_ids, {side}_ids (what ends it included), prompt_length, chosen_length, tokens (of the prompt and all
-    answers), prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`, {side}_score. `columns` are pairs (our name, the
-    file's name). With strict, a row that would be dropped is an error, and so is a long one with limits.overlong "error".
+
+def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False, scored=False,
+                columns=()) -> tuple[datasets.Dataset, dict]:
+    """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
+    rows, which `describe` puts into words.
+
+    The columns of a row: id, prompt_ids, {side}_ids (with the token that ends the answer),
+    prompt_length, chosen_length, tokens (of the prompt and all answers), prompt_key (a hash of the
+    prompt, 0 <= key < 2**56) and, if `scored`, {side}_score.
+
+    strict      a row that would be dropped is an error
+    columns     pairs (our name, the file's name)
     """
-    parts, named, account = [], sources(spec), {"data": spec, "rows": 0, "dropped": {}, "noted": {}}
-    template, backend = tokenizer.chat_template, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    for source in named:
+    sources, parts = parse_sources(spec), []
+    account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False}
+    for source in sources:
         text = load_text(source, sides, scored, columns)
-        key = datasets.fingerprint.Hasher.hash([text._fingerprint, backend, template, tokenizer.special_tokens_map, sides, limits, SOURCE,
-                                                getattr(tokenizer, "split_special_tokens", False)])
-        rows = text.map(tokenize, batched=True, remove_columns=text.column_names, new_fingerprint=key, desc="tokenising",
-                        features=features(sides, scored), fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
-        account["messages"] = account.get("messages", False) or bool(text[0]["chat"])
-        parts.append(keep(rows, account, strict, limits.overlong))
-        if not len(parts[-1]):
-            raise ValueError(f"{source.name}: none of its {len(rows)} rows can be used ({name_rows(account['dropped'])})")
-    rows = datasets.concatenate_datasets(mixture(parts, named))
-    account["kept"], account["left_out"] = len(rows), sum(map(len, parts)) - len(rows)
-    return rows.remove_columns(["problem", "prompt_cut", "answers_cut", "merged", "repeats"]), account
+        rows = text.map(
+            tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
+            new_fingerprint=cache_name(text, tokenizer, sides, limits),
+            features=token_features(sides, scored),
+            fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        account["messages"] = account["messages"] or bool(text[0]["chat"])
+        usable = select_usable(rows, account, strict, limits.overlong)
+        if len(usable) == 0:
+            reasons = list_rows(account["dropped"])
+            raise UserError(
+                f"{source.name}: none of its {len(rows)} rows can be used ({reasons})")
+        parts.append(usable)
+    rows = datasets.concatenate_datasets(mix(parts, sources))
+    account["kept"] = len(rows)
+    account["left_out"] = sum(map(len, parts)) - len(rows)
+    return rows.remove_columns(["problem", *NOTES]), account
 
 
-def features(sides, scored):
-    """The types of the columns: nothing can be inferred of a thousand empty prompts."""
-    ids, whole, yes = datasets.Sequence(datasets.Value("int64")), datasets.Value("int64"), datasets.Value("bool")
-    return datasets.Features(
-        {"id": datasets.Value("string"), "problem": datasets.Value("string"), "prompt_ids": ids}
-        | {f"{side}_score": datasets.Value("float64") for side in sides if scored} | {f"{side}_ids": ids for side in sides}
-        | dict.fromkeys(("prompt_cut", "answers_cut", "merged", "repeats"), yes)
-        | dict.fromkeys(("prompt_length", "chosen_length", "tokens", "prompt_key"), whole))
+def cache_name(text, tokenizer, sides, limits):
+    """A name of the token ids that changes with everything they depend on."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    return datasets.fingerprint.Hasher.hash([
+        text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, sides,
+        limits, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
 
 
-def keep(rows, account, strict, overlong):
-    """The rows without a problem. Those with one, and those of which one should know, go into the account."""
+# Columns that mark rows to know about, and how the report names these rows.
+NOTES = {
+    "prompt_cut": "prompt cut",
+    "answers_cut": "answers cut",
+    "repeats": "prompt repeated inside both answers",
+    "merged": "tokens merged across the end of the prompt",
+}
+
+
+def token_features(sides, scored):
+    """The types of the columns. They cannot be inferred from a first batch of empty prompts."""
+    ids = datasets.Sequence(datasets.Value("int64"))
+    types = {
+        "id": datasets.Value("string"),
+        "problem": datasets.Value("string"),
+        "prompt_ids": ids,
+    }
+    if scored:
+        types |= {f"{side}_score": datasets.Value("float64") for side in sides}
+    types |= {f"{side}_ids": ids for side in sides}
+    types |= dict.fromkeys(NOTES, datasets.Value("bool"))
+    numbers = ("prompt_length", "chosen_length", "tokens", "prompt_key")
+    types |= dict.fromkeys(numbers, datasets.Value("int64"))
+    return datasets.Features(types)
+
+
+def select_usable(rows, account, strict, overlong):
+    """The rows without a problem. Rows with a problem or a note are counted in the account."""
     problems = column(rows, "problem")
-    groups = {("dropped", str(problem)): problems == problem for problem in sorted(set(problems) - {""})}
-    for name, note in (("prompt_cut", "prompt cut"), ("answers_cut", "answers cut"), ("repeats", "prompt repeated inside both answers"),
-                       ("merged", "tokens merged across the end of the prompt")):
-        groups["noted", note] = column(rows, name) & (problems == "")
-    for (kind, name), members in groups.items():
-        if members.any():
-            entry, found = account[kind].setdefault(name, {"count": 0, "first": []}), np.flatnonzero(members)
-            entry["first"] += [rows[int(i)]["id"] for i in found[:3 - len(entry["first"])]]
-            entry["count"] += len(found)
+    for problem in sorted(set(problems) - {""}):
+        count_rows(account["dropped"], str(problem), rows, problems == problem)
+    for name, note in NOTES.items():
+        count_rows(account["noted"], note, rows, column(rows, name) & (problems == ""))
     account["rows"] += len(rows)
-    fatal = {name: entry for name, entry in account["dropped"].items() if strict or name == "too long" and overlong == "error"}
+
+    # The user may have asked for an error instead.
+    fatal = account["dropped"]
+    if not strict:
+        fatal = {name: entry for name, entry in fatal.items()
+                 if name == "too long" and overlong == "error"}
     if fatal:
-        raise ValueError(f"{name_rows(fatal)}. Mend these rows, or leave out " +
-                         ("--strict to drop them" if strict else "--overlong error to cut them"))
+        flag = "--strict to drop them" if strict else "--overlong error to cut them"
+        raise UserError(f"{list_rows(fatal)}. Fix these rows, or leave out {flag}")
     return rows.select(np.flatnonzero(problems == ""))
 
 
-def mixture(parts, sources):
-    """As many rows as there can be when each part has its share of them and no row comes twice. Without shares: all."""
+def count_rows(groups, name, rows, members):
+    """Add the rows that the mask `members` marks to groups[name]: their number, and the names of
+    the first three."""
+    indices = np.flatnonzero(members)
+    if len(indices) == 0:
+        return
+    entry = groups.setdefault(name, {"count": 0, "first": []})
+    missing = 3 - len(entry["first"])
+    entry["first"] += [rows[int(i)]["id"] for i in indices[:missing]]
+    entry["count"] += len(indices)
+
+
+def mix(parts, sources):
+    """As many rows as possible such that each part has its share and no row comes twice. Without
+    shares: all rows."""
     if sources[0].share is None:
         return parts
     total = min(len(part) / source.share for part, source in zip(parts, sources))
-    takes = [min(len(part), round(total * source.share)) for part, source in zip(parts, sources)]
-    if 0 in takes:
-        raise ValueError(f"{sources[takes.index(0)].name}: its share of the mixture is less than one row")
-    return [part.select(np.sort(np.random.default_rng(0).permutation(len(part))[:take])) for part, take in zip(parts, takes)]
+    mixed = []
+    for part, source in zip(parts, sources):
+        count = min(len(part), round(total * source.share))
+        if count == 0:
+            raise UserError(f"{source.name}: its share of the mixture is less than one row; "
+                            "give it a larger share")
+        order = np.random.default_rng(0).permutation(len(part))
+        mixed.append(part.select(np.sort(order[:count])))
+    return mixed
 
 
-def column(rows, name):
+def column(rows: datasets.Dataset, name: str) -> np.ndarray:
     """A whole column of numbers or strings as an array."""
     return rows.select_columns([name]).with_format("numpy")[:][name]
 
 
-def digest(rows):
-    """A short name of these rows in this order, by their prompts and lengths."""
-    return hashlib.blake2b(b"".join(column(rows, name).tobytes() for name in ("prompt_key", "tokens", "chosen_length")), digest_size=12).hexdigest()
+def digest(rows: datasets.Dataset) -> str:
+    """A short hash of these rows in this order, by their prompts and lengths."""
+    columns = [column(rows, name) for name in ("prompt_key", "tokens", "chosen_length")]
+    content = b"".join(values.tobytes() for values in columns)
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
-def hold_out(rows, share):
-    """Split off about `share` of the prompts -> (rest, held out). By a hash of the prompt: no prompt is on both sides, and a
-    prompt is on the same side in every run."""
-    held = column(rows, "prompt_key") < share * 2**56
-    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+def hold_out(rows: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split off about `share` of the prompts. Returns (rest, held out).
+
+    A hash of the prompt decides, so no prompt is on both sides, and a prompt is on the same side in
+    every run.
+    """
+    is_held_out = column(rows, "prompt_key") < share * 2**56
+    rest, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return rows.select(rest), rows.select(held_out)
 
 
-# --- The report -------------------------------------------------------------------------------------------------------
+# --- The report -----------------------------------------------------------------------------------
 
-def name_rows(groups):
-    """{reason: {count, first}} -> a sentence."""
-    return "; ".join(f"{name}: {', '.join(entry['first'])}" + (f" and {entry['count'] - 3} more" if entry["count"] > 3 else "")
-                     for name, entry in groups.items())
+def list_rows(groups):
+    """{reason: {count, first}} -> one sentence."""
+    sentences = []
+    for name, entry in groups.items():
+        sentence = f"{name}: {', '.join(entry['first'])}"
+        if entry["count"] > 3:
+            sentence += f" and {entry['count'] - 3} more"
+        sentences.append(sentence)
+    return "; ".join(sentences)
 
 
-def describe(account):
+def describe(account: dict) -> str:
+    """The account of load_tokens in words."""
+    line = f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
     dropped = sum(entry["count"] for entry in account["dropped"].values())
-    lines = [f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
-             + (f", {dropped} dropped ({name_rows(account['dropped'])})" if dropped else "")
-             + (f", {account['left_out']} left out by the shares" if account["left_out"] else "")]
-    lines += [f"  {entry['count']} rows: {name_rows({name: entry})}" for name, entry in account["noted"].items()]
+    if dropped:
+        line += f", {dropped} dropped ({list_rows(account['dropped'])})"
+    if account["left_out"]:
+        line += f", {account['left_out']} left out by the shares"
+    lines = [line]
+    for name, entry in account["noted"].items():
+        lines.append(f"  {entry['count']} rows: {list_rows({name: entry})}")
     return "\n".join(lines)
 
 
-def statistics(rows, held_out=None):
-    """What should be known of token ids before training on them."""
-    prompt, chosen, tokens, keys = (column(rows, name) for name in ("prompt_length", "chosen_length", "tokens", "prompt_key"))
-    parts = {"prompt": prompt, "chosen": chosen}
-    pairs = "rejected_ids" in rows.column_names
-    if pairs:
-        parts["rejected"] = tokens - prompt - chosen
-    found = {"lengths": {name: {"mean": float(part.mean()), "median": float(np.median(part)), "95th":
-             float(np.percentile(part, 95)), "max": int(part.max())} for name, part in parts.items()}}
-    if pairs:
-        found["chosen_longer"] = float((chosen > parts["rejected"]).mean())
-        found["rejected_longer"] = float((chosen < parts["rejected"]).mean())
-    found["rows_that_share_their_prompt"] = len(keys) - len(np.unique(keys))
+def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None) -> dict:
+    """Numbers to know about token ids before training on them."""
+    prompt = column(rows, "prompt_length")  # (N,), as all of these
+    chosen = column(rows, "chosen_length")
+    tokens = column(rows, "tokens")
+    keys = column(rows, "prompt_key")
+    lengths = {"prompt": prompt, "chosen": chosen}
+    numbers, tokens_by_answer = {"lengths": {}}, tokens
+    if "rejected_ids" in rows.column_names:
+        rejected = tokens - prompt - chosen
+        lengths["rejected"] = rejected
+        numbers["chosen_longer"] = float((chosen > rejected).mean())
+        numbers["rejected_longer"] = float((chosen < rejected).mean())
+        tokens_by_answer = tokens + prompt
+    for name, counts in lengths.items():
+        numbers["lengths"][name] = {
+            "mean": float(counts.mean()),
+            "median": float(np.median(counts)),
+            "95th": float(np.percentile(counts, 95)),
+            "max": int(counts.max()),
+        }
+    numbers["rows_that_share_their_prompt"] = len(keys) - len(np.unique(keys))
     if held_out is not None and len(held_out):
-        found["prompts_in_both"] = len(np.intersect1d(keys, column(held_out, "prompt_key")))
-    found["tokens_per_epoch"] = int(tokens.sum())
-    found["tokens_per_epoch_prompt_once_for_each_answer"] = int((tokens + prompt).sum() if pairs else tokens.sum())
-    return found
+        shared = np.intersect1d(keys, column(held_out, "prompt_key"))
+        numbers["prompts_in_both"] = len(shared)
+    numbers["tokens_per_epoch"] = int(tokens.sum())
+    numbers["tokens_per_epoch_prompt_once_for_each_answer"] = int(tokens_by_answer.sum())
+    return numbers
 
 
-def describe_statistics(found):
-    lines = [f"  {name:8} tokens: mean {part['mean']:.0f}, median {part['median']:.0f}, 95th percentile {part['95th']:.0f}, max {part['max']}"
-             for name, part in found["lengths"].items()]
-    if "chosen_longer" in found:
-        lines.append(f"  chosen is the longer answer in {found['chosen_longer']:.0%} of the pairs, rejected in {found['rejected_longer']:.0%}")
-    lines.append(f"  {found['rows_that_share_their_prompt']} rows have a prompt that an earlier row has too" + (
-        f"; {found['prompts_in_both']} prompts are both trained and held out" if "prompts_in_both" in found else ""))
-    lines.append(f"  {found['tokens_per_epoch']:,} tokens an epoch, each prompt once; "
-                 f"{found['tokens_per_epoch_prompt_once_for_each_answer']:,} with the prompt before each answer")
-    return "\n".join(lines)
-
-
-def show(rows, tokenizer, count=2, most=None):
-    """The first rows as the model sees them: the prompt, then in brackets the scored tokens, parted by bars. `most`: characters of a
-    part that are shown, its end of a prompt, its beginning and end of an answer."""
+def describe_statistics(numbers: dict) -> str:
+    """The numbers of `statistics` in words."""
     lines = []
-    for row in (rows[i] for i in range(min(count, len(rows)))):
-        prompt = tokenizer.decode(row["prompt_ids"])
-        lines += [row["id"], "  prompt   " + ("… " if most and len(prompt) > most else "") + repr(prompt[-most:] if most else prompt)]
-        for side in (side for side in ("chosen", "rejected") if f"{side}_ids" in row):
-            text = "|".join(repr(tokenizer.decode([token]))[1:-1] for token in row[f"{side}_ids"])
-            short = f"{text[:most // 2]} … {text[-most // 2:]}" if most and len(text) > most else text
-            lines.append(f"  {side:8} [{short}]")
+    for name, part in numbers["lengths"].items():
+        lines.append(f"  {name:8} tokens: mean {part['mean']:.0f}, median {part['median']:.0f}, "
+                     f"95th percentile {part['95th']:.0f}, max {part['max']}")
+    if "chosen_longer" in numbers:
+        lines.append(f"  chosen is the longer answer in {numbers['chosen_longer']:.0%} of the "
+                     f"pairs, rejected in {numbers['rejected_longer']:.0%}")
+    line = (f"  {numbers['rows_that_share_their_prompt']} rows have a prompt that an earlier row "
+            "has too")
+    if "prompts_in_both" in numbers:
+        line += f"; {numbers['prompts_in_both']} prompts are both trained and held out"
+    lines.append(line)
+    by_answer = numbers["tokens_per_epoch_prompt_once_for_each_answer"]
+    lines.append(f"  {numbers['tokens_per_epoch']:,} tokens an epoch, each prompt once; "
+                 f"{by_answer:,} with the prompt before each answer")
     return "\n".join(lines)
 
 
-# --- Token ids -> batches ---------------------------------------------------------------------------------------------
+def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) -> str:
+    """The first rows as the model sees them: the prompt, then in brackets the scored tokens,
+    separated by bars.
 
-def window(step, count, batch_size, seed, shuffle):
-    """Indices of the pairs of one optimizer step, over all ranks: a function of its arguments alone, so that a run can stop and
-    go on anywhere. An epoch sees each of the `count` rows once; its last window is the rest, however short."""
-    epoch, place = divmod(step, math.ceil(count / batch_size))
-    return epoch_order(count, seed, epoch, shuffle)[place * batch_size:(place + 1) * batch_size]
+    most    the largest number of characters to show: the end of a prompt, the beginning and the end
+            of an answer
+    """
+    lines = []
+    for i in range(min(count, len(rows))):
+        row = rows[i]
+        prompt = tokenizer.decode(row["prompt_ids"])
+        mark = ""
+        if most and len(prompt) > most:
+            prompt, mark = prompt[-most:], "… "
+        lines += [row["id"], f"  prompt   {mark}{prompt!r}"]
+        for side in ("chosen", "rejected"):
+            if f"{side}_ids" not in row:
+                continue
+            tokens = [tokenizer.decode([token]) for token in row[f"{side}_ids"]]
+            text = "|".join(repr(token)[1:-1] for token in tokens)
+            if most and len(text) > most:
+                text = f"{text[:most // 2]} … {text[-most // 2:]}"
+            lines.append(f"  {side:8} [{text}]")
+    return "\n".join(lines)
+
+
+# --- Token ids -> batches -------------------------------------------------------------------------
+
+def window(step: int, count: int, batch_size: int, seed: int, shuffle: bool) -> np.ndarray:
+    """Indices of the rows of one optimizer step, over all ranks.
+
+    They depend on the arguments alone, so a run can stop and resume anywhere. An epoch sees each of
+    the `count` rows once; its last window holds the remaining rows, however few.
+    """
+    epoch, number = divmod(step, math.ceil(count / batch_size))
+    start = number * batch_size
+    return epoch_order(count, seed, epoch, shuffle)[start:start + batch_size]
 
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(count, seed, epoch, shuffle):
-    return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
+    if shuffle:
+        return np.random.default_rng((seed, epoch)).permutation(count)
+    return np.arange(count)
 
 
-def micro_batches(window, size, rank, ranks, tokens=None):
-    """This rank's share of a window in pieces of at most `size` pairs, or of `size` tokens if those of each entry are given -> [(indices,
-    weight)]. All ranks get as many pieces, since a forward of sharded weights needs them all; where pairs are lacking, a piece is one pair
-    of weight 0."""
-    shares = np.array_split(window, ranks)
-    if tokens is None:
-        cut = [np.array_split(share, math.ceil(len(shares[0]) / size)) for share in shares]
-    else:
-        cut = [fill(share, tokens[share], size) for share in shares]
-    pieces = [piece for piece in cut[rank] if len(piece)]
-    return [(piece, 1.0) for piece in pieces] + [(window[:1], 0.0)] * (max(map(len, cut)) - len(pieces))
+def micro_batches(indices: np.ndarray, size: int, rank: int, ranks: int,
+                  tokens: np.ndarray | None = None) -> list[tuple[np.ndarray, float]]:
+    """This rank's share of a window, in micro-batches of at most `size` rows. Returns pairs
+    (indices, weight).
+
+    tokens      of each entry of the window: then a micro-batch has at most `size` tokens
+
+    All ranks get the same number of micro-batches, since every rank takes part in each forward of
+    sharded weights. A rank with fewer rows gets micro-batches of one row and weight 0.
+    """
+    splits = []
+    share_size = math.ceil(len(indices) / ranks)
+    for share in np.array_split(indices, ranks):
+        if tokens is None:
+            splits.append(np.array_split(share, math.ceil(share_size / size)))
+        else:
+            splits.append(split_by_tokens(share, tokens[share], size))
+    own = [(split, 1.0) for split in splits[rank] if len(split)]
+    missing = max(map(len, splits)) - len(own)
+    return own + [(indices[:1], 0.0)] * missing
 
 
-def fill(indices, tokens, most):
-    """Indices in pieces of at most so many tokens, in their order. A longer row is a piece of its own."""
-    pieces, held = [], math.inf
+def split_by_tokens(indices, tokens, most):
+    """Split indices in their order into parts of at most `most` tokens. A longer row is a part of
+    its own."""
+    parts, total = [], math.inf
     for index, count in zip(indices, tokens):
-        if held + count > most:
-            pieces.append([])
-            held = 0
-        pieces[-1].append(index)
-        held += count
-    return [np.array(piece) for piece in pieces]
+        if total + count > most:
+            parts.append([])
+            total = 0
+        parts[-1].append(index)
+        total += count
+    return [np.array(part) for part in parts]
 
 
-def collate(rows, pad_token_id):
-    """{column: list of lists} -> a batch for dpo.py, both sides right-padded to the longest row of either."""
-    batch, sides = known(rows), [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
-    width = max(len(p) + len(a) for side in sides for p, a in zip(rows["prompt_ids"], rows[f"{side}_ids"]))
+def collate(rows: dict, pad_token_id: int) -> dict:
+    """{column: list of lists} -> a batch for dpo.py, both sides right-padded to the longest row of
+    either side."""
+    batch = known(rows)
+    sides = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+    width = 0
     for side in sides:
-        pairs = list(zip(rows["prompt_ids"], rows[f"{side}_ids"]))
-        batch[f"{side}_input_ids"] = padded([p + a for p, a in pairs], width, pad_token_id)  # (B, T)
-        batch[f"{side}_labels"] = padded([[IGNORE] * len(p) + a for p, a in pairs], width, IGNORE)  # (B, T)
-        batch[f"{side}_attention_mask"] = padded([[1] * len(p + a) for p, a in pairs], width, 0)  # (B, T)
+        for prompt, answer in zip(rows["prompt_ids"], rows[f"{side}_ids"]):
+            width = max(width, len(prompt) + len(answer))
+    for side in sides:
+        input_ids, labels, mask = [], [], []
+        for prompt, answer in zip(rows["prompt_ids"], rows[f"{side}_ids"]):
+            input_ids.append(prompt + answer)
+            labels.append([IGNORE] * len(prompt) + answer)
+            mask.append([1] * (len(prompt) + len(answer)))
+        batch[f"{side}_input_ids"] = pad_right(input_ids, width, pad_token_id)  # (B, T)
+        batch[f"{side}_labels"] = pad_right(labels, width, IGNORE)  # (B, T)
+        batch[f"{side}_attention_mask"] = pad_right(mask, width, 0)  # (B, T)
     return batch
 
 
-def known(rows):
-    """What a batch has besides tokens: id, and where there are such columns scores and the reference's log-probs."""
-    columns = {f"{side}_score": f"{side}_scores" for side in ("chosen", "rejected")} | {
-        f"ref_{side}_logp": f"ref_{side}_logps" for side in ("chosen", "rejected")}
-    return {"id": rows["id"]} | {name: torch.tensor(rows[column], dtype=torch.float64)  # (B,)
-                                 for column, name in columns.items() if column in rows}
+def known(rows: dict) -> dict:
+    """The part of a batch that is not tokens: id and, where the rows have them, scores and the
+    reference's log-probs."""
+    batch = {"id": rows["id"]}
+    for name in ("chosen_score", "rejected_score", "ref_chosen_logp", "ref_rejected_logp"):
+        if name in rows:
+            batch[f"{name}s"] = torch.tensor(rows[name], dtype=torch.float64)  # (B,)
+    return batch
 
 
-def padded(rows, width, value):
+def pad_right(rows, width, value):
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-# --- python data.py ---------------------------------------------------------------------------------------------------
+# --- Flags, and `python data.py` ------------------------------------------------------------------
 
-def at_least(low, kind):
+def at_least(low: float, kind: type) -> Callable:
     """The type of a flag that is a number."""
     def number(text):
         value = kind(text)
@@ -617,78 +1052,108 @@ def at_least(low, kind):
     return number
 
 
-def add_flags(add):
-    """The flags that say which tokens a row becomes."""
-    add("--max_length", type=at_least(2, int), default=1024, help="tokens of prompt and answer together")
-    add("--max_prompt_length", type=at_least(1, int), help="default: what the answers leave, half of max_length at least")
-    add("--max_completion_length", type=at_least(1, int), help="tokens of an answer with its EOS (default: no own limit)")
-    add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end", help="which end of a long prompt stays")
-    add("--overlong", choices=("cut", "drop", "error"), default="cut", help="what becomes of a row beyond these lengths")
+def add_flags(add: Callable):
+    """Add the flags that decide which tokens a row becomes."""
+    add("--max_length", type=at_least(2, int), default=1024,
+        help="tokens of prompt and answer together")
+    add("--max_prompt_length", type=at_least(1, int),
+        help="default: what the answers leave, at least half of max_length")
+    add("--max_completion_length", type=at_least(1, int),
+        help="tokens of an answer with its EOS (default: no limit of its own)")
+    add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end",
+        help="which end of a long prompt stays")
+    add("--overlong", choices=("cut", "drop", "error"), default="cut",
+        help="what to do with a row beyond these lengths")
     add("--columns", help="names of the file's columns, such as prompt=instruction,chosen=output")
-    add("--chat_template", help="a file with a chat template (jinja) in place of the tokenizer's own")
+    add("--chat_template", help="a file with a chat template (jinja) instead of the tokenizer's")
     add("--strict", action="store_true", help="a row that would be dropped is an error")
 
 
-def read_flags(args):
-    """-> limits, columns."""
+def read_flags(args: argparse.Namespace) -> tuple[Limits, tuple]:
+    """Check the flags of add_flags. Returns (limits, columns)."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
-        raise ValueError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room in --max_length {args.max_length}")
+        raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room "
+                        f"in --max_length {args.max_length}")
     if args.chat_template and not os.path.isfile(args.chat_template):
-        raise ValueError(f"--chat_template {args.chat_template}: no such file")
-    columns = tuple(tuple(pair.split("=", 1)) for pair in args.columns.split(",")) if args.columns else ()
+        raise UserError(f"--chat_template {args.chat_template}: no such file")
+    columns = ()
+    if args.columns:
+        columns = tuple(tuple(pair.split("=", 1)) for pair in args.columns.split(","))
     ours = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
     if len({pair[0] for pair in columns}) < len(columns):
-        raise ValueError(f"--columns {args.columns}: names a column twice")
-    if wrong := [pair for pair in columns if len(pair) < 2 or pair[0] not in ours or not pair[1]]:
-        raise ValueError(f"--columns {'='.join(wrong[0])}: write OURS=THEIRS, where OURS is one of {', '.join(ours)}")
-    limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length, args.truncation_mode, args.overlong)
+        raise UserError(f"--columns {args.columns}: names a column twice")
+    for pair in columns:
+        if len(pair) < 2 or pair[0] not in ours or not pair[1]:
+            raise UserError(f"--columns {'='.join(pair)}: write OURS=THEIRS, where OURS is one of "
+                            f"{', '.join(ours)}")
+    limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length,
+                    args.truncation_mode, args.overlong)
     return limits, columns
 
 
-def read_template(path):
+def read_template(path: str) -> str:
     try:
         return pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat_template {path}: cannot be read ({error})") from error
+        raise UserError(f"--chat_template {path}: cannot be read ({error})") from error
 
 
-def check_template(path, accounts):
+def check_template(path: str | None, accounts: list[dict]):
+    """A chat template that no row uses is an error."""
     if path and not any(account["messages"] for account in accounts):
-        raise ValueError(f"--chat_template {path}: no row holds messages, so it is not read")
+        raise UserError(f"--chat_template {path}: no row holds messages, so it is not used")
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="what train.py takes as --dataset")
-    parser.add_argument("--model", required=True, help="a folder or hub id with the tokenizer")
-    parser.add_argument("--eval_dataset", help="held-out rows, to count the prompts that both have")
-    parser.add_argument("--chosen_only", action="store_true", help="as --loss sft reads it")
-    parser.add_argument("--scores", action="store_true", help="as --loss odpo reads it, with chosen_score and rejected_score")
-    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
-    add_flags(parser.add_argument)
-    args = parser.parse_args(argv)
-    limits, columns = read_flags(args)
+def load_report_tokenizer(args):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {args.model}: no tokenizer there ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"--model {args.model}: no tokenizer there ({first_line(error)})") from error
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
+    return tokenizer
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="the same as --dataset of train.py")
+    parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
+    parser.add_argument("--eval_dataset", help="held-out rows, to count the prompts that both have")
+    parser.add_argument("--chosen_only", action="store_true", help="as --loss sft reads it")
+    parser.add_argument("--scores", action="store_true",
+                        help="as --loss odpo reads it, with chosen_score and rejected_score")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_flags(parser.add_argument)
+    args = parser.parse_args(argv)
+    limits, columns = read_flags(args)
+    tokenizer = load_report_tokenizer(args)
+
+    # The data sets, as training would load them.
     sides = ("chosen",) if args.chosen_only else ("chosen", "rejected")
-    specs = [args.dataset] + ([args.eval_dataset] if args.eval_dataset else [])
-    loaded = [load_tokens(spec, tokenizer, sides, limits, args.strict, args.scores, columns) for spec in specs]
-    check_template(args.chat_template, [account for _, account in loaded])
-    found = [statistics(rows, loaded[1][0] if i == 0 and len(loaded) > 1 else None) for i, (rows, _) in enumerate(loaded)]
+    specs = [args.dataset]
+    if args.eval_dataset:
+        specs.append(args.eval_dataset)
+    rows, accounts = [], []
+    for spec in specs:
+        tokens, account = load_tokens(
+            spec, tokenizer, sides, limits, args.strict, args.scores, columns)
+        rows.append(tokens)
+        accounts.append(account)
+    check_template(args.chat_template, accounts)
+
+    # The report.
+    held_out = rows[1] if args.eval_dataset else None
+    numbers = [statistics(rows[0], held_out), *map(statistics, rows[1:])]
     if args.json:
-        print(json.dumps([account | numbers for (_, account), numbers in zip(loaded, found)], indent=2))
-    else:
-        print("\n".join(f"{describe(account)}\n{describe_statistics(numbers)}" for (_, account), numbers in zip(loaded, found)))
-        print("\nAs the model sees them, scored tokens in brackets:\n" + show(loaded[0][0], tokenizer))
+        reports = [account | part for account, part in zip(accounts, numbers)]
+        print(json.dumps(reports, indent=2))
+        return
+    for account, part in zip(accounts, numbers):
+        print(describe(account), describe_statistics(part), sep="\n")
+    print("\nAs the model sees them, scored tokens in brackets:\n" + show(rows[0], tokenizer))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -1,10 +1,13 @@
-"""The embedded world: a language small enough to enumerate, so that what training should reach is known exactly.
+"""The embedded world: a language small enough to enumerate, so that its optimum is known exactly.
 
-A prompt names a thing ("the sea is"), an answer is three words (" cold dark wild"): there are 8 x 512 of them. A true reward
-says how good an answer is for its thing; which words stand side by side counts too, so it is no sum over words.
-A reference policy is trained by `train.py --loss sft` on samples of a Markov chain. Pairs are sampled from that reference and
-labelled by Bradley-Terry on the true reward, P(y beats y') = σ(r(y) − r(y')). This is the setting in which the DPO paper
-(arXiv:2305.18290v3, Sec. 4) makes its claims, and here they can be measured instead of estimated.
+A prompt names a thing ("the sea is"), an answer is three words (" cold dark wild"). There are 8
+prompts and 512 answers to each. A true reward says how good an answer is for its thing. It depends
+on neighboring words too, so it is not a sum over words.
+
+`train.py --loss sft` trains a reference policy on samples of a Markov chain. Pairs are sampled from
+that reference and labeled by Bradley-Terry on the true reward, P(y beats y') = σ(r(y) - r(y')). The
+DPO paper (arXiv:2305.18290v3, Sec. 4) makes its claims in this setting; here they are measured
+instead of estimated.
 
 Tables are (X, A): X things by A answers, in the order of THINGS and of `answers()`.
 """
@@ -20,144 +23,236 @@ from transformers import PreTrainedTokenizerFast
 
 THINGS = ("sea", "city", "night", "road", "wind", "house", "winter", "river")
 WORDS = ("cold", "dark", "wild", "calm", "old", "bright", "loud", "wide")
-LENGTH = 3
-STD = 2.0  # of the true reward: of two answers one standard deviation apart the better one wins 88 times in 100
-BETA = 1.0  # of the objective J where the loss has no beta of its own
+LENGTH = 3  # words of an answer
+# Standard deviation of the true reward. Of two answers that are one standard deviation apart, the
+# better one wins 88 times in 100.
+STD = 2.0
+BETA = 1.0  # of the objective J, where the loss has no beta of its own
 
-MODEL = dict(hidden_size=64, layers=1, num_attention_heads=4, initializer_range=0.1, max_position_embeddings=16)
+MODEL = {
+    "hidden_size": 64,
+    "layers": 1,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 16,
+}
 COUNTS = {"sft": 16_384, "pairs": 65_536, "eval": 4_096}  # rows
-COMMON = dict(batch_size=256, micro_batch_size=128, lr_schedule="cosine", warmup_steps=20, max_length=16, dtype="float32")
-SFT_FLAGS = COMMON | dict(loss="sft", lr=3e-3, epochs=4, eval_share=0.0)
-FLAGS = COMMON | dict(lr=2e-3, epochs=2, beta=BETA, eval_every=64)  # the defaults of train.py here
-OWN_FLAGS = {  # of single losses: averages are over 4 tokens, and some betas are no scale of a log-ratio but set its target
-    "ipo": dict(beta=0.5), "sigmoid_norm": dict(beta=4.0), "simpo": dict(beta=4.0, gamma=0.0), "alphapo": dict(beta=4.0),
-    "sppo_hard": dict(beta=0.25), "cal_dpo": dict(beta=0.25), "nca_pair": dict(beta=0.3), "dpop": dict(dpop_lambda=1.0),
-    "apo_down": dict(lr=5e-4, epochs=1),
+COMMON = {
+    "batch_size": 256,
+    "micro_batch_size": 128,
+    "lr_schedule": "cosine",
+    "warmup_steps": 20,
+    "max_length": 16,
+    "dtype": "float32",
+}
+SFT_FLAGS = COMMON | {"loss": "sft", "lr": 3e-3, "epochs": 4, "eval_share": 0.0}
+# The defaults of train.py in the world.
+FLAGS = COMMON | {"lr": 2e-3, "epochs": 2, "beta": BETA, "eval_every": 64}
+# The defaults of single losses: some average over the 4 tokens of an answer, and the beta of some
+# does not scale the log-ratio but sets its target.
+OWN_FLAGS = {
+    "ipo": {"beta": 0.5},
+    "sigmoid_norm": {"beta": 4.0},
+    "simpo": {"beta": 4.0, "gamma": 0.0},
+    "alphapo": {"beta": 4.0},
+    "sppo_hard": {"beta": 0.25},
+    "cal_dpo": {"beta": 0.25},
+    "nca_pair": {"beta": 0.3},
+    "dpop": {"dpop_lambda": 1.0},
+    "apo_down": {"lr": 5e-4, "epochs": 1},
 }
 
 
-def flags(loss):
+def flags(loss: str) -> dict:
+    """The defaults of train.py in the world, for this loss."""
     return FLAGS | OWN_FLAGS.get(loss, {})
 
 
-# --- The language, the truth, and the chain that the reference imitates -----------------------------------------------
+# --- The language, the true reward, and the chain that the reference imitates ---------------------
 
-def prompts():
+def prompts() -> list[str]:
     return [f"the {thing} is" for thing in THINGS]
 
 
-def answers():
-    """All A answers, the last word changing fastest. Each begins with the space that parts it from its prompt."""
-    return ["".join(f" {word}" for word in words) for words in itertools.product(WORDS, repeat=LENGTH)]
+def answers() -> list[str]:
+    """All A answers; the last word changes fastest. Each begins with the space after the prompt."""
+    texts = []
+    for words in itertools.product(WORDS, repeat=LENGTH):
+        texts.append("".join(f" {word}" for word in words))
+    return texts
 
 
-def answer_words():
+def answer_words() -> torch.Tensor:
     """(A, LENGTH) indices into WORDS."""
-    return torch.cartesian_prod(*[torch.arange(len(WORDS))] * LENGTH)
+    indices = torch.arange(len(WORDS))
+    return torch.cartesian_prod(*[indices] * LENGTH)
 
 
-def make_tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
-    vocabulary = ["<pad>", "<unk>", "<eos>", "the", "is", *THINGS, *WORDS]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokens = ["<pad>", "<unk>", "<eos>", "the", "is", *THINGS, *WORDS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 def draw(seed, *shapes):
     """Standard normal tables, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tables = []
+    for shape in shapes:
+        tables.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+    return tables
 
 
-def true_reward():
-    """(X, A), mean 0 and standard deviation STD over the answers to a prompt: how well each word fits the thing, plus how
-    well neighbours go together, which is to the taste of some things and against that of the others."""
-    x, v, words = len(THINGS), len(WORDS), answer_words()
-    fits, goes_with, taste = draw(1, (x, v), (v, v), (x, 1))
+def neighbors(words):
+    """The columns of answer_words in pairs: (first, second), (second, third)."""
+    return zip(words.T, words.T[1:])
+
+
+def true_reward() -> torch.Tensor:
+    """(X, A), with mean 0 and standard deviation STD over the answers to a prompt.
+
+    The reward of an answer is how well each word fits the thing, plus how well neighboring words go
+    together; some things reward words that go together, the others punish them.
+    """
+    things, vocabulary, words = len(THINGS), len(WORDS), answer_words()
+    fits, goes_with, taste = draw(
+        1, (things, vocabulary), (vocabulary, vocabulary), (things, 1))
     reward = fits[:, words].sum(-1)  # (X, A)
-    for first, second in zip(words.T, words.T[1:]):
-        reward = reward + taste.sign() * goes_with[first, second]
-    return STD * (reward - reward.mean(-1, keepdim=True)) / reward.std(-1, keepdim=True)
+    for first, second in neighbors(words):
+        reward = reward + taste.sign() * goes_with[first, second]  # (X, A)
+    centered = reward - reward.mean(-1, keepdim=True)
+    return STD * centered / reward.std(-1, keepdim=True)
 
 
-def chain_logps():
-    """(X, A) log-probs of the Markov chain: the first word depends on the thing, each other word on the word before it."""
-    x, v, words = len(THINGS), len(WORDS), answer_words()
-    first, then = (table.mul(0.5).log_softmax(-1) for table in draw(2, (x, v), (v, v)))
-    return first[:, words[:, 0]] + sum(then[a, b] for a, b in zip(words.T, words.T[1:]))
+def chain_logps() -> torch.Tensor:
+    """(X, A) log-probs of the Markov chain: the first word depends on the thing, each other word on
+    the word before it."""
+    things, vocabulary, words = len(THINGS), len(WORDS), answer_words()
+    first_scores, next_scores = draw(2, (things, vocabulary), (vocabulary, vocabulary))
+    first_logps = (0.5 * first_scores).log_softmax(-1)  # (X, V)
+    next_logps = (0.5 * next_scores).log_softmax(-1)  # (V, V)
+    rest = sum(next_logps[before, after] for before, after in neighbors(words))  # (A,)
+    return first_logps[:, words[:, 0]] + rest
 
 
-def sample(logps, count, answers_each, seed):
-    """`count` prompts in turn and, for each, different answers from the policy -> (count,), (count, answers_each) indices."""
+def sample(logps: torch.Tensor, count: int, answers_each: int, seed: int):
+    """Take `count` prompts in turn and sample different answers to each from the policy.
+
+    Returns indices of things, (count,), and of answers, (count, answers_each).
+    """
     things = torch.arange(count) % len(THINGS)
-    return things, torch.multinomial(logps.softmax(-1)[things], answers_each, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = logps.softmax(-1)[things]  # (count, A)
+    return things, torch.multinomial(probabilities, answers_each, generator=generator)
 
 
-def sample_pairs(logps, count, seed):
-    """Pairs of answers from the policy, labelled by Bradley-Terry -> indices of things, of chosen and of rejected answers,
-    (count,) each, and their scores, (count, 2), the chosen one's first.
+def sample_pairs(logps: torch.Tensor, count: int, seed: int):
+    """Sample pairs of answers from the policy and label them by Bradley-Terry.
 
-    A score is the true reward plus Gumbel noise, and the higher score is chosen: the difference of two such noises is logistic,
-    so y beats y' with probability σ(r(y) − r(y')). `odpo` reads the scores."""
-    things, both = sample(logps, count, 2, seed)
-    uniform = torch.rand((count, 2), generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    scores, order = (true_reward()[things[:, None], both] - (-uniform.log()).log()).sort(-1, descending=True)
+    Returns indices of things, of chosen and of rejected answers, (count,) each, and the scores,
+    (count, 2), chosen first. `odpo` reads the scores.
+
+    A score is the true reward plus Gumbel noise, and the higher score is chosen. The difference of
+    two such noises is logistic, so y beats y' with probability σ(r(y) - r(y')).
+    """
+    things, both = sample(logps, count, 2, seed)  # (count,), (count, 2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    uniform = torch.rand((count, 2), generator=generator, dtype=torch.float64)
+    gumbel = -(-uniform.log()).log()
+    rewards = true_reward()[things[:, None], both]  # (count, 2)
+    scores, order = (rewards + gumbel).sort(-1, descending=True)
     chosen, rejected = both.gather(-1, order).T
     return things, chosen, rejected, scores
 
 
-# --- What can be said exactly of a policy -----------------------------------------------------------------------------
+# --- Exact properties of a policy -----------------------------------------------------------------
 
-def metrics(policy, reference, beta):
-    """Compare a policy with the truth, from its and the reference's log-probs of every answer, (X, A) each.
+def metrics(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, float]:
+    """Compare a policy with the optimum. policy and reference are the log-probs of every answer,
+    (X, A).
 
-    reward, kl, objective   of the policy renormalised on the well-formed answers: E[r], KL(π || π_ref), J = E[r] − β KL
-    optimum                 J* = β log Z with Z = Σ π_ref exp(r/β), reached by π* = π_ref exp(r/β) / Z (DPO paper, eq. 4)
-    share                   (J − J_ref) / (J* − J_ref), how much of the achievable was achieved
-    correlation             of the implicit reward β log π/π_ref with r over all answers to a prompt; mean over prompts
-    mass                    the probability still on well-formed answers, of which a loss that only compares them knows nothing
+    reward, kl, objective   E[r], KL(π || π_ref) and J = E[r] - β KL of the policy, renormalized on
+                            the well-formed answers
+    optimum                 J* = β log Z with Z = Σ π_ref exp(r/β), which
+                            π* = π_ref exp(r/β) / Z attains (DPO paper, eq. 4)
+    share                   (J - J_ref) / (J* - J_ref), the share of the achievable
+    correlation             of the implicit reward β log π/π_ref and r over all answers to a prompt;
+                            the mean over prompts
+    mass                    the probability of all well-formed answers, which a loss that only
+                            compares answers does not constrain
     """
-    reference, truth = reference.double().log_softmax(-1), true_reward()
-    mass, policy = policy.double().exp().sum(-1).mean(), policy.double().log_softmax(-1)
-    reward, start = ((logps.exp() * truth).sum(-1).mean() for logps in (policy, reference))
-    kl = (policy.exp() * (policy - reference)).sum(-1).mean()
-    objective, optimum = reward - beta * kl, beta * (reference + truth / beta).logsumexp(-1).mean()
-    implicit = policy - reference
-    implicit = implicit - implicit.mean(-1, keepdim=True)
-    correlation = torch.nn.functional.cosine_similarity(implicit, truth, dim=-1).mean()  # truth has mean 0 already
-    values = {"reward": reward, "kl": kl, "objective": objective, "optimum": optimum,
-              "share": (objective - start) / (optimum - start), "correlation": correlation, "mass": mass}
+    truth = true_reward()
+    mass = policy.double().exp().sum(-1).mean()
+    policy = policy.double().log_softmax(-1)
+    reference = reference.double().log_softmax(-1)
+
+    # The objective of the policy, of the reference, and the optimum.
+    log_ratio = policy - reference  # (X, A)
+    reward = expectation(policy, truth)
+    kl = expectation(policy, log_ratio)
+    objective = reward - beta * kl
+    start = expectation(reference, truth)
+    optimum = beta * (reference + truth / beta).logsumexp(-1).mean()
+
+    # Pearson's correlation is the cosine of the centered values; the mean of truth is 0 already.
+    implicit = log_ratio - log_ratio.mean(-1, keepdim=True)
+    correlation = torch.nn.functional.cosine_similarity(implicit, truth, dim=-1).mean()
+    values = {
+        "reward": reward,
+        "kl": kl,
+        "objective": objective,
+        "optimum": optimum,
+        "share": (objective - start) / (optimum - start),
+        "correlation": correlation,
+        "mass": mass,
+    }
     return {f"world/{name}": value.item() for name, value in values.items()}
 
 
-# --- Its folder: sft.jsonl, every.jsonl (all prompts and answers), reference/ (a model), reference.npy, pairs.jsonl, eval.jsonl ---
-
-def folder():
-    """Named after this very file: a world made by other code is another world."""
-    return pathlib.Path("runs") / f"world-{hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]}"
+def expectation(logps, values):
+    """The mean of values (X, A) under a policy; the mean over prompts."""
+    return (logps.exp() * values).sum(-1).mean()
 
 
-def write_rows(path, things, scores=(), **sides):
-    """One JSON line per row, answers given by index."""
+# --- The folder of the world ----------------------------------------------------------------------
+# sft.jsonl, every.jsonl (all prompts and answers), reference/ (a model), reference.npy, pairs.jsonl
+# and eval.jsonl.
+
+def folder() -> pathlib.Path:
+    """The name has a hash of this file, so a world made by other code is another folder."""
+    digest = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+    return pathlib.Path("runs") / f"world-{digest[:8]}"
+
+
+def write_rows(path, things, scores=None, **sides):
+    """Write one JSON line per row; sides are indices of answers, scores (rows, sides)."""
     texts, questions = answers(), prompts()
     with open(path, "w") as file:
         for i, thing in enumerate(things.tolist()):
-            row = {"prompt": questions[thing], **{side: texts[indices[i]] for side, indices in sides.items()}}
-            row |= {f"{side}_score": scores[i][k].item() for k, side in enumerate(sides)} if len(scores) else {}
+            row = {"prompt": questions[thing]}
+            for side, indices in sides.items():
+                row[side] = texts[indices[i]]
+            if scores is not None:
+                for k, side in enumerate(sides):
+                    row[f"{side}_score"] = scores[i][k].item()
             file.write(json.dumps(row) + "\n")
 
 
-def write_texts(home):
-    """What the reference is trained on, and the list of everything that can be said."""
+def write_texts(home: pathlib.Path):
+    """Write the rows that the reference is trained on, and all prompts with all answers."""
     things, chosen = sample(chain_logps(), COUNTS["sft"], 1, seed=3)
     write_rows(home / "sft.jsonl", things, chosen=chosen.squeeze(-1))
-    x, a = len(THINGS), len(WORDS) ** LENGTH
-    write_rows(home / "every.jsonl", torch.arange(x).repeat_interleave(a), chosen=torch.arange(a).repeat(x))
+    things, count = torch.arange(len(THINGS)), len(WORDS) ** LENGTH
+    every = torch.arange(count).repeat(len(THINGS))
+    write_rows(home / "every.jsonl", things.repeat_interleave(count), chosen=every)
 
 
-def write_pairs(home, reference):
-    """What the policy is trained and tested on; reference (X, A) are the trained reference's log-probs."""
+def write_pairs(home: pathlib.Path, reference: torch.Tensor):
+    """Write the pairs for training and evaluation, and the reference's log-probs, (X, A)."""
     np.save(home / "reference.npy", reference.numpy())
     for seed, name in ((4, "pairs"), (6, "eval")):
         things, chosen, rejected, scores = sample_pairs(reference.double(), COUNTS[name], seed)

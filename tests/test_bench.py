@@ -1,4 +1,4 @@
-"""What bench.py prints can be reckoned by hand, and both sides of a comparison are of the same work."""
+"""The numbers of bench.py can be checked by hand, and a comparison is of the same work."""
 import json
 import shlex
 import sys
@@ -8,75 +8,106 @@ import pytest
 import torch
 
 import bench
+from errors import UserError
 
 
-def test_the_floor_of_one_pair_by_hand():
-    """Prompt 2, chosen 3, rejected 1; body 10 weights, vocabulary 7, hidden 4, 5 layers. The prompt's queries
-    see 1 + 2 keys, the chosen's 3 + 4 + 5, the rejected's 3."""
+def test_the_floor_of_one_pair_is_the_one_counted_by_hand():
+    """Prompt 2, chosen 3, rejected 1; body 10 weights, vocabulary 7, hidden 4, 5 layers. The
+    queries of the prompt see 1 + 2 keys, those of chosen 3 + 4 + 5, that of rejected 3."""
     forward = 2 * 10 * 6 + 2 * 7 * 4 * (3 + 1) + 4 * 4 * 5 * (3 + 12 + 3)
     assert bench.floor(np.array([[2, 3, 1]]), 10, 7, 4, 5, passes=1) == forward
     assert bench.floor(np.array([[2, 3, 1]] * 3), 10, 7, 4, 5, passes=4) == 3 * 4 * forward
 
 
-def test_the_peak_of_the_machine_is_a_rate():
-    assert 1e8 < bench.matmul_peak(torch.float32, torch.device("cpu"), size=128, repeats=3) < 1e15
+def test_the_padded_tokens_of_a_step_are_those_counted_by_hand():
+    """Micro-batches of 2 and 1 pairs. The longest rows have 2 + 3 and 1 + 6 tokens, and a pair is
+    two rows."""
+    lengths = np.array([[[2, 3, 1], [1, 1, 2], [1, 1, 6]]])
+    assert bench.count_padded(lengths, 2) == 2 * (2 * 5) + 2 * (1 * 7)
+
+
+def test_the_peak_of_the_machine_is_a_plausible_rate():
+    peak = bench.matmul_peak(torch.float32, torch.device("cpu"), size=128, repeats=3)
+    assert 1e8 < peak < 1e15
 
 
 @pytest.fixture
 def flags(folder, pairs):
-    return ["--model", folder, "--data", pairs, "--batch_size", "4", "--steps", "3", "--warmup", "1", "--max_length", "64", "--no_shuffle"]
+    return ["--model", folder, "--data", pairs, "--batch_size", "4", "--steps", "3",
+            "--warmup", "1", "--max_length", "64", "--no_shuffle"]
 
 
-@pytest.mark.parametrize("more", [[], ["--attention=packed", "--micro_batch_size=3", "--gc"], ["--lora_r=2", "--bf16"], ["--precompute_ref"]])
+@pytest.mark.parametrize("more", [
+    [],
+    ["--attention=packed", "--micro_batch_size=3", "--gc"],
+    ["--lora_r=2", "--bf16"],
+    ["--precompute_ref", "--warmup=0"],
+])
 def test_a_run_prints_one_json_line(flags, more, capsys):
     threads = torch.get_num_threads()
     bench.main([*flags, *more])
     torch.set_num_threads(threads)
     line, = map(json.loads, capsys.readouterr().out.splitlines())
-    assert line["first_loss"] == pytest.approx(0.6931, abs=1e-4) and line["last_loss"] == pytest.approx(0.6931, abs=1e-2)
+    assert line["first_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert line["last_loss"] == pytest.approx(0.6931, abs=1e-2)
     assert line["attention"] == ("packed" if "--attention=packed" in more else "padded")
     assert (line["padding_fraction"] == 0) == (line["attention"] == "packed")
     assert 0 < line["unique_tokens_per_s"] < line["nonpad_tokens_per_s"]
     assert line["step_s_mean"] == pytest.approx(4 / line["pairs_per_s"], rel=1e-2)
+    assert line["init_s"] > 0
     assert line["peak_rss_mb"] >= line["rss_before_train_mb"] > 0 and 0 < line["share_of_peak"] < 1
-    assert line["optimizer_mb"] == pytest.approx(8 * line["trained_parameters"] / 2**20, abs=1e-3)
+    assert line["trained_parameters"] == line["parameters"] or "--lora_r=2" in more
+    moments = 8 * line["trained_parameters"] / 2**20
+    assert line["optimizer_mb"] == pytest.approx(moments, abs=1e-3)
 
 
-def test_every_epoch_of_few_rows_is_whole_batches(flags, capsys):
+def test_a_file_of_few_rows_is_repeated_to_fill_every_batch(flags, capsys):
     """As other trainers are given them: 22 rows and again the first 2, in 3 batches of 8."""
     bench.main([*flags, "--batch_size", "8"])
     assert json.loads(capsys.readouterr().out)["pairs_per_s"] > 0
 
 
 def test_rows_that_would_be_dropped_are_an_error(flags, tmp_path):
-    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": " cat", "rejected": " dog"}\n{"prompt": "a", "chosen": " b", "rejected": " b"}\n')
-    with pytest.raises(ValueError, match="6 of its first rows"):
-        bench.main([*flags, "--data", str(tmp_path / "same.jsonl")])
+    rows = [
+        {"prompt": "a", "chosen": " cat", "rejected": " dog"},
+        {"prompt": "a", "chosen": " b", "rejected": " b"},
+    ]
+    path = tmp_path / "same.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="6 of its first rows"):
+        bench.main([*flags, "--data", str(path)])
 
 
 def fake(tmp_path, **changes):
-    """A trainer that prints what we print, but for some changes, each a pair of name and factor."""
+    """The command of a trainer that prints our line, each changed number times its factor."""
     script = tmp_path / "fake.py"
-    script.write_text("import json, subprocess, sys\n"
-                      f"done = subprocess.run([sys.executable, {bench.__file__!r}, *sys.argv[1:]], capture_output=True, text=True)\n"
-                      f"line, changes = json.loads(done.stdout), {changes}\n"
-                      "print('a line before')\nprint(json.dumps(line | {name: line[name] * by for name, by in changes.items()}))\n")
+    script.write_text(
+        "import json, subprocess, sys\n"
+        f"command = [sys.executable, {bench.__file__!r}, *sys.argv[1:]]\n"
+        "done = subprocess.run(command, capture_output=True, text=True)\n"
+        "line = json.loads(done.stdout)\n"
+        f"for name, factor in {changes}.items():\n"
+        "    line[name] *= factor\n"
+        "print('a line before')\n"
+        "print(json.dumps(line))\n")
     return shlex.join([sys.executable, str(script)])
 
 
-def test_a_comparison_is_of_the_same_flags_in_turn(flags, tmp_path, capsys):
-    bench.main([*flags, "--repeats", "1", "--compare", fake(tmp_path, unique_tokens_per_s=0.01, step_s_mean=100)])
+def test_a_comparison_runs_both_trainers_with_the_same_flags(flags, tmp_path, capsys):
+    slow = fake(tmp_path, unique_tokens_per_s=0.01, step_s_mean=100)
+    bench.main([*flags, "--repeats", "1", "--compare", slow])
     found = json.loads(capsys.readouterr().out)
     assert found["speed"] == found["speeds"][0] > 10
     assert len(found["peak_above_state_mb"]) == 1 and found["shares_of_peak"][0][0] > 0
 
 
 @pytest.mark.parametrize("changes", [{"last_loss": 1.1}, {"unique_tokens_per_s": 1.5}])
-def test_a_comparison_of_other_work_is_refused(changes, flags, tmp_path):
-    with pytest.raises(ValueError, match="not the same work"):
+def test_a_comparison_of_different_work_is_an_error(changes, flags, tmp_path):
+    with pytest.raises(UserError, match="not the same work"):
         bench.main([*flags, "--repeats", "1", "--compare", fake(tmp_path, **changes)])
 
 
-def test_a_command_that_fails_is_quoted(flags):
-    with pytest.raises(ValueError, match="ended with status 3\nno such thing"):
-        bench.call([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"], 1)
+def test_the_error_of_a_command_that_fails_is_quoted(flags):
+    program = "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(UserError, match="ended with status 3: no such thing"):
+        bench.call([sys.executable, "-c", program], 1)

@@ -1,4 +1,5 @@
-"""From text to the right tokens: nothing is lost, doubled, merged or glued on without a word."""
+"""From text to token ids: no text is lost, doubled, merged or added silently."""
+
 import json
 
 import numpy as np
@@ -9,7 +10,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import IGNORE, Limits, collate, describe, fit, hold_out, load_tokens, micro_batches, split_prompt, window
+from data import (
+    IGNORE,
+    Limits,
+    collate,
+    describe,
+    hold_out,
+    load_tokens,
+    micro_batches,
+    split_prompt,
+    truncate,
+    window,
+)
+from errors import UserError
 
 BOTH = ("chosen", "rejected")
 
@@ -17,11 +30,25 @@ BOTH = ("chosen", "rejected")
 @pytest.fixture
 def load(tokenizer, tmp_path):
     """Write rows to a file and load them -> kept rows, the account of the others."""
-    def run(rows, name="rows.jsonl", sides=BOTH, limits=Limits(), tokenizer=tokenizer, strict=False, scored=False, columns=()):
+
+    def run(
+        rows,
+        name="rows.jsonl",
+        sides=BOTH,
+        limits=Limits(),
+        tokenizer=tokenizer,
+        strict=False,
+        scored=False,
+        columns=(),
+    ):
         path = tmp_path / name
-        path.write_text(rows, encoding="utf-8") if isinstance(rows, str) else write_jsonl(path, rows)
+        if isinstance(rows, str):
+            path.write_text(rows, encoding="utf-8")
+        else:
+            write_jsonl(path, rows)
         rows, account = load_tokens(str(path), tokenizer, sides, limits, strict, scored, columns)
         return rows, describe(account)
+
     return run
 
 
@@ -31,12 +58,18 @@ def row(prompt="a cat", chosen=" sat", rejected=" ran"):
 
 # --- formats
 
+
 def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_path, tokenizer):
-    rows = make_rows(5) + [row("NA", " 42", " None"), row("quotes \" and, commas", " \n two lines", " ü 😀 漢字 e\u0301")]
+    rows = make_rows(5) + [
+        row("NA", " 42", " None"),
+        row('quotes " and, commas', " \n two lines", " ü 😀 漢字 e\u0301"),
+    ]
     expected = load(rows)[0].remove_columns("id")[:]
     import csv
+
     import pyarrow
     import pyarrow.parquet
+
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
@@ -44,10 +77,29 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
         writer.writerows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     for name in ("rows.json", "rows.csv", "rows.parquet"):
-        assert load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())[0].remove_columns("id")[:] == expected, name
+        assert (
+            load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())[0].remove_columns("id")[:]
+            == expected
+        ), name
 
 
-def test_a_folder_is_all_its_files_in_order(load, tmp_path, tokenizer):
+@pytest.mark.parametrize("optional", [{}, {"name": None}])
+def test_a_json_list_has_the_texts_of_the_same_json_lines(tmp_path, optional):
+    """Readers that infer types make a date of "2020-01-01", a number of "7", and a string of a
+    message with an optional key."""
+    rows = [row("when?", "2020-01-01", "7"), row("why?", "NA", "null")]
+    if optional:
+        rows = [next(every_format(text)) for text in rows]
+        rows[0]["chosen"][0] |= optional
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    files = [data.Source(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
+    from_list, from_lines = (list(data.examples(file, BOTH)) for file in files)
+    assert [text["id"] for text in from_list] == [f"{tmp_path}/rows.json, row {i}" for i in (1, 2)]
+    assert [text | {"id": ""} for text in from_list] == [text | {"id": ""} for text in from_lines]
+
+
+def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_path, tokenizer):
     folder = tmp_path / "many"
     folder.mkdir()
     write_jsonl(folder / "b.jsonl", make_rows(3, seed=1))
@@ -57,31 +109,42 @@ def test_a_folder_is_all_its_files_in_order(load, tmp_path, tokenizer):
     assert list(ids) == [f"{folder}/{name}.jsonl, row {number}" for name, number in expected]
 
 
-def test_a_dialogue_with_the_prompt_inside_is_cut_at_the_last_turn_so_no_answer_loses_its_first_word():
+def test_a_prompt_inside_two_dialogues_ends_with_their_last_shared_turn():
+    """So no answer loses its first word."""
     history = "\n\nHuman: hi\n\nAssistant: Hello there.\n\nHuman: why?\n\nAssistant:"
     chosen, rejected = history + " Because it is so.", history + " Because I say so."
     assert split_prompt(chosen, rejected) == history  # not "... Because ", which both share
     assert split_prompt("Q: why? Because it is", "Q: why? Because I say") == "Q: why? Because"
-    assert split_prompt("one two three", "one two thirty") == "one two"  # "th" is the beginning of a word, not a prompt
+    # "th" is the beginning of a word, not a prompt.
+    assert split_prompt("one two three", "one two thirty") == "one two"
     assert split_prompt("abc", "abd") == ""
 
 
 def test_explicit_prompts_and_prompts_inside_both_give_the_same_tokens(load):
     prompt = "\n\nHuman: go on\n\nAssistant:"
     explicit = load([row(prompt, " one", " two")])[0]
-    inside = load([{"chosen": prompt + " one", "rejected": prompt + " two"}], name="inside.jsonl")[0]
+    inside = load([{"chosen": prompt + " one", "rejected": prompt + " two"}], name="inside.jsonl")[
+        0
+    ]
     assert explicit[0] == inside[0] | {"id": explicit[0]["id"]}
 
 
 def test_sft_needs_no_rejected_answer(load):
-    kept, _ = load([{"prompt": "a", "chosen": " b"}, {"prompt": "a", "chosen": " c"}], sides=("chosen",))
+    kept, _ = load(
+        [{"prompt": "a", "chosen": " b"}, {"prompt": "a", "chosen": " c"}], sides=("chosen",)
+    )
     assert len(kept) == 2 and "rejected_ids" not in kept.column_names
 
 
 # --- tokens
 
-def test_decoded_scored_tokens_are_the_answer_and_eos(load, tokenizer):
-    rows = make_rows(30) + [row("ende", "ü 😀", "漢字"), row("e", "\u0301 x", "y"), row("🙂", "🙂🙂", " 🙂")]
+
+def test_the_scored_tokens_decode_to_the_answer_and_eos(load, tokenizer):
+    rows = make_rows(30) + [
+        row("ende", "ü 😀", "漢字"),
+        row("e", "\u0301 x", "y"),
+        row("🙂", "🙂🙂", " 🙂"),
+    ]
     kept, _ = load(rows)
     for tokens, text in zip(kept, rows):
         for side in BOTH:
@@ -92,19 +155,22 @@ def test_decoded_scored_tokens_are_the_answer_and_eos(load, tokenizer):
 
 
 def merging_tokenizer():
-    """BPE over letters that merges "b" + "c", across the boundary of prompt "ab" and answer "cd"."""
+    """BPE over letters that merges "b" + "c": across the boundary of prompt "ab", answer "cd"."""
     vocabulary = {token: i for i, token in enumerate(["<eos>", "a", "b", "c", "d", "x", "bc", " "])}
     backend = Tokenizer(models.BPE(vocabulary, [("b", "c")]))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-def test_where_tokens_merge_across_the_boundary_both_answers_still_see_one_prompt(load):
-    """prompt "ab" is a b, but "abcd" is a bc d: the three agree on "a" alone, and "b" is scored with the answers."""
+def test_both_answers_have_the_same_prompt_when_tokens_merge_across_the_boundary(load):
+    """Prompt "ab" is a b, but "abcd" is a bc d. The three texts have only "a" in common, so "b" is
+    scored with the answers."""
     kept, _ = load([row("ab", "cd", "xd")], tokenizer=merging_tokenizer())
     ids = merging_tokenizer().convert_tokens_to_ids
     assert kept[0]["prompt_ids"] == ids(["a"])
-    assert kept[0]["chosen_ids"] == ids(["bc", "d", "<eos>"]) and kept[0]["rejected_ids"] == ids(["b", "x", "d", "<eos>"])
+    assert kept[0]["chosen_ids"] == ids(["bc", "d", "<eos>"]) and kept[0]["rejected_ids"] == ids(
+        ["b", "x", "d", "<eos>"]
+    )
 
 
 def bos_tokenizer(tokenizer):
@@ -112,24 +178,32 @@ def bos_tokenizer(tokenizer):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<bos>"])
     bos = backend.token_to_id("<bos>")
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "<bos>a cat", ""])
-def test_bos_stands_once_and_in_front_also_when_the_text_brings_its_own(load, tokenizer, prompt):
+def test_bos_is_first_and_appears_once_even_if_the_text_begins_with_it(load, tokenizer, prompt):
     with_bos = bos_tokenizer(tokenizer)
     tokens = load([row(prompt)], tokenizer=with_bos)[0][0]
     whole = tokens["prompt_ids"] + tokens["chosen_ids"]
     assert whole[0] == with_bos.bos_token_id and whole.count(with_bos.bos_token_id) == 1
 
 
-def test_no_bos_is_invented_and_a_prompt_without_tokens_is_dropped(load, tokenizer):
+def test_a_tokenizer_without_bos_adds_none_and_a_prompt_without_tokens_is_dropped(load, tokenizer):
     kept, account = load([row(""), row()])
-    assert len(kept) == 1 and "1 dropped (no prompt: " in account and kept[0]["prompt_ids"] == tokenizer("a cat")["input_ids"]
+    assert (
+        len(kept) == 1
+        and "1 dropped (no prompt: " in account
+        and kept[0]["prompt_ids"] == tokenizer("a cat")["input_ids"]
+    )
 
 
-def test_eos_is_not_doubled_when_the_answer_brings_its_own(load, tokenizer):
+def test_an_answer_that_ends_with_eos_gets_no_second_one(load, tokenizer):
     kept, _ = load([row(chosen=" sat<eos>")])
     assert kept[0]["chosen_ids"].count(tokenizer.eos_token_id) == 1
 
@@ -139,21 +213,32 @@ def test_a_cut_answer_loses_eos_and_an_answer_that_just_fits_keeps_it(load, toke
     rows = [row(rejected=" ran far from home")]
     kept = load(rows, limits=Limits(max_completion_length=length))[0][0]
     assert kept["chosen_ids"][-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in kept["rejected_ids"] and len(kept["rejected_ids"]) == length
+    assert (
+        tokenizer.eos_token_id not in kept["rejected_ids"] and len(kept["rejected_ids"]) == length
+    )
 
 
 # --- truncation
 
-def test_a_prompt_gives_way_to_its_answers_only_as_far_as_it_must():
+
+def test_a_prompt_is_cut_only_as_far_as_its_answers_need():
     prompt, answers = list(range(100)), [[1] * 10, [2] * 20]
-    assert fit(prompt, answers, Limits(max_length=120)) == (prompt, answers)
-    assert fit(prompt, answers, Limits(max_length=70)) == (prompt[-50:], answers)  # the last 50, what the longer answer leaves
-    assert fit(prompt, answers, Limits(max_length=70, truncation_mode="keep_start")) == (prompt[:50], answers)
-    assert fit(prompt, answers, Limits(max_length=30)) == (prompt[-15:], [[1] * 10, [2] * 15])  # never below half of max_length
-    assert fit(prompt, answers, Limits(max_length=70, max_prompt_length=5)) == (prompt[-5:], answers)
-    assert fit(prompt, answers, Limits(max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
-    assert fit(prompt, answers, Limits(max_length=104, max_completion_length=4)) == (prompt, [[1] * 4, [2] * 4])
-    assert fit([7] + prompt, answers, Limits(max_length=70), front=1) == ([7] + prompt[-49:], answers)  # BOS stays
+
+    def cut(front=0, prompt=prompt, **limits):
+        return truncate(prompt, answers, Limits(**limits), front)
+
+    assert cut(max_length=120) == (prompt, answers)
+    # The prompt keeps its last 50 tokens, which the longer answer leaves.
+    assert cut(max_length=70) == (prompt[-50:], answers)
+    assert cut(max_length=70, truncation_mode="keep_start") == (prompt[:50], answers)
+    # The prompt keeps half of max_length at least.
+    assert cut(max_length=30) == (prompt[-15:], [[1] * 10, [2] * 15])
+    assert cut(max_length=70, max_prompt_length=5) == (prompt[-5:], answers)
+    short = [[1] * 4, [2] * 4]
+    assert cut(max_completion_length=4) == (prompt, short)
+    assert cut(max_length=104, max_completion_length=4) == (prompt, short)
+    # BOS stays.
+    assert cut(max_length=70, front=1, prompt=[7] + prompt) == ([7] + prompt[-49:], answers)
 
 
 def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(load, tokenizer):
@@ -167,17 +252,28 @@ def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(loa
 
 # --- rows that teach nothing
 
+
 def test_useless_rows_are_dropped_counted_and_named(load):
-    rows = [row(), row(chosen="   "), row(rejected=""), row(chosen=" ran"), row(chosen=" same start a", rejected=" same start b")]
+    rows = [
+        row(),
+        row(chosen="   "),
+        row(rejected=""),
+        row(chosen=" ran"),
+        row(chosen=" same start a", rejected=" same start b"),
+    ]
     kept, account = load(rows, limits=Limits(max_completion_length=2))
     assert len(kept) == 1 and "1 of 5 rows kept, 4 dropped" in account
-    for reason in ("empty answer: ", "chosen equals rejected: ", "chosen equals rejected once cut: "):
+    for reason in (
+        "empty answer: ",
+        "chosen equals rejected: ",
+        "chosen equals rejected once cut: ",
+    ):
         assert reason in account
     assert all(f"rows.jsonl, row {number}" in account for number in (2, 3, 4, 5))
 
 
-def test_strict_makes_them_errors(load):
-    with pytest.raises(ValueError, match="chosen equals rejected: .*rows.jsonl, row 2"):
+def test_strict_makes_useless_rows_an_error(load):
+    with pytest.raises(UserError, match="chosen equals rejected: .*rows.jsonl, row 2"):
         load([row(), row(chosen=" ran")], strict=True)
 
 
@@ -185,26 +281,49 @@ def test_sft_keeps_a_row_whose_answers_are_equal(load):
     assert len(load([row(chosen=" ran")], sides=("chosen",))[0]) == 1
 
 
-def test_scores_come_along_for_the_loss_that_reads_them_from_json_and_csv(load):
+def test_scores_are_read_from_json_and_csv_for_a_loss_that_needs_them(load):
     rows = [row(), row(chosen=" slept")]
     for r, (better, worse) in zip(rows, ((2, -0.5), (1e9 + 1e-6, 1e9))):
         r |= {"chosen_score": better, "rejected_score": worse}
     from_json = load(rows, scored=True)[0]
     batch = collate(from_json[[0, 1]], 0)
-    assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6] and batch["rejected_scores"].tolist() == [-0.5, 1e9]
-    csv = "prompt,chosen,rejected,chosen_score,rejected_score\n" + "".join(",".join(map(str, r.values())) + "\n" for r in rows)
-    assert load(csv, "rows.csv", scored=True)[0].remove_columns("id")[:] == from_json.remove_columns("id")[:]
+    assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6] and batch[
+        "rejected_scores"
+    ].tolist() == [-0.5, 1e9]
+    csv = "prompt,chosen,rejected,chosen_score,rejected_score\n" + "".join(
+        ",".join(map(str, r.values())) + "\n" for r in rows
+    )
+    assert (
+        load(csv, "rows.csv", scored=True)[0].remove_columns("id")[:]
+        == from_json.remove_columns("id")[:]
+    )
     assert "chosen_score" not in load(rows)[0].column_names
 
 
-def test_a_score_that_contradicts_the_preference_drops_the_row_and_one_that_is_no_number_is_an_error(load):
-    rows = [row() | {"chosen_score": 1, "rejected_score": 0}, row() | {"chosen_score": 1, "rejected_score": 1.0}]
+def test_a_score_is_read_without_a_rejected_answer(load):
+    kept, _ = load([row() | {"chosen_score": 2}], sides=("chosen",), scored=True)
+    assert kept["chosen_score"][:] == [2]
+
+
+def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_number_is_an_error(
+    load,
+):
+    rows = [
+        row() | {"chosen_score": 1, "rejected_score": 0},
+        row() | {"chosen_score": 1, "rejected_score": 1.0},
+    ]
     kept, account = load(rows, scored=True)
-    assert len(kept) == 1 and "1 dropped (chosen_score not above rejected_score: " in account and "row 2" in account
+    assert (
+        len(kept) == 1
+        and "1 dropped (chosen_score not above rejected_score: " in account
+        and "row 2" in account
+    )
     for bad in (None, "high", float("nan"), float("inf"), [1]):
-        with pytest.raises(ValueError, match="row 1: the loss reads the field 'chosen_score', a finite number"):
+        with pytest.raises(
+            UserError, match="row 1: the loss reads the field 'chosen_score', a finite number"
+        ):
             load([rows[0] | {"chosen_score": bad}], scored=True)
-    with pytest.raises(ValueError, match="row 1: the loss reads the field 'chosen_score'"):
+    with pytest.raises(UserError, match="row 1: the loss reads the field 'chosen_score'"):
         load([row()], scored=True)
 
 
@@ -213,69 +332,116 @@ def test_real_dialogues_split_where_their_last_answer_begins():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     path = SHARED / "data" / "hh_harmless_512.jsonl"
     kept, account = load_tokens(str(path), tokenizer, BOTH, Limits(max_length=4096))
-    assert "511 of 512 rows kept, 1 dropped (empty answer: " in describe(account) and "row 87)" in describe(account)
+    assert "511 of 512 rows kept, 1 dropped (empty answer: " in describe(
+        account
+    ) and "row 87)" in describe(account)
     texts = [json.loads(line) for line in open(path)]
     for tokens in kept:
         prompt = tokenizer.decode(tokens["prompt_ids"])
         text = texts[int(tokens["id"].split("row ")[1]) - 1]
         assert prompt.endswith("\n\nAssistant:")
         assert prompt + tokenizer.decode(tokens["chosen_ids"]) == text["chosen"] + "<|endoftext|>"
-        assert prompt + tokenizer.decode(tokens["rejected_ids"]) == text["rejected"] + "<|endoftext|>"
+        assert (
+            prompt + tokenizer.decode(tokens["rejected_ids"]) == text["rejected"] + "<|endoftext|>"
+        )
 
 
 # --- bad files
 
 BAD = {
-    "a missing key": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n', "row 2: the field 'rejected' is missing"),
-    "null": ('{"prompt": "a", "chosen": null, "rejected": "c"}\n', "row 1: the field 'chosen' is missing"),
-    "a number": ('{"prompt": "a", "chosen": "b", "rejected": 7}\n', "row 1: the field 'rejected' holds 7, which is not text"),
-    "NaN": ('{"prompt": NaN, "chosen": "b", "rejected": "c"}\n', "row 1: the field 'prompt' holds NaN, which is not text"),
-    "a list": ('{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n', "row 1: the field 'chosen' holds"),
-    "half a surrogate": ('{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}\n', "row 1: the field 'chosen' holds half of a surrogate"),
-    "a line cut in half": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "cho', "row 3: not a whole JSON object"),
+    "a missing key": (
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
+        "row 2: the field 'rejected' is missing",
+    ),
+    "null": (
+        '{"prompt": "a", "chosen": null, "rejected": "c"}\n',
+        "row 1: the field 'chosen' is missing",
+    ),
+    "a number": (
+        '{"prompt": "a", "chosen": "b", "rejected": 7}\n',
+        "row 1: the field 'rejected' holds 7, which is not text",
+    ),
+    "NaN": (
+        '{"prompt": NaN, "chosen": "b", "rejected": "c"}\n',
+        "row 1: the field 'prompt' holds NaN, which is not text",
+    ),
+    "a list": (
+        '{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n',
+        "row 1: the field 'chosen' holds",
+    ),
+    "half a surrogate": (
+        '{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}\n',
+        "row 1: the field 'chosen' holds half of a surrogate",
+    ),
+    "a line cut in half": (
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "cho',
+        "row 3: not a whole JSON object",
+    ),
     "other keys": ('{"question": "a", "answer": "b"}\n', "it has 'answer', 'question'"),
     "not an object": ("[1, 2]\n", "it has no fields at all"),
     "an empty file": ("", "there is no row in it"),
     "blank lines": ("\n\n", "there is no row in it"),
     "too deep": ("[" * 100_000, "row 1: not a whole JSON object"),
-    "half a surrogate in a role": ('{"prompt": [{"role": "\\ud83d", "content": "a"}], "chosen": "b", "rejected": "c"}\n', "half of a surrogate"),
-    "no usable row": ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "none of its 1 rows can be used"),
+    "half a surrogate in a role": (
+        '{"prompt": [{"role": "\\ud83d", "content": "a"}], "chosen": "b", "rejected": "c"}\n',
+        "half of a surrogate",
+    ),
+    "no usable row": (
+        '{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+        "none of its 1 rows can be used",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_is_an_error_that_names_file_row_and_field(load, tmp_path, kind):
     text, message = BAD[kind]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(text)
     assert message in str(error.value) and str(tmp_path / "rows.jsonl") in str(error.value)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("rows.csv", b"prompt,chosen,rejected\na,b,c,d\n", "row 1: more cells than the header names"),
-    ("rows.csv", b"prompt,chosen,rejected\na,b\n", "row 1: the field 'rejected' is missing"),
-    ("rows.jsonl", b'{"prompt": "\xff"}\n', "cannot be read as jsonl"),
-    ("rows.parquet", b"PAR1 and then nothing", "cannot be read as parquet"),
-    ("rows.json", b"[{]", "cannot be read as json"),
-    ("rows.json", b" \n[{}]", "needs the fields prompt, chosen, rejected"),
-    ("rows.txt", b"hello", "not a kind of file that is read"),
-])
-def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path, tokenizer, name, content, message):
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "rows.csv",
+            b"prompt,chosen,rejected\na,b,c,d\n",
+            "row 1: more cells than the header names",
+        ),
+        ("rows.csv", b"prompt,chosen,rejected\na,b\n", "row 1: the field 'rejected' is missing"),
+        ("rows.jsonl", b'{"prompt": "\xff"}\n', "cannot be read as jsonl"),
+        ("rows.parquet", b"PAR1 and then nothing", "cannot be read as parquet"),
+        ("rows.json", b"[{]", "cannot be read as json"),
+        ("rows.json", b" \n[{}]", "needs the fields prompt, chosen, rejected"),
+        ("rows.txt", b"hello", "cannot read this kind of file"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_an_error(
+    tmp_path, tokenizer, name, content, message
+):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
+def test_a_missing_file_is_an_error(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
         load_tokens(str(tmp_path / "nowhere.jsonl"), tokenizer, BOTH, Limits())
 
 
-def test_a_data_set_of_the_hub_is_read_like_a_file_and_again_when_it_changes(monkeypatch, tokenizer):
+def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_changes(
+    monkeypatch, tokenizer
+):
     import datasets
+
     for count in (3, 4):
-        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(make_rows(count)))
-        assert load_tokens("org/pairs", tokenizer, BOTH, Limits())[0]["id"][count - 1] == f"org/pairs, row {count}"
+        rows = datasets.Dataset.from_list(make_rows(count))
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, rows=rows: rows)
+        assert (
+            load_tokens("org/pairs", tokenizer, BOTH, Limits())[0]["id"][count - 1]
+            == f"org/pairs, row {count}"
+        )
 
 
 def test_a_changed_file_is_read_again(load):
@@ -285,11 +451,12 @@ def test_a_changed_file_is_read_again(load):
 
 def test_a_tokenizer_without_eos_is_refused(load):
     bare = PreTrainedTokenizerFast(tokenizer_object=merging_tokenizer().backend_tokenizer)
-    with pytest.raises(ValueError, match="no EOS token"):
+    with pytest.raises(UserError, match="no EOS token"):
         load([row("ab", "cd", "xd")], tokenizer=bare)
 
 
 # --- held-out rows, windows and batches
+
 
 def test_no_prompt_is_both_trained_and_held_out_and_the_split_is_always_the_same(load):
     rows = [row(f"prompt {i % 40}", f" a{i}", f" b{i}") for i in range(200)]
@@ -298,11 +465,16 @@ def test_no_prompt_is_both_trained_and_held_out_and_the_split_is_always_the_same
     assert len(trained) + len(held) == 200 and 20 < len(held) < 100
     assert not set(data.column(trained, "prompt_key")) & set(data.column(held, "prompt_key"))
     again = load(rows[::-1], name="reversed.jsonl")[0]
-    assert set(data.column(hold_out(again, 0.3)[1], "prompt_key")) == set(data.column(held, "prompt_key"))
+    assert set(data.column(hold_out(again, 0.3)[1], "prompt_key")) == set(
+        data.column(held, "prompt_key")
+    )
     assert len(hold_out(kept, 0.0)[1]) == 0
 
 
-@pytest.mark.parametrize("count, batch, size, ranks", [(10, 4, 2, 1), (10, 4, 3, 2), (5, 4, 2, 3), (1, 8, 4, 4), (100, 16, 5, 8)])
+@pytest.mark.parametrize(
+    "count, batch, size, ranks",
+    [(10, 4, 2, 1), (10, 4, 3, 2), (5, 4, 2, 3), (1, 8, 4, 4), (100, 16, 5, 8)],
+)
 def test_an_epoch_sees_each_row_once_on_any_number_of_ranks(count, batch, size, ranks):
     steps = -(-count // batch)
     for epoch in (0, 1):
@@ -310,8 +482,12 @@ def test_an_epoch_sees_each_row_once_on_any_number_of_ranks(count, batch, size, 
         for step in range(epoch * steps, (epoch + 1) * steps):
             rows = window(step, count, batch, seed=3, shuffle=True)
             shares = [micro_batches(rows, size, rank, ranks) for rank in range(ranks)]
-            assert all(0 < len(part) <= size for share in shares for part, _ in share)  # each rank takes part in each step
-            weighted = [i for share in shares for part, weight in share for i in part if weight]
+            weighted = []
+            for share in shares:
+                assert len(share) > 0  # each rank takes part in each step
+                for part, weight in share:
+                    assert 0 < len(part) <= size
+                    weighted += list(part) if weight else []
             assert weighted == rows.tolist()  # in order: rank by rank is the window itself
             seen += weighted
         assert sorted(seen) == list(range(count))
@@ -319,26 +495,50 @@ def test_an_epoch_sees_each_row_once_on_any_number_of_ranks(count, batch, size, 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
     def epoch(number, **change):
-        return np.concatenate([window(number * 3 + i, **(dict(count=10, batch_size=4, seed=0, shuffle=True) | change)) for i in range(3)])
+        return np.concatenate(
+            [
+                window(
+                    number * 3 + i, **(dict(count=10, batch_size=4, seed=0, shuffle=True) | change)
+                )
+                for i in range(3)
+            ]
+        )
 
-    assert (epoch(0) == epoch(0)).all() and (epoch(0) != epoch(1)).any() and (epoch(0) != epoch(0, seed=1)).any()
+    assert (
+        (epoch(0) == epoch(0)).all()
+        and (epoch(0) != epoch(1)).any()
+        and (epoch(0) != epoch(0, seed=1)).any()
+    )
     assert (epoch(2, shuffle=False) == np.arange(10)).all()
 
 
 def test_a_batch_is_padded_on_the_right_and_scores_answers_alone():
-    rows = {"id": ["a", "b"], "prompt_ids": [[5, 6], [7]], "chosen_ids": [[8, 0], [9, 9, 0]], "rejected_ids": [[1, 2, 3, 0], [0]]}
+    rows = {
+        "id": ["a", "b"],
+        "prompt_ids": [[5, 6], [7]],
+        "chosen_ids": [[8, 0], [9, 9, 0]],
+        "rejected_ids": [[1, 2, 3, 0], [0]],
+    }
     batch = collate(rows, pad_token_id=4)
     assert batch["chosen_input_ids"].tolist() == [[5, 6, 8, 0, 4, 4], [7, 9, 9, 0, 4, 4]]
-    assert batch["chosen_labels"].tolist() == [[IGNORE, IGNORE, 8, 0, IGNORE, IGNORE], [IGNORE, 9, 9, 0, IGNORE, IGNORE]]
+    assert batch["chosen_labels"].tolist() == [
+        [IGNORE, IGNORE, 8, 0, IGNORE, IGNORE],
+        [IGNORE, 9, 9, 0, IGNORE, IGNORE],
+    ]
     assert batch["rejected_input_ids"].tolist() == [[5, 6, 1, 2, 3, 0], [7, 0, 4, 4, 4, 4]]
-    assert torch.equal(batch["rejected_attention_mask"], torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]]))
+    assert torch.equal(
+        batch["rejected_attention_mask"], torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
+    )
 
 
 # --- conversations
 
 IDENTITY = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def turn(role, content):
@@ -347,7 +547,9 @@ def turn(role, content):
 
 def chat_tokenizer(tokenizer, template, **special):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    chat = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", **special)
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", **special
+    )
     chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     chat.chat_template = template
     return chat
@@ -355,146 +557,301 @@ def chat_tokenizer(tokenizer, template, **special):
 
 def every_format(text):
     """The same pair in each shape that a file may have."""
-    user, chosen, rejected = turn("user", text["prompt"]), turn("assistant", text["chosen"]), turn("assistant", text["rejected"])
+    user, chosen, rejected = (
+        turn("user", text["prompt"]),
+        turn("assistant", text["chosen"]),
+        turn("assistant", text["rejected"]),
+    )
     yield {"prompt": [user], "chosen": [chosen], "rejected": [rejected]}
     yield {"prompt": [user], "chosen": text["chosen"], "rejected": text["rejected"]}
     yield {"prompt": text["prompt"], "chosen": [chosen], "rejected": [rejected]}
     yield {"chosen": [user, chosen], "rejected": [user, rejected]}
-    yield {"prompt": text["prompt"], "chosen": [user, chosen], "rejected": [user, rejected], "messages": [user, chosen]}  # UltraFeedback
+    # UltraFeedback.
+    yield {
+        "prompt": text["prompt"],
+        "chosen": [user, chosen],
+        "rejected": [user, rejected],
+        "messages": [user, chosen],
+    }
     yield {"prompt": [user], "chosen": [user, chosen], "rejected": [user, rejected]}
 
 
-def test_strings_and_messages_through_an_identity_template_give_the_same_tokens_in_every_format(load, tokenizer):
+def test_strings_and_messages_through_an_identity_template_give_the_same_tokens_in_every_format(
+    load, tokenizer
+):
     chat, texts = chat_tokenizer(tokenizer, IDENTITY), [row(), row("who? 漢字", " me 🙂", " you")]
     expected = load(texts, tokenizer=chat)[0].remove_columns(["id", "prompt_key"])[:]
     for i, rows in enumerate(zip(*map(every_format, texts))):
-        assert load(list(rows), name=f"{i}.jsonl", tokenizer=chat)[0].remove_columns(["id", "prompt_key"])[:] == expected, rows[0]
+        assert (
+            load(list(rows), name=f"{i}.jsonl", tokenizer=chat)[0].remove_columns(
+                ["id", "prompt_key"]
+            )[:]
+            == expected
+        ), rows[0]
 
 
-def test_messages_come_alike_from_json_and_parquet(load, tmp_path, tokenizer):
+def test_json_and_parquet_give_the_same_messages(load, tmp_path, tokenizer):
     import pyarrow
     import pyarrow.parquet
-    rows, chat = [next(every_format(row())), next(every_format(row(chosen=" slept")))], chat_tokenizer(tokenizer, CHATML)
+
+    rows, chat = (
+        [next(every_format(row())), next(every_format(row(chosen=" slept")))],
+        chat_tokenizer(tokenizer, CHATML),
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    found = load_tokens(str(tmp_path / "rows.parquet"), chat, BOTH, Limits())[0].remove_columns("id")[:]
+    found = load_tokens(str(tmp_path / "rows.parquet"), chat, BOTH, Limits())[0].remove_columns(
+        "id"
+    )[:]
     assert found == load(rows, tokenizer=chat)[0].remove_columns("id")[:]
 
 
-def test_the_template_writes_the_prompt_and_the_end_of_the_turn_is_scored_and_nothing_after_it(load, tokenizer):
-    """ChatML ends a turn with <|im_end|> and a line break: no EOS is glued on, and the line break, which nobody generates, goes."""
+def test_the_chat_template_writes_the_prompt_and_the_end_of_the_turn_is_the_last_scored_token(
+    load, tokenizer
+):
+    """ChatML ends a turn with <|im_end|> and a line break. No EOS is added, and the line break,
+    which no model generates, is removed."""
     chat = chat_tokenizer(tokenizer, CHATML)
-    history = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "a cat?")]
-    rows = [{"chosen": history + [turn("assistant", "sat")], "rejected": history + [turn("assistant", "ran")]},
-            {"prompt": history, "chosen": [turn("assistant", "sat")], "rejected": [turn("assistant", "ran")]}]
+    history = [
+        turn("system", "be kind"),
+        turn("user", "hi"),
+        turn("assistant", "hello"),
+        turn("user", "a cat?"),
+    ]
+    rows = [
+        {
+            "chosen": history + [turn("assistant", "sat")],
+            "rejected": history + [turn("assistant", "ran")],
+        },
+        {
+            "prompt": history,
+            "chosen": [turn("assistant", "sat")],
+            "rejected": [turn("assistant", "ran")],
+        },
+    ]
     for i, one in enumerate(rows):
         tokens = load([one], name=f"{i}.jsonl", tokenizer=chat)[0][0]
         prompt = chat.decode(tokens["prompt_ids"])
-        assert prompt == ("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
-                          "<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n")
-        assert chat.decode(tokens["chosen_ids"]) == "sat<|im_end|>" and chat.decode(tokens["rejected_ids"]) == "ran<|im_end|>"
+        assert prompt == (
+            "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+            "<|im_start|>assistant\nhello<|im_end|>\n"
+            "<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert (
+            chat.decode(tokens["chosen_ids"]) == "sat<|im_end|>"
+            and chat.decode(tokens["rejected_ids"]) == "ran<|im_end|>"
+        )
 
 
 def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    kept, account = load([{"prompt": [turn("user", "hi")], "chosen": "sat on a mat", "rejected": "ran"}], tokenizer=chat,
-                         limits=Limits(max_completion_length=3))
+    kept, account = load(
+        [{"prompt": [turn("user", "hi")], "chosen": "sat on a mat", "rejected": "ran"}],
+        tokenizer=chat,
+        limits=Limits(max_completion_length=3),
+    )
     end = chat.convert_tokens_to_ids("<|im_end|>")
-    assert end not in kept[0]["chosen_ids"] and len(kept[0]["chosen_ids"]) == 3 and "1 rows: answers cut" in account
+    assert (
+        end not in kept[0]["chosen_ids"]
+        and len(kept[0]["chosen_ids"]) == 3
+        and "1 rows: answers cut" in account
+    )
 
 
-def test_the_bos_of_a_template_stands_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
+def test_the_bos_of_a_template_appears_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
     bos = bos_tokenizer(tokenizer)
     bos.chat_template = "{{ bos_token }}" + IDENTITY
     rows = [{"prompt": [turn("user", "x" * 200)], "chosen": " sat", "rejected": " ran"}]
     tokens = load(rows, tokenizer=bos, limits=Limits(max_length=32))[0][0]
-    assert tokens["prompt_ids"][0] == bos.bos_token_id and tokens["prompt_ids"].count(bos.bos_token_id) == 1
+    assert (
+        tokens["prompt_ids"][0] == bos.bos_token_id
+        and tokens["prompt_ids"].count(bos.bos_token_id) == 1
+    )
 
 
-def test_dialogues_part_where_the_assistant_goes_on_even_if_the_answers_begin_with_the_same_turns(load, tokenizer):
-    """A common first sentence is part of both answers; a common first turn of them is part of the prompt."""
+def test_dialogues_split_at_a_turn_of_the_assistant_even_if_the_answers_begin_alike(
+    load, tokenizer
+):
+    """A first sentence that both answers share stays in the answers; a first turn that they share
+    belongs to the prompt."""
     chat = chat_tokenizer(tokenizer, CHATML)
     start = [turn("user", "hi"), turn("assistant", "hello")]
-    rows = [{"chosen": start + [turn("user", "why?"), turn("assistant", "so. yes")],
-             "rejected": start + [turn("user", "why?"), turn("assistant", "so. no")]},
-            {"chosen": [turn("user", "hi"), turn("assistant", "hello")], "rejected": [turn("user", "hi"), turn("assistant", "hello")]}]
+    rows = [
+        {
+            "chosen": start + [turn("user", "why?"), turn("assistant", "so. yes")],
+            "rejected": start + [turn("user", "why?"), turn("assistant", "so. no")],
+        },
+        {
+            "chosen": [turn("user", "hi"), turn("assistant", "hello")],
+            "rejected": [turn("user", "hi"), turn("assistant", "hello")],
+        },
+    ]
     kept, account = load(rows, tokenizer=chat)
-    assert chat.decode(kept[0]["chosen_ids"]) == "so. yes<|im_end|>" and chat.decode(kept[0]["rejected_ids"]) == "so. no<|im_end|>"
+    assert (
+        chat.decode(kept[0]["chosen_ids"]) == "so. yes<|im_end|>"
+        and chat.decode(kept[0]["rejected_ids"]) == "so. no<|im_end|>"
+    )
     assert "1 dropped (chosen equals rejected: " in account
 
 
 def test_dialogues_that_share_nothing_have_no_prompt_and_are_dropped(load, tokenizer):
-    rows = [{"chosen": [turn("user", "hi"), turn("assistant", "a")], "rejected": [turn("user", "ho"), turn("assistant", "a")]},
-            {"chosen": [turn("user", "hi"), turn("assistant", "a")], "rejected": [turn("user", "hi"), turn("assistant", "b")]}]
+    rows = [
+        {
+            "chosen": [turn("user", "hi"), turn("assistant", "a")],
+            "rejected": [turn("user", "ho"), turn("assistant", "a")],
+        },
+        {
+            "chosen": [turn("user", "hi"), turn("assistant", "a")],
+            "rejected": [turn("user", "hi"), turn("assistant", "b")],
+        },
+    ]
     kept, account = load(rows, tokenizer=chat_tokenizer(tokenizer, CHATML))
     assert len(kept) == 1 and "1 dropped (no prompt: " in account
 
 
 def test_a_file_may_not_change_its_format(load, tokenizer):
-    with pytest.raises(ValueError, match="row 2: has a prompt, and the first row of its file had none"):
+    with pytest.raises(
+        UserError, match="row 2: has a prompt, and the first row of its file had none"
+    ):
         load([{"chosen": "a b", "rejected": "a c"}, row()])
     mixed = json.dumps(row()) + "\n" + json.dumps(next(every_format(row())))
-    with pytest.raises(ValueError, match="row 2: some rows of this file are texts, others are messages"):
+    with pytest.raises(
+        UserError, match="row 2: some rows of this file are texts, others are messages"
+    ):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
-    with pytest.raises(ValueError, match="row 1: one text without a prompt"):
+    with pytest.raises(UserError, match="row 1: one text without a prompt"):
         data.split_row(None, ["hi"], "row 1")
 
 
-LOOP_LAST = ("{% for m in messages %}{% if loop.last and messages[0]['role'] == 'system' %}[{{ messages[0]['content'] }}]{% endif %}"
-             "{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}")
+LOOP_LAST = (
+    "{% for m in messages %}{% if loop.last and messages[0]['role'] == 'system' %}"
+    "[{{ messages[0]['content'] }}]{% endif %}"
+    "{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
 
-def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_never_trains_on_it(load, tokenizer):
-    """As Mistral's, which puts the system message before the last turn: with an answer behind it that would be another place."""
-    chat, system = chat_tokenizer(tokenizer, LOOP_LAST), [turn("system", "be kind"), turn("user", "hi")]
-    rows = [{"prompt": [turn("user", "hi")], "chosen": " yes", "rejected": " no"}, {"prompt": system, "chosen": " yes", "rejected": " no"}]
+def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_an_answer(
+    load, tokenizer
+):
+    """Mistral's template puts the system message before the last turn, which an answer changes."""
+    chat, system = (
+        chat_tokenizer(tokenizer, LOOP_LAST),
+        [turn("system", "be kind"), turn("user", "hi")],
+    )
+    rows = [
+        {"prompt": [turn("user", "hi")], "chosen": " yes", "rejected": " no"},
+        {"prompt": system, "chosen": " yes", "rejected": " no"},
+    ]
     kept, account = load(rows, tokenizer=chat)
-    assert len(kept) == 1 and "1 dropped (the chat template writes the prompt otherwise when an answer follows: " in account
+    assert (
+        len(kept) == 1
+        and "1 dropped (the chat template writes the prompt otherwise when an answer follows: "
+        in account
+    )
 
 
-@pytest.mark.parametrize("prompt, answer", [
-    ([turn("system", "s")], [turn("user", "hi"), turn("assistant", "a")]), ([turn("user", "2+2?")], [turn("user", "bye"), turn("assistant", "a")]),
-    ("2+2?", [turn("user", "bye"), turn("assistant", "a")]), ([turn("user", "hi")], [turn("gpt", "a")])])
-def test_a_prompt_is_never_thrown_away_for_what_the_answers_begin_with(load, tokenizer, prompt, answer):
-    with pytest.raises(ValueError, match="row 1: the answers begin neither with a turn of the assistant nor with the prompt"):
-        load([{"prompt": prompt, "chosen": answer, "rejected": answer[:-1] + [turn("assistant", "b")]}], tokenizer=chat_tokenizer(tokenizer, CHATML))
+@pytest.mark.parametrize(
+    "prompt, answer",
+    [
+        ([turn("system", "s")], [turn("user", "hi"), turn("assistant", "a")]),
+        ([turn("user", "2+2?")], [turn("user", "bye"), turn("assistant", "a")]),
+        ("2+2?", [turn("user", "bye"), turn("assistant", "a")]),
+        ([turn("user", "hi")], [turn("gpt", "a")]),
+    ],
+)
+def test_answers_that_begin_with_another_prompt_are_an_error(load, tokenizer, prompt, answer):
+    with pytest.raises(
+        UserError,
+        match="row 1: the answers begin neither with a turn of the assistant nor with the prompt",
+    ):
+        load(
+            [
+                {
+                    "prompt": prompt,
+                    "chosen": answer,
+                    "rejected": answer[:-1] + [turn("assistant", "b")],
+                }
+            ],
+            tokenizer=chat_tokenizer(tokenizer, CHATML),
+        )
 
 
 def test_the_turn_of_a_tool_may_follow_the_prompt(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     prompt = [turn("user", "rain?"), turn("assistant", "CALL")]
-    tokens = load([{"prompt": prompt, "chosen": [turn("tool", "no"), turn("assistant", "dry")], "rejected": [turn("tool", "no"), turn("assistant", "wet")]}],
-                  tokenizer=chat)[0][0]
-    assert "rain?" in chat.decode(tokens["prompt_ids"]) and chat.decode(tokens["chosen_ids"]).endswith("dry<|im_end|>")
+    tokens = load(
+        [
+            {
+                "prompt": prompt,
+                "chosen": [turn("tool", "no"), turn("assistant", "dry")],
+                "rejected": [turn("tool", "no"), turn("assistant", "wet")],
+            }
+        ],
+        tokenizer=chat,
+    )[0][0]
+    assert "rain?" in chat.decode(tokens["prompt_ids"]) and chat.decode(
+        tokens["chosen_ids"]
+    ).endswith("dry<|im_end|>")
 
 
 def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    apart = [{"chosen": [turn("user", "hi"), turn("assistant", x), turn("user", "go on"), turn("assistant", x + x)],
-              "rejected": [turn("user", "hi"), turn("assistant", "z"), turn("user", "go on"), turn("assistant", "zz")]} for x in "ab"]
-    kept, account = load(apart + [{"chosen": [turn("user", "hi"), turn("assistant", "a")], "rejected": [turn("user", "hi"), turn("assistant", "b")]}],
-                         tokenizer=chat)
+    apart = [
+        {
+            "chosen": [
+                turn("user", "hi"),
+                turn("assistant", x),
+                turn("user", "go on"),
+                turn("assistant", x + x),
+            ],
+            "rejected": [
+                turn("user", "hi"),
+                turn("assistant", "z"),
+                turn("user", "go on"),
+                turn("assistant", "zz"),
+            ],
+        }
+        for x in "ab"
+    ]
+    kept, account = load(
+        apart
+        + [
+            {
+                "chosen": [turn("user", "hi"), turn("assistant", "a")],
+                "rejected": [turn("user", "hi"), turn("assistant", "b")],
+            }
+        ],
+        tokenizer=chat,
+    )
     assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
 
 
-def test_what_would_not_be_read_of_a_row_is_an_error(load, tokenizer):
+def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
-    with pytest.raises(ValueError, match="row 1: the field 'chosen' holds a message with tool_calls, which is not read"):
+    with pytest.raises(
+        UserError,
+        match="row 1: the field 'chosen' holds a message with tool_calls, which is not read",
+    ):
         load([{"prompt": "hi", "chosen": [call], "rejected": "no"}], tokenizer=chat)
     for column in ("system", "tools"):
-        with pytest.raises(ValueError, match=f"row 1: the column '{column}' is not read"):
+        with pytest.raises(UserError, match=f"row 1: the column '{column}' is not read"):
             load([row() | {column: "be kind"}])
 
 
 def test_an_open_quote_in_a_csv_does_not_swallow_the_rows_after_it(load):
-    for text, message in (('say it:, b, c\nsay it:, b," c\nsay more:, e, f\n', "cannot be read as csv"), ('a,b,"c"d\n', "cannot be read as csv")):
-        with pytest.raises(ValueError, match=message):
+    for text, message in (
+        ('say it:, b, c\nsay it:, b," c\nsay more:, e, f\n', "cannot be read as csv"),
+        ('a,b,"c"d\n', "cannot be read as csv"),
+    ):
+        with pytest.raises(UserError, match=message):
             load("prompt,chosen,rejected\n" + text, "rows.csv")
-    with pytest.raises(ValueError, match="its header names a column twice"):
+    with pytest.raises(UserError, match="its header names a column twice"):
         load("prompt,chosen,chosen,rejected\na,b,b,c\n", "rows.csv")
 
 
-def test_another_reading_of_special_tokens_is_not_served_from_the_cache(load, tokenizer):
+def test_a_tokenizer_that_splits_special_tokens_does_not_share_the_cache_of_one_that_does_not(
+    load, tokenizer
+):
     chat = chat_tokenizer(tokenizer, CHATML)
     rows = [row(chosen=" a<|im_end|>b")]
     before = load(rows, tokenizer=chat)[0][0]["chosen_ids"]
@@ -502,90 +859,148 @@ def test_another_reading_of_special_tokens_is_not_served_from_the_cache(load, to
     assert load(rows, tokenizer=chat)[0][0]["chosen_ids"] != before
 
 
-def test_an_answer_that_brings_eos_and_a_line_break_ends_with_one_eos(load, tokenizer):
+def test_an_answer_that_ends_with_eos_and_a_line_break_has_one_eos(load, tokenizer):
     assert tokenizer.decode(load([row(chosen=" sat<eos>\n")])[0][0]["chosen_ids"]) == " sat<eos>"
 
 
-def test_all_that_a_tokenizer_puts_in_front_stands_in_front(load, tokenizer):
+def test_every_token_that_the_tokenizer_puts_before_a_text_comes_first(load, tokenizer):
     """GLM puts two tokens before a text, neither of them a BOS."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["[gMASK]", "<sop>"])
-    backend.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=[
-        (token, backend.token_to_id(token)) for token in ("[gMASK]", "<sop>")])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A",
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("[gMASK]", "<sop>")],
+    )
     glm = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     for text in (row(), row("x" * 400)):
         tokens = load([text], tokenizer=glm, limits=Limits(max_length=40))[0][0]
         assert glm.convert_ids_to_tokens(tokens["prompt_ids"][:2]) == ["[gMASK]", "<sop>"]
 
 
-def test_a_thousand_useless_rows_before_the_first_good_one(load):
+def test_a_thousand_useless_rows_may_come_before_the_first_good_one(load):
     assert len(load([row("")] * 1001 + [row()])[0]) == 1
 
 
-def test_a_part_of_a_mixture_that_gives_nothing_is_an_error_and_rows_left_out_are_counted(tmp_path, tokenizer):
-    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", make_rows(20)), ("b", [row(rejected=" ")])))
-    with pytest.raises(ValueError, match="b.jsonl: none of its 1 rows can be used"):
+def test_a_part_of_a_mixture_without_usable_rows_is_an_error_and_rows_left_out_are_counted(
+    tmp_path, tokenizer
+):
+    a, b = (
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("a", make_rows(20)), ("b", [row(rejected=" ")]))
+    )
+    with pytest.raises(UserError, match="b.jsonl: none of its 1 rows can be used"):
         load_tokens(f"{a},{b}", tokenizer, BOTH, Limits())
     c = write_jsonl(tmp_path / "c.jsonl", make_rows(20, seed=5))
-    with pytest.raises(ValueError, match="c.jsonl: its share of the mixture is less than one row"):
+    with pytest.raises(UserError, match="c.jsonl: its share of the mixture is less than one row"):
         load_tokens(f"{a}:1,{c}:0.0001", tokenizer, BOTH, Limits())
-    assert "30 of 40 rows kept, 10 left out by the shares" in describe(load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())[1])
+    assert "30 of 40 rows kept, 10 left out by the shares" in describe(
+        load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())[1]
+    )
 
 
-def test_sft_takes_the_last_turn_of_a_dialogue(load, tokenizer):
+def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    dialogue = [turn("user", "hi"), turn("assistant", "hello"), turn("user", "bye"), turn("assistant", "see you")]
+    dialogue = [
+        turn("user", "hi"),
+        turn("assistant", "hello"),
+        turn("user", "bye"),
+        turn("assistant", "see you"),
+    ]
     kept = load([{"chosen": dialogue}], sides=("chosen",), tokenizer=chat)[0]
-    assert chat.decode(kept[0]["chosen_ids"]) == "see you<|im_end|>" and chat.decode(kept[0]["prompt_ids"]).count("<|im_end|>") == 3
+    assert (
+        chat.decode(kept[0]["chosen_ids"]) == "see you<|im_end|>"
+        and chat.decode(kept[0]["prompt_ids"]).count("<|im_end|>") == 3
+    )
 
 
 def test_no_chat_template_is_an_error_that_says_how_to_pass_one(load):
-    with pytest.raises(ValueError, match="row 1: the row holds messages, and the tokenizer has no chat template; pass one by --chat_template"):
+    with pytest.raises(
+        UserError,
+        match="row 1: the row holds messages, and the tokenizer has no chat template; "
+        "pass one by --chat_template",
+    ):
         load([next(every_format(row()))])
 
 
-def test_a_template_that_refuses_a_row_is_an_error_that_names_it(load, tokenizer):
+def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tokenizer):
     chat = chat_tokenizer(tokenizer, "{{ raise_exception('no system turns here') }}")
-    with pytest.raises(ValueError, match="row 1: the chat template fails on this row: no system turns here"):
+    with pytest.raises(
+        UserError, match="row 1: the chat template fails on this row: no system turns here"
+    ):
         load([next(every_format(row()))], tokenizer=chat)
 
 
-@pytest.mark.parametrize("value, message", [
-    ([], "holds \\[\\], which is not text and no list of messages"), ([turn("user", "a"), "b"], "which is not text and no list"),
-    ([{"from": "human", "value": "hi"}], "a message has a role and a content, both text"),
-    ([turn("user", None)], "a message has a role and a content"), ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
-    ([turn("user", "\ud83d")], "half of a surrogate pair")])
-def test_what_is_no_message_is_refused_with_file_row_and_field(load, value, message):
-    with pytest.raises(ValueError, match=rf"rows.jsonl, row 2: the field 'prompt' {message}" if "holds" in message else message):
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([], "holds \\[\\], which is not text and no list of messages"),
+        ([turn("user", "a"), "b"], "which is not text and no list"),
+        ([{"from": "human", "value": "hi"}], "a message has a role and a content, both text"),
+        ([turn("user", None)], "a message has a role and a content"),
+        ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
+        ([turn("user", "\ud83d")], "half of a surrogate pair"),
+    ],
+)
+def test_a_value_that_is_no_message_is_an_error_that_names_file_row_and_field(load, value, message):
+    with pytest.raises(
+        UserError,
+        match=rf"rows.jsonl, row 2: the field 'prompt' {message}"
+        if "holds" in message
+        else message,
+    ):
         load(json.dumps(row()) + "\n" + json.dumps(row() | {"prompt": value}))
 
 
 # --- boundaries, for every kind of tokenizer
 
+
 def trained(model, trainer, pre_tokenizer, decoder):
     backend = Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
     corpus = [" ".join(row.values()) for row in make_rows(300)]
-    backend.train_from_iterator(corpus, trainer(vocab_size=400, special_tokens=["<eos>", "<unk>"], show_progress=False))
+    backend.train_from_iterator(
+        corpus, trainer(vocab_size=400, special_tokens=["<eos>", "<unk>"], show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
 
 
 def tokenizers_of_every_kind():
     from tokenizers import trainers
+
     return {
-        "byte-level": trained(models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
-        "metaspace": trained(models.Unigram(), lambda **o: trainers.UnigramTrainer(unk_token="<unk>", **o), pre_tokenizers.Metaspace(), decoders.Metaspace()),
-        "wordpiece": trained(models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()),
+        "byte-level": trained(
+            models.BPE(),
+            trainers.BpeTrainer,
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        ),
+        "metaspace": trained(
+            models.Unigram(),
+            lambda **o: trainers.UnigramTrainer(unk_token="<unk>", **o),
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+        ),
+        "wordpiece": trained(
+            models.WordPiece(unk_token="<unk>"),
+            trainers.WordPieceTrainer,
+            pre_tokenizers.BertPreTokenizer(),
+            decoders.WordPiece(),
+        ),
         "merging": merging_tokenizer(),
     }
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "wordpiece", "merging"])
-def test_prompt_and_answer_ids_together_are_the_ids_of_the_text_and_the_prompt_is_the_same_for_both(load, kind):
-    """enc(a + b) = enc(a)' + rest, with the same enc(a)' for both answers: 200 random rows, cut at any character."""
+def test_prompt_and_answer_ids_are_the_ids_of_the_text_and_both_answers_share_the_prompt(
+    load, kind
+):
+    """enc(a + b) = enc(a)' + rest, with the same enc(a)' for both answers: 200 random rows, cut at
+    any character."""
     tokenizer, generator = tokenizers_of_every_kind()[kind], np.random.default_rng(0)
     alphabet = "abcdx" if kind == "merging" else "the cat sat on a mat. é漢🙂e\u0301\n"
-    texts = ["".join(generator.choice(list(alphabet), generator.integers(3, 30))) for _ in range(400)]
+    texts = [
+        "".join(generator.choice(list(alphabet), generator.integers(3, 30))) for _ in range(400)
+    ]
     rows = []
     for one, two in zip(texts[::2], texts[1::2]):
         at = int(generator.integers(1, len(one) - 1))
@@ -599,16 +1014,24 @@ def test_prompt_and_answer_ids_together_are_the_ids_of_the_text_and_the_prompt_i
             whole = tokenizer(text["prompt"] + text[side], add_special_tokens=False)["input_ids"]
             assert tokens["prompt_ids"] + tokens[f"{side}_ids"][:-1] == whole
         alone = tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]
-        assert alone[:len(tokens["prompt_ids"])] == tokens["prompt_ids"]
+        assert alone[: len(tokens["prompt_ids"])] == tokens["prompt_ids"]
 
 
 def test_rows_whose_tokens_merge_across_the_boundary_are_counted_and_named(load):
-    kept, account = load([row("ab", "cd", "xd"), row("ax", "cd", "xd")], tokenizer=merging_tokenizer())
-    assert len(kept) == 2 and "1 rows: tokens merged across the end of the prompt: " in account and "row 1" in account
+    kept, account = load(
+        [row("ab", "cd", "xd"), row("ax", "cd", "xd")], tokenizer=merging_tokenizer()
+    )
+    assert (
+        len(kept) == 2
+        and "1 rows: tokens merged across the end of the prompt: " in account
+        and "row 1" in account
+    )
 
 
 def test_a_prompt_repeated_inside_both_answers_is_counted_and_named(load):
-    _, account = load([row(), row("a cat", "a cat sat", "a cat ran"), row("a cat", "a cat sat", " ran")])
+    _, account = load(
+        [row(), row("a cat", "a cat sat", "a cat ran"), row("a cat", "a cat sat", " ran")]
+    )
     assert "1 rows: prompt repeated inside both answers: " in account and "row 2" in account
 
 
@@ -620,108 +1043,190 @@ def test_an_answer_that_is_only_white_space_is_dropped(load, blank):
 
 # --- long rows
 
+
 def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
     rows, short = [row(), row("a cat " * 40)], dict(max_length=32)
     kept, account = load(rows, limits=Limits(**short))
     assert len(kept) == 2 and "1 rows: prompt cut: " in account
     kept, account = load(rows, limits=Limits(**short, overlong="drop"))
     assert len(kept) == 1 and "1 dropped (too long: " in account and "row 2)" in account
-    with pytest.raises(ValueError, match="too long: .*row 2. Mend these rows, or leave out --overlong error"):
+    with pytest.raises(
+        UserError, match="too long: .*row 2. Fix these rows, or leave out --overlong error"
+    ):
         load(rows, limits=Limits(**short, overlong="error"))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_limits_leave_a_row_without_scored_tokens_or_with_two_prompts(load, seed):
+def test_under_any_limits_every_row_has_a_prompt_and_scored_tokens_within_the_limits(load, seed):
     generator = np.random.default_rng(seed)
     length = int(generator.integers(2, 12))
-    limits = Limits(length, *(int(generator.integers(1, high)) if generator.random() < 0.7 and high > 1 else None for high in (length, 9)),
-                    truncation_mode=str(generator.choice(["keep_end", "keep_start"])))
+    limits = Limits(
+        length,
+        *(
+            int(generator.integers(1, high)) if generator.random() < 0.7 and high > 1 else None
+            for high in (length, 9)
+        ),
+        truncation_mode=str(generator.choice(["keep_end", "keep_start"])),
+    )
     kept, _ = load(make_rows(40, seed) + [row("x" * 10_000)], limits=limits)
     for tokens in kept:
-        assert all(0 < len(tokens[f"{side}_ids"]) <= limits.max_length - len(tokens["prompt_ids"]) for side in BOTH)
-        assert all(len(tokens[f"{side}_ids"]) <= (limits.max_completion_length or 99) for side in BOTH) and tokens["prompt_ids"]
+        assert all(
+            0 < len(tokens[f"{side}_ids"]) <= limits.max_length - len(tokens["prompt_ids"])
+            for side in BOTH
+        )
+        assert (
+            all(len(tokens[f"{side}_ids"]) <= (limits.max_completion_length or 99) for side in BOTH)
+            and tokens["prompt_ids"]
+        )
 
 
 # --- several parts
 
-def test_columns_under_other_names(load):
+
+def test_columns_may_have_other_names(load):
     renamed = [{"question": "a cat", "good": " sat", "bad": " ran", "prompt": 7, "id": "x1"}]
     columns = (("prompt", "question"), ("chosen", "good"), ("rejected", "bad"))
     found, expected = load(renamed, columns=columns)[0], load([row()])[0]
-    assert found.remove_columns("id")[:] == expected.remove_columns("id")[:] and found[0]["id"].endswith("rows.jsonl, row 1 (id x1)")
-    with pytest.raises(ValueError, match="row 1: --columns names 'nice'; the row has 'question', 'good', 'bad', 'prompt', 'id'"):
+    assert found.remove_columns("id")[:] == expected.remove_columns("id")[:] and found[0][
+        "id"
+    ].endswith("rows.jsonl, row 1 (id x1)")
+    with pytest.raises(
+        UserError,
+        match="row 1: --columns names 'nice'; "
+        "the row has 'question', 'good', 'bad', 'prompt', 'id'",
+    ):
         load(renamed, columns=(("chosen", "nice"),))
 
 
 def test_several_files_are_read_one_after_the_other(tmp_path, tokenizer):
-    paths = [write_jsonl(tmp_path / f"{i}.jsonl", make_rows(n, seed=i)) for i, n in enumerate((3, 2))]
+    paths = [
+        write_jsonl(tmp_path / f"{i}.jsonl", make_rows(n, seed=i)) for i, n in enumerate((3, 2))
+    ]
     rows, account = load_tokens(",".join(paths), tokenizer, BOTH, Limits())
-    assert list(rows["id"]) == [f"{paths[0]}, row {i}" for i in (1, 2, 3)] + [f"{paths[1]}, row {i}" for i in (1, 2)]
+    assert list(rows["id"]) == [f"{paths[0]}, row {i}" for i in (1, 2, 3)] + [
+        f"{paths[1]}, row {i}" for i in (1, 2)
+    ]
     assert account["rows"] == account["kept"] == 5
 
 
 def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
-    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", make_rows(n)) for name, n in (("a", 70), ("b", 100)))
+    a, b = (
+        write_jsonl(tmp_path / f"{name}.jsonl", make_rows(n)) for name, n in (("a", 70), ("b", 100))
+    )
     rows, account = load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())
     names = list(rows["id"])
-    assert len(names) == len(set(names)) == 100 and sum(name.startswith(a) for name in names) == 70 and account["kept"] == 100
+    assert (
+        len(names) == len(set(names)) == 100
+        and sum(name.startswith(a) for name in names) == 70
+        and account["kept"] == 100
+    )
     assert names == list(load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())[0]["id"])
     assert len(load_tokens(f"{a}:1,{b}:1", tokenizer, BOTH, Limits())[0]) == 140
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("{a}:0.5,{a}", "give every part a share, or none"), ("{a}:0", "with a share above 0"), ("{a}:x:y:1", "a data set is NAME, NAME:SPLIT"),
-    ("{a}:test", "a file has no splits"), (",{a}", "a data set is NAME"), ("{a},./nowhere.jsonl", "nowhere.jsonl: no such file")])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("{a}:0.5,{a}", "give every part a share, or none"),
+        ("{a}:0", "with a share above 0"),
+        ("{a}:x:y:1", "a data set is NAME, NAME:SPLIT"),
+        ("{a}:test", "a file has no splits"),
+        (",{a}", "a data set is NAME"),
+        ("{a},./nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ],
+)
 def test_a_wrong_data_set_name_is_refused(tmp_path, tokenizer, spec, message):
-    with pytest.raises(ValueError, match=message):
-        load_tokens(spec.format(a=write_jsonl(tmp_path / "a.jsonl", make_rows(3))), tokenizer, BOTH, Limits())
+    with pytest.raises(UserError, match=message):
+        load_tokens(
+            spec.format(a=write_jsonl(tmp_path / "a.jsonl", make_rows(3))),
+            tokenizer,
+            BOTH,
+            Limits(),
+        )
 
 
 def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
     import datasets
-    parts = {"train": datasets.Dataset.from_list(make_rows(4)), "test": datasets.Dataset.from_list(make_rows(3, seed=1))}
+
+    parts = {
+        "train": datasets.Dataset.from_list(make_rows(4)),
+        "test": datasets.Dataset.from_list(make_rows(3, seed=1)),
+    }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     parts["test"].save_to_disk(tmp_path / "one")
     assert len(load_tokens(f"{tmp_path}/both", tokenizer, BOTH, Limits())[0]) == 4
     assert len(load_tokens(f"{tmp_path}/both:test", tokenizer, BOTH, Limits())[0]) == 3
-    assert load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())[0][0]["id"] == f"{tmp_path}/one, row 1"
+    assert (
+        load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())[0][0]["id"]
+        == f"{tmp_path}/one, row 1"
+    )
     for spec in ("both:dev", "one:test"):
-        with pytest.raises(ValueError, match="there is no split"):
+        with pytest.raises(UserError, match="there is no split"):
             load_tokens(f"{tmp_path}/{spec}", tokenizer, BOTH, Limits())
 
 
 # --- the report
 
+
 def test_the_statistics_of_three_rows_counted_by_hand(load):
     tokenizer = merging_tokenizer()  # one token per letter
-    rows, _ = load([row("aa", "d", "xx"), row("aa", "dd", "x"), row("aaaa", "ddd", "xxx")], tokenizer=tokenizer)
-    held, _ = load([row("aa", "d", "x"), row("x", "d", "a")], name="held.jsonl", tokenizer=tokenizer)
+    rows, _ = load(
+        [row("aa", "d", "xx"), row("aa", "dd", "x"), row("aaaa", "ddd", "xxx")], tokenizer=tokenizer
+    )
+    held, _ = load(
+        [row("aa", "d", "x"), row("x", "d", "a")], name="held.jsonl", tokenizer=tokenizer
+    )
     found = data.statistics(rows, held)
-    assert found["lengths"]["prompt"] == {"mean": pytest.approx(8 / 3), "median": 2.0, "95th": pytest.approx(3.8), "max": 4}
-    assert found["lengths"]["chosen"]["max"] == 4 and found["lengths"]["rejected"]["mean"] == pytest.approx(3)  # with EOS
-    assert found["chosen_longer"] == pytest.approx(1 / 3) and found["rejected_longer"] == pytest.approx(1 / 3)
+    assert found["lengths"]["prompt"] == {
+        "mean": pytest.approx(8 / 3),
+        "median": 2.0,
+        "95th": pytest.approx(3.8),
+        "max": 4,
+    }
+    assert found["lengths"]["chosen"]["max"] == 4 and found["lengths"]["rejected"][
+        "mean"
+    ] == pytest.approx(3)  # with EOS
+    assert found["chosen_longer"] == pytest.approx(1 / 3) and found[
+        "rejected_longer"
+    ] == pytest.approx(1 / 3)
     assert found["rows_that_share_their_prompt"] == 1 and found["prompts_in_both"] == 1
-    assert found["tokens_per_epoch"] == 8 + 9 + 9 and found["tokens_per_epoch_prompt_once_for_each_answer"] == 16 + 9 + 9
+    assert (
+        found["tokens_per_epoch"] == 8 + 9 + 9
+        and found["tokens_per_epoch_prompt_once_for_each_answer"] == 16 + 9 + 9
+    )
 
 
-def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_marked(load):
+def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_in_brackets(load):
     tokenizer = merging_tokenizer()
     shown = data.show(load([row("aa", "d", "bcx")], tokenizer=tokenizer)[0], tokenizer)
-    assert shown.splitlines()[1:] == ["  prompt   'aa'", "  chosen   [d|<eos>]", "  rejected [bc|x|<eos>]"]
+    assert shown.splitlines()[1:] == [
+        "  prompt   'aa'",
+        "  chosen   [d|<eos>]",
+        "  rejected [bc|x|<eos>]",
+    ]
 
 
 def run_report(*arguments):
     import subprocess
     import sys
+
     from conftest import ROOT
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
-def test_python_data_py_reports_every_kind_of_file_without_a_word_from_a_library(folder, tmp_path):
+def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anything(folder, tmp_path):
     import csv
+
     import datasets
     import pyarrow
     import pyarrow.parquet
+
     rows = make_rows(9) + [row("x" * 9000)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
@@ -734,26 +1239,61 @@ def test_python_data_py_reports_every_kind_of_file_without_a_word_from_a_library
     (tmp_path / "template").write_text(CHATML)
     write_jsonl(tmp_path / "f.jsonl", [list(every_format(r))[3] for r in rows])
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet", "e", "f.jsonl"):
-        result = run_report(tmp_path / name, "--model", folder, *(["--chat_template", tmp_path / "template"] if name[0] == "f" else []))
+        result = run_report(
+            tmp_path / name,
+            "--model",
+            folder,
+            *(["--chat_template", tmp_path / "template"] if name[0] == "f" else []),
+        )
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
-        assert "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout and "scored tokens in brackets" in result.stdout
+        assert (
+            "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout
+            and "scored tokens in brackets" in result.stdout
+        )
 
 
-def test_the_report_is_json_for_machines_and_counts_prompts_that_train_and_eval_share(folder, tmp_path):
-    path, held = write_jsonl(tmp_path / "a.jsonl", make_rows(9)), write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2] + [row(rejected=" ")])
+def test_the_json_report_counts_the_prompts_that_train_and_eval_share(folder, tmp_path):
+    path, held = (
+        write_jsonl(tmp_path / "a.jsonl", make_rows(9)),
+        write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2] + [row(rejected=" ")]),
+    )
     result = run_report(path, "--model", folder, "--eval_dataset", held, "--json")
     report, other = json.loads(result.stdout)
-    assert report["kept"] == report["rows"] == 9 and report["prompts_in_both"] == 2 and report["lengths"]["prompt"]["max"] > 0
+    assert (
+        report["kept"] == report["rows"] == 9
+        and report["prompts_in_both"] == 2
+        and report["lengths"]["prompt"]["max"] > 0
+    )
     assert other["dropped"]["empty answer"]["count"] == 1
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["nowhere.jsonl", "--model", "{folder}"], "nowhere.jsonl: no such file"), (["{pairs}", "--model", "/nowhere"], "--model /nowhere: no tokenizer there"),
-    (["{pairs}", "--model", "{folder}", "--columns", "prompt"], "--columns prompt: write OURS=THEIRS"),
-    (["{pairs}", "--model", "{folder}", "--columns", "chosen=a,chosen=b"], "names a column twice"),
-    (["{pairs}", "--model", "{folder}", "--chat_template", "{pairs}"], "no row holds messages, so it is not read"),
-    (["{pairs}", "--model", "{folder}", "--columns", "answer=chosen"], "OURS is one of prompt, chosen"),
-    (["{pairs}", "--model", "{folder}", "--chat_template", "nowhere"], "--chat_template nowhere: no such file")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nowhere.jsonl", "--model", "{folder}"], "nowhere.jsonl: no such file"),
+        (["{pairs}", "--model", "/nowhere"], "--model /nowhere: no tokenizer there"),
+        (
+            ["{pairs}", "--model", "{folder}", "--columns", "prompt"],
+            "--columns prompt: write OURS=THEIRS",
+        ),
+        (
+            ["{pairs}", "--model", "{folder}", "--columns", "chosen=a,chosen=b"],
+            "names a column twice",
+        ),
+        (
+            ["{pairs}", "--model", "{folder}", "--chat_template", "{pairs}"],
+            "no row holds messages, so it is not used",
+        ),
+        (
+            ["{pairs}", "--model", "{folder}", "--columns", "answer=chosen"],
+            "OURS is one of prompt, chosen",
+        ),
+        (
+            ["{pairs}", "--model", "{folder}", "--chat_template", "nowhere"],
+            "--chat_template nowhere: no such file",
+        ),
+    ],
+)
 def test_an_error_of_the_report_is_one_line_and_exit_status_2(folder, pairs, flags, message):
     result = run_report(*(flag.format(folder=folder, pairs=pairs) for flag in flags))
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1

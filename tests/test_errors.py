@@ -1,0 +1,61 @@
+"""A user's mistake is one line and exit status 2; every other exception shows its traceback."""
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run_script(script, *arguments):
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def plant(bug, name, folder):
+    """Copy the product to a folder, with a bug as the first statement of main in one script."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    tree = ast.parse((ROOT / name).read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    main, = (function for function in functions if function.name == "main")
+    main.body[:0] = ast.parse(bug).body
+    (folder / name).write_text(ast.unparse(tree))
+    return folder / name
+
+
+# Each raises a ValueError in the product's own code.
+@pytest.mark.parametrize("name, bug", [
+    ("data.py", "int('x')"),
+    ("data.py", "max([])"),
+    ("data.py", "first, second = [1]"),
+    ("bench.py", "int('x')"),
+])
+def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
+    result = run_script(plant(bug, name, tmp_path))
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr and "ValueError" in result.stderr
+    assert "in main" in result.stderr
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("data.py", ["rows.jsonl", "--model=M", "--columns=prompt"], "--columns prompt: write OURS="),
+    ("bench.py", ["--model=M", "--data=/nowhere.jsonl"], "--data /nowhere.jsonl: cannot be read"),
+    ("bench.py", ["--model=M", "--data=/nowhere.jsonl", "--steps=-1"], "--steps: must be >= 0"),
+])
+def test_a_mistake_of_the_user_is_one_line_and_exit_status_2(name, arguments, message):
+    result = run_script(ROOT / name, *arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_message_with_line_breaks_is_still_one_line(tmp_path):
+    (tmp_path / "script.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from errors import UserError, run_script\n"
+        "def main(argv):\n    raise UserError('file: wrong\\nhere')\n"
+        "run_script(main)\n")
+    result = run_script(tmp_path / "script.py")
+    assert result.returncode == 2 and result.stderr == "error: file: wrong here\n"
