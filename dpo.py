@@ -16,8 +16,7 @@ import packing
 from losses import (
     LOSSES, f_divergence_score, hyperparameters, needs_reference, needs_rejected, tensor_arguments,
 )
-
-IGNORE = -100  # label of a token that is not scored (prompt, padding), as in torch and transformers
+from packing import IGNORE
 
 
 def selected_logps(logits, targets):

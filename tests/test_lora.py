@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
 from transformers.pytorch_utils import Conv1D
 
-import lora
 import model as models
 import train
 from lora import (
