@@ -1,7 +1,7 @@
 """Files of a run: written to a temporary name and renamed, so that no reader meets half a file.
 
     config.json         the flags of the run; when the run has ended, the model's configuration too
-    metrics.jsonl       see train.Log
+    metrics.jsonl       see log.Log
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
         optimizer/      AdamW's state and a moving reference, in one file per rank,
         state.json      the step, the schedule, the flags, and a hash of every other file
