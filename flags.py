@@ -11,6 +11,7 @@
 No flag is accepted and then ignored: a flag that the run would not read is an error.
 """
 import argparse
+import contextlib
 import difflib
 import math
 from typing import Callable
@@ -22,6 +23,7 @@ import world
 from checkpoint import read_flags
 from data import at_least
 from dpo import check_variants
+from errors import UserError
 from losses import (
     find, hyperparameters, LOSSES, needs_reference, needs_rejected, tensor_arguments,
 )
@@ -41,7 +43,7 @@ FREE_ON_RESUME = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message)
+        raise UserError(message)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -208,10 +210,8 @@ def parse_args(
     early = first.parse_known_args(argv)[0]
     saved = read_flags(early.output_dir) if early.resume else {}
     loss_name = early.loss or saved.get("loss", "sigmoid")
-    try:
+    with naming_flags(["loss"]):
         loss = find(loss_name)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None
 
     # Then all flags. The world has defaults of its own; a resumed run has the flags it began with.
     parser = build_parser(loss, description)
@@ -267,23 +267,23 @@ def settle_adapter(args, loss):
         if getattr(args, name) == default:
             continue
         if args.adapter:
-            raise ValueError(f"--{name}: is of a new adapter, so give --lora_rank and no --adapter")
+            raise UserError(f"--{name}: is of a new adapter, so give --lora_rank and no --adapter")
         if not args.lora_rank:
-            raise ValueError(f"--{name}: is of a new adapter, so give --lora_rank")
+            raise UserError(f"--{name}: is of a new adapter, so give --lora_rank")
     if args.adapter and args.lora_rank:
-        raise ValueError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of "
-                         "its own; give one of them")
+        raise UserError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of "
+                        "its own; give one of them")
     if args.lora_dropout and "batch" in loss.marks:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its "
-                         "log-probs twice, and they must be the same")
+        raise UserError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its "
+                        "log-probs twice, and they must be the same")
     if args.lora_dropout >= 1:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
+        raise UserError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
     if args.quantize and args.parallel == "fsdp":
-        raise ValueError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; "
-                         "use --parallel ddp")
+        raise UserError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; "
+                        "use --parallel ddp")
     if args.quantize and not (args.adapter or args.lora_rank):
-        raise ValueError(f"--quantize {args.quantize}: 4-bit weights can't be trained; "
-                         "train an adapter, by --lora_rank or --adapter")
+        raise UserError(f"--quantize {args.quantize}: 4-bit weights can't be trained; "
+                        "train an adapter, by --lora_rank or --adapter")
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
 
@@ -305,33 +305,33 @@ def settle_reference(args, loss):
         return
     args.ref = args.ref or default_reference(args)
     if args.ref == "none" and not args.reference_free:
-        raise ValueError("--ref none: this loss has a reference; "
-                         "--reference_free puts zeros in its place")
+        raise UserError("--ref none: this loss has a reference; "
+                        "--reference_free puts zeros in its place")
     if args.ref != "none" and args.reference_free:
-        raise ValueError(f"--ref {args.ref}: is not read with --reference_free")
+        raise UserError(f"--ref {args.ref}: is not read with --reference_free")
     if args.ref == "adapter" and not args.adapter:
-        raise ValueError("--ref adapter: there is no --adapter to start from")
+        raise UserError("--ref adapter: there is no --adapter to start from")
     if args.ref == "adapter_off" and not (args.adapter or args.lora_rank):
-        raise ValueError("--ref adapter_off: there is no adapter to turn off")
+        raise UserError("--ref adapter_off: there is no adapter to turn off")
     if args.ref_model and args.ref not in ("model", "cache"):
         other = "reference_free" if args.reference_free else f"ref {args.ref}"
-        raise ValueError(f"--ref_model {args.ref_model}: is not read with --{other}")
+        raise UserError(f"--ref_model {args.ref_model}: is not read with --{other}")
     if args.ref_batch_size and args.ref != "cache":
-        raise ValueError(f"--ref_batch_size {args.ref_batch_size}: is of --ref cache")
+        raise UserError(f"--ref_batch_size {args.ref_batch_size}: is of --ref cache")
     settle_moving_reference(args)
 
 
 def settle_moving_reference(args):
     every, alpha = args.sync_ref_every, args.sync_ref_alpha
     if every and args.ref not in ("model", "adapter"):
-        raise ValueError(f"--sync_ref_every {every}: a reference of --ref {args.ref} can't move")
+        raise UserError(f"--sync_ref_every {every}: a reference of --ref {args.ref} can't move")
     if every and args.ref == "model" and (args.adapter or args.lora_rank):
-        raise ValueError(f"--sync_ref_every {every}: --ref model has no adapter to move towards "
-                         "the policy's; start from one by --adapter, with --ref adapter")
+        raise UserError(f"--sync_ref_every {every}: --ref model has no adapter to move towards "
+                        "the policy's; start from one by --adapter, with --ref adapter")
     if alpha and not every:
-        raise ValueError(f"--sync_ref_alpha {alpha}: is read with --sync_ref_every")
+        raise UserError(f"--sync_ref_alpha {alpha}: is read with --sync_ref_every")
     if alpha and alpha > 1:
-        raise ValueError(f"--sync_ref_alpha {alpha}: must be in (0, 1]")
+        raise UserError(f"--sync_ref_alpha {alpha}: must be in (0, 1]")
     if every and not alpha:
         args.sync_ref_alpha = 0.6
 
@@ -340,13 +340,13 @@ def refuse_flag(flag, loss_name, known):
     """Say of an unknown flag which losses read it, or which flag has the nearest name."""
     name = flag.removeprefix("--")
     if "ref" in name.split("_"):
-        raise ValueError(f"{flag}: --loss {loss_name} has no reference")
+        raise UserError(f"{flag}: --loss {loss_name} has no reference")
     readers = [other for other, loss in LOSSES.items() if name in hyperparameters(loss)]
     if readers:
-        raise ValueError(f"{flag} is not read by --loss {loss_name}; "
-                         f"it is read by {', '.join(readers)}")
+        raise UserError(f"{flag} is not read by --loss {loss_name}; "
+                        f"it is read by {', '.join(readers)}")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    raise ValueError(f"{flag}: there is no such flag; the nearest is --{near[0]}")
+    raise UserError(f"{flag}: there is no such flag; the nearest is --{near[0]}")
 
 
 def check_args(args, saved):
@@ -354,25 +354,25 @@ def check_args(args, saved):
     for name in ["loss", *sorted(saved)] if saved else []:
         value = getattr(args, name, None)
         if name not in FREE_ON_RESUME and value != saved[name]:
-            raise ValueError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, "
-                             "and may not change when it is resumed")
+            raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, "
+                            "and may not change when it is resumed")
     if args.epochs and args.max_steps:
-        raise ValueError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how "
-                         "long to train: give one")
+        raise UserError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how "
+                        "long to train: give one")
     if args.tokens_per_micro_batch and args.micro_batch_size:
-        raise ValueError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
-                         f"{args.tokens_per_micro_batch}: give one")
+        raise UserError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
+                        f"{args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
     if args.model == "world" and args.dataset != "world":
-        raise ValueError(f"--dataset {args.dataset}: --model world knows no words but its own "
-                         "data's; give another --model")
+        raise UserError(f"--dataset {args.dataset}: --model world knows no words but its own "
+                        "data's; give another --model")
     if args.eval_share is None:
         return
     if args.eval_share >= 1:
-        raise ValueError(f"--eval_share {args.eval_share}: leaves nothing to train on")
+        raise UserError(f"--eval_share {args.eval_share}: leaves nothing to train on")
     if args.eval_dataset or args.dataset == "world":
         held_out = args.eval_dataset or "the world's own"
-        raise ValueError(f"--eval_share {args.eval_share}: the held-out rows are {held_out}")
+        raise UserError(f"--eval_share {args.eval_share}: the held-out rows are {held_out}")
 
 
 def variants(args: argparse.Namespace) -> tuple[dict, dict]:
@@ -388,8 +388,21 @@ def check_loss(args, loss, hyper):
     tensors = {}
     for name in tensor_arguments(loss):
         tensors[name] = torch.full((1,), 2.0 if "chosen" in name else 1.0)
-    try:
+    with naming_flags([*hyper, *options, *link]):
         check_variants(loss, hyper, **options, **link)
         loss(**tensors, **hyper)
+
+
+@contextlib.contextmanager
+def naming_flags(names):
+    """Inside, a ValueError that begins with one of these names becomes a UserError about that flag.
+
+    losses.py, registry.py and dpo.py refuse values of parameters and know no flags. A ValueError
+    that begins otherwise is a bug.
+    """
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"--{error}") from None
+        if str(error).partition(" ")[0].rstrip(":") not in names:
+            raise
+        raise UserError(f"--{error}") from None

@@ -29,6 +29,7 @@ from batches import (
     autocast, cut, load_batches, of_all_pairs, pair_logps, stop_if_not_finite, Task,
 )
 from dpo import concatenated_forward, preference_loss, SequenceLogps
+from errors import UserError
 from log import bar_interval
 from lora import adapter_tensors, lora_layers, use_adapter
 from model import load_model
@@ -166,7 +167,7 @@ def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, b
             excess = excess.maximum(distance / rounding(task.dtype, lengths, task.device))
     worst = int(excess.argmax())
     if excess[worst] > 1:
-        raise ValueError(
+        raise UserError(
             f"before the first step the loss of {batch['id'][worst]} is {found[worst]:.6f}, but "
             f"{expected[worst]:.6f} where policy and reference are equal. So they are not: look "
             "for another dtype on one side, dropout left on, an adapter on one side (one that "
@@ -252,11 +253,11 @@ def read_cache(path, name, rows):
         tables = load_file(path)
         table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n")
     except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); "
-                         "delete it, and it is made again") from error
+        raise UserError(f"{path}: cannot be read ({error}); "
+                        "delete it, and it is made again") from error
     if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
-        raise ValueError(f"{path}: does not hold the log-probs of every {name} row; "
-                         "delete it, and it is made again")
+        raise UserError(f"{path}: does not hold the log-probs of every {name} row; "
+                        "delete it, and it is made again")
     return table
 
 
@@ -270,9 +271,9 @@ def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
         return
     worst = int(excess.amax(1).argmax())
     row = rows[int(some[worst])]["id"]
-    raise ValueError(f"{path}: holds other log-probs than the reference gives now for row {row}: "
-                     f"{table[some][worst].tolist()} and {again[worst].tolist()}; "
-                     "delete it, and it is made again")
+    raise UserError(f"{path}: holds other log-probs than the reference gives now for row {row}: "
+                    f"{table[some][worst].tolist()} and {again[worst].tolist()}; "
+                    "delete it, and it is made again")
 
 
 def answer_lengths(rows):

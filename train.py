@@ -9,8 +9,8 @@ The same loop runs on one core and on many GPUs. It is `main`, at the end of the
 optimizer step is `train_step`. The flags are in flags.py, the micro-batches in batches.py, every
 kind of reference in reference.py, and the output of a run in log.py.
 
-Bad input is a ValueError with one line for the user, in every file; `run` prints it and exits with
-status 2.
+Bad input is a UserError with one line for the user, in every file; `run` prints it and exits with
+status 2. Every other exception is a bug and shows its traceback.
 """
 import contextlib
 import itertools
@@ -22,7 +22,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 import warnings
 from typing import Callable, Iterator, NamedTuple
 
@@ -45,6 +44,7 @@ from checkpoint import (
 from dpo import (
     concatenated_inputs, logp_gradients, preference_loss, preference_step, SequenceLogps,
 )
+from errors import UserError
 from flags import parse_args, SCHEDULES, variants
 from log import brief, introduce, Log, sum_up
 from lora import (
@@ -148,8 +148,8 @@ def load_rows(args, loss, tokenizer, home, ranks):
     else:
         rows, held_out = data.hold_out(rows, args.eval_share)
     if not len(rows):
-        raise ValueError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, "
-                         "so few are their prompts; lower it")
+        raise UserError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, "
+                        "so few are their prompts; lower it")
     if ranks.rank == 0:
         for flag, (_, account) in loaded.items():
             print(f"{flag} {data.describe(account)}")
@@ -183,12 +183,12 @@ def check_model(args, model, tokenizer):
     """Refuse what would otherwise be an index out of range inside the model, at some later row."""
     words = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
-        raise ValueError(f"--model {args.model}: {len(tokenizer)} tokens in its tokenizer, "
-                         f"{words} in its embedding: not a pair")
+        raise UserError(f"--model {args.model}: {len(tokenizer)} tokens in its tokenizer, "
+                        f"{words} in its embedding: not a pair")
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     if args.max_length > positions:
-        raise ValueError(f"--max_length {args.max_length}: the model has {positions} positions; "
-                         f"pass {positions} or less")
+        raise UserError(f"--max_length {args.max_length}: the model has {positions} positions; "
+                        f"pass {positions} or less")
 
 
 def choose_attention(args, models, rows, dtype, ranks):
@@ -203,7 +203,7 @@ def choose_attention(args, models, rows, dtype, ranks):
         if reason is None:
             return "packed", "attention: packed rows"
         if args.attention == "packed":
-            raise ValueError(f"--attention packed: {reason}")
+            raise UserError(f"--attention packed: {reason}")
     for module in models:
         module.needs_mask = try_rows(packing.can_drop_mask, module, dtype, ranks) is not None
     line = "attention: padded rows"
@@ -267,7 +267,7 @@ def failing_together(ranks):
 def make_optimizer(model, lr, device):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError("the policy has no trainable parameter: every one is frozen")
+        raise UserError("the policy has no trainable parameter: every one is frozen")
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=fused)
 
@@ -470,8 +470,8 @@ def main(argv: list[str], ranks: Ranks) -> bool:
         say(f"the run in {folder} is complete")
         return False
     if args.parallel == "fsdp" and ranks.size == 1:
-        raise ValueError("--parallel fsdp: one process alone has nothing to share; "
-                         "start several by torchrun")
+        raise UserError("--parallel fsdp: one process alone has nothing to share; "
+                        "start several by torchrun")
     use_deterministic_kernels(args.deterministic)
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
 
@@ -616,14 +616,13 @@ def main(argv: list[str], ranks: Ranks) -> bool:
 
 
 def explain(error):
-    """A sentence for what is not the program's fault; None for what is."""
-    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = raised_in.parent == pathlib.Path(__file__).parent
+    """A sentence for what is not the program's fault; None for a bug.
+
+    FloatingPointError comes from `stop_if_not_finite`, which names the rows.
+    """
+    if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
+        return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, (ValueError, FloatingPointError)) and ours:
-        return str(error)
-    if isinstance(error, (OSError, SafetensorError)):
-        return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
         return (f"out of memory ({first}). What needs less, the cheapest first: a lower "
                 "--micro_batch_size, --gradient_checkpointing, --ref cache, a lower --max_length, "
@@ -648,7 +647,7 @@ def run():
         stopped = main(sys.argv[1:], ranks)
         leave_distributed(ranks)
         sys.exit(130 if stopped else 0)
-    except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError,
+    except (UserError, FloatingPointError, RuntimeError, MemoryError, OSError,
             SafetensorError) as error:
         sentence = explain(error)
         if sentence is None:

@@ -11,14 +11,14 @@ import registry
 
 ARROWS = {  # file: what of ours it may import
     "errors": set(), "registry": set(), "losses": {"registry"}, "data": {"errors"}, "world": set(),
-    "packing": set(), "parallel": set(),
-    "checkpoint": {"parallel"}, "lora": {"checkpoint"}, "model": {"checkpoint", "lora"},
+    "packing": set(), "parallel": {"errors"},
+    "checkpoint": {"errors", "parallel"}, "lora": {"checkpoint", "errors"}, "model": {"checkpoint", "errors", "lora"},
     "dpo": {"losses", "packing"},
 }
-ARROWS["flags"] = {"checkpoint", "data", "dpo", "losses", "lora", "world"}
+ARROWS["flags"] = {"checkpoint", "data", "dpo", "errors", "losses", "lora", "world"}
 ARROWS["batches"] = {"data", "dpo", "packing", "parallel"}
 ARROWS["log"] = {"batches", "checkpoint", "dpo", "lora", "parallel"}
-ARROWS["reference"] = {"batches", "data", "dpo", "log", "lora", "model", "parallel"}
+ARROWS["reference"] = {"batches", "data", "dpo", "errors", "log", "lora", "model", "parallel"}
 ARROWS["train"] = set(ARROWS)
 ARROWS["bench"] = {"data", "errors", "model", "parallel", "train"}
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py") if not path.name.startswith("test_")}
