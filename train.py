@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 train.py --loss sigmoid --model org/name --dataset org/pairs
     python train.py --output_dir runs/ipo --resume    # continue from the newest checkpoint
 
-The same loop runs on one core and on many GPUs. It is `main`, at the end of the file; one
-optimizer step is `train_step`. The flags are in flags.py, the micro-batches in batches.py, every
-kind of reference in reference.py, and the output of a run in log.py.
+The same loop runs on one core and on many GPUs. It is `train_policy`, near the end of
+the file; one optimizer step is `train_step`. The flags are in flags.py, the micro-batches in
+batches.py, every kind of reference in reference.py, and the output of a run in log.py.
 
 Bad input is a UserError with one line for the user, in every file; `run` prints it and exits with
 status 2. Every other exception is a bug and shows its traceback.
@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+from argparse import Namespace
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
@@ -93,7 +94,8 @@ def build_world(home, device):
     flags = world.SFT_FLAGS | {
         "model": home / "start", "dataset": home / "sft.jsonl", "output_dir": home / "reference",
     }
-    if main([f"--{name}={value}" for name, value in flags.items()], alone):
+    args, loss, hyper = parse_args([f"--{name}={value}" for name, value in flags.items()])
+    if train_policy(args, loss, hyper, None, alone):
         raise KeyboardInterrupt
     reference = SequenceLogps(load_model(str(home / "reference"), device=device))
     world.write_pairs(home, answer_logps(reference, home, tokenizer, device))
@@ -460,11 +462,13 @@ def use_deterministic_kernels(on):
 
 # --- The loop -------------------------------------------------------------------------------------
 
-def main(argv: list[str], ranks: Ranks) -> bool:
-    """Train. Returns whether a signal ended it early."""
-    args, loss, hyper = parse_args(argv, __doc__)
+def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Path | None,
+                 ranks: Ranks) -> bool:
+    """Train with the flags of `parse_args`. Returns whether a signal ended it early.
+
+    `home` is the folder of the embedded world, or None in a run that is not in the world.
+    """
     say = print if ranks.rank == 0 else lambda text: None
-    home = make_world(ranks) if "world" in (args.model, args.dataset) else None
     folder = choose_folder(args, ranks)
     if args.resume and is_complete(folder):
         say(f"the run in {folder} is complete")
@@ -613,6 +617,13 @@ def main(argv: list[str], ranks: Ranks) -> bool:
         save(model.model, tokenizer, folder, source, ranks, flags=flags)
         say(f"saved in {folder}" + (sum_up(splits["world"]) if home else ""))
     return False
+
+
+def main(argv: list[str], ranks: Ranks) -> bool:
+    """Read the flags, make the world if they name it, and train. Returns what train_policy does."""
+    args, loss, hyper = parse_args(argv, __doc__)
+    home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+    return train_policy(args, loss, hyper, home, ranks)
 
 
 def explain(error):
