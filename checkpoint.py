@@ -1,7 +1,7 @@
 """Files of a run: written to a temporary name and renamed, so that no reader meets half a file.
 
     config.json         the flags of the run; when the run has ended, the model's configuration too
-    metrics.jsonl       see train.Log
+    metrics.jsonl       see log.Log
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
         optimizer/      AdamW's state and a moving reference, in one file per rank,
         state.json      the step, the schedule, the flags, and a hash of every other file
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from errors import UserError
 from parallel import barrier, broadcast, first_reason, gather, Ranks, whole
 
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
@@ -63,7 +64,7 @@ def spared(folder: pathlib.Path):
         cause = error
         if isinstance(error, dcp.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder}: could not be written ({cause}); what was there before is "
             f"whole. Make room, then: python train.py --output_dir {folder} --resume") from error
 
@@ -80,10 +81,10 @@ def read_config(folder: str | pathlib.Path) -> dict:
 def read_flags(folder: str | None) -> dict:
     """The flags of the run that --resume continues."""
     if folder is None:
-        raise ValueError("--resume needs the --output_dir of the run to go on with")
+        raise UserError("--resume needs the --output_dir of the run to go on with")
     config = read_config(folder)
     if "flags" not in config:
-        raise ValueError(f"--resume: there is no run in {folder}")
+        raise UserError(f"--resume: there is no run in {folder}")
     return config["flags"]
 
 
@@ -112,10 +113,10 @@ def claim(folder: pathlib.Path, resume: bool, ranks: Ranks):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--output_dir {folder}: another run is writing there") from None
+            raise UserError(f"--output_dir {folder}: another run is writing there") from None
         if not resume and (is_complete(folder) or checkpoints(folder)):
-            raise ValueError(f"--output_dir {folder} holds a run already: "
-                             "continue it with --resume, or choose another")
+            raise UserError(f"--output_dir {folder} holds a run already: "
+                            "continue it with --resume, or choose another")
         yield
 
 
@@ -159,8 +160,8 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
             problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
     problem = first_reason(problem, ranks)
     if problem and due:
-        raise ValueError(f"--output_dir {folder}: {problem}; make room, or lower "
-                         "--keep_checkpoints, or write none by --save_every 0")
+        raise UserError(f"--output_dir {folder}: {problem}; make room, or lower "
+                        "--keep_checkpoints, or write none by --save_every 0")
     if problem:
         text += f". There is no room for it: {problem}"
     return keep, text
@@ -315,8 +316,8 @@ def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path 
             os.replace(path, renamed)
         barrier(ranks)
     if paths:
-        raise ValueError(f"--resume: every checkpoint in {folder} is damaged; "
-                         "begin again in another --output_dir")
+        raise UserError(f"--resume: every checkpoint in {folder} is damaged; "
+                        "begin again in another --output_dir")
     return None, {}
 
 
@@ -329,11 +330,11 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     start. Only JSON and safetensors are read, so that loading a checkpoint runs no foreign code.
     """
     if state["rows"] != fixed["rows"]:
-        raise ValueError("--resume: the data set is not the one that this run began with: "
-                         "its rows, or their order, are others")
+        raise UserError("--resume: the data set is not the one that this run began with: "
+                        "its rows, or their order, are others")
     if state["weights"] != fixed["weights"]:
-        raise ValueError("--resume: the reference, or the model below the adapter, "
-                         "has other weights than when this run began")
+        raise UserError("--resume: the reference, or the model below the adapter, "
+                        "has other weights than when this run began")
     reader = HuggingFaceStorageReader(str(folder / "optimizer"))
     dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
     scheduler.load_state_dict(state["scheduler"])

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from checkpoint import written_aside
+from errors import UserError
 
 
 # --- Low-rank updates -----------------------------------------------------------------------------
@@ -162,20 +163,20 @@ def find_targets(model, target: str | None) -> list:
     names = list(linear_layers(model))
     if target is None:
         if has_stacked_experts(model):
-            raise ValueError(
+            raise UserError(
                 "--lora_target: the experts of this model are not linear layers and cannot be "
                 "adapted; name the layers to adapt, such as q_proj,k_proj,v_proj,o_proj")
         return names
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise ValueError(f"--lora_target {target}: is no regular expression ({error})") from None
+        raise UserError(f"--lora_target {target}: is no regular expression ({error})") from None
     endings = tuple(f".{ending}" for ending in target.split(","))
     chosen = [name for name in names if f".{name}".endswith(endings) or pattern.fullmatch(name)]
     if not chosen:
         known = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise ValueError(f"--lora_target {target}: no linear layer has such a name; there are "
-                         f"{', '.join(known)}")
+        raise UserError(f"--lora_target {target}: no linear layer has such a name; there are "
+                        f"{', '.join(known)}")
     return chosen
 
 
@@ -280,7 +281,7 @@ def read_adapter(folder) -> tuple:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: no usable adapter here: adapter_config.json and adapter_model.safetensors "
             f"are needed ({error})") from error
 
@@ -289,14 +290,14 @@ def read_adapter(folder) -> tuple:
     odd |= {"peft_type": config.get("peft_type")} if config.get("peft_type") != "LORA" else {}
     odd |= {"bias": config["bias"]} if config.get("bias", "none") != "none" else {}
     if odd:
-        raise ValueError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, of one rank and "
-                         f"without trained biases; this one has {odd}")
+        raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, of one rank and "
+                        f"without trained biases; this one has {odd}")
 
     layers = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{folder}: the tensor {key} is no part of a LoRA")
+            raise UserError(f"{folder}: the tensor {key} is no part of a LoRA")
         layers.setdefault(match[1], {})[match[2]] = tensor
     settings = LoraSettings(
         rank=config["r"],
@@ -313,8 +314,8 @@ def load_adapter(model, folder, name: str = "policy", trainable: bool = True):
     settings, layers, _ = read_adapter(folder)
     unknown = sorted(layers.keys() - linear_layers(model).keys())
     if unknown:
-        raise ValueError(f"{folder}: made for another model: this one has no linear layer "
-                         f"{unknown[0]}")
+        raise UserError(f"{folder}: made for another model: this one has no linear layer "
+                        f"{unknown[0]}")
     add_adapter(model, name, list(layers), settings)
     parameters = adapter_tensors(model, name)
     saved = {}
@@ -324,7 +325,7 @@ def load_adapter(model, folder, name: str = "policy", trainable: bool = True):
         found = tuple(saved[key].shape) if key in saved else "missing"
         wanted = tuple(parameters[key].shape) if key in parameters else "missing"
         if found != wanted:
-            raise ValueError(f"{folder}: {key} is {found}, but should be {wanted}")
+            raise UserError(f"{folder}: {key} is {found}, but should be {wanted}")
         parameters[key].data.copy_(saved[key])
         parameters[key].requires_grad_(trainable)
 

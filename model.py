@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import cached_file
 
 from checkpoint import written_aside
+from errors import UserError, run_script
 from lora import (
     has_stacked_experts, load_adapter, merge, NF4Linear, quantize, read_adapter,
 )
@@ -37,7 +38,7 @@ def load_pretrained(auto_class, name: str, **options):
     """auto_class.from_pretrained, with every way to fail reported as one sentence."""
     looks_local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
     if (looks_local or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
-        raise ValueError(f"{name}: no such model folder")
+        raise UserError(f"{name}: no such model folder")
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -45,7 +46,7 @@ def load_pretrained(auto_class, name: str, **options):
         problem = f"{kind} not found locally or on the Hub"
         if os.path.isdir(name):
             problem = f"no usable {kind} in this folder"
-        raise ValueError(f"{name}: {problem} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{name}: {problem} ({str(error).splitlines()[0]})") from error
 
 
 def load_tokenizer(name: str):
@@ -65,8 +66,8 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
     """
     device = torch.device(device)
     if os.path.exists(os.path.join(name, "adapter_config.json")):
-        raise ValueError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model "
-                         "it belongs to by --model")
+        raise UserError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model "
+                        "it belongs to by --model")
     if device.type == "meta":
         config = load_pretrained(AutoConfig, name)
         with torch.device("meta"):
@@ -94,7 +95,7 @@ def read_model(name, dtype):
         model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name}: {len(missing)} weights are not in the files or have another shape, such as "
             f"{missing[0]}; transformers would start them at random")
     return model
@@ -189,8 +190,8 @@ def compile_blocks(model):
     kinds = model._no_split_modules or ()
     blocks = [block for block in model.modules() if type(block).__name__ in kinds]
     if not blocks:
-        raise ValueError(f"--compile: {type(model).__name__} does not say which of its modules are "
-                         "blocks; leave the flag out")
+        raise UserError(f"--compile: {type(model).__name__} does not say which of its modules are "
+                        "blocks; leave the flag out")
     for block in blocks:
         for name, module in block.named_children():
             norm = type(module).__name__.endswith("Norm")
@@ -239,7 +240,13 @@ def save_model(model, tokenizer, folder, tensors=None, **extra):
 def merge_command(args):
     """Merge an adapter in fp32 into the base that it was trained on, save, load again, compare."""
     config = pathlib.Path(args.adapter) / "config.json"
-    flags = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
+    flags = {}
+    if config.exists():
+        try:
+            flags = json.loads(config.read_text()).get("flags", {})
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{config}: is damaged ({error}); copy it again from the run") from error
     base = args.model or read_adapter(args.adapter)[2]
     tokenizer = load_tokenizer(base)
     model = load_model(base, four_bits=bool(flags.get("quantize")))
@@ -262,7 +269,7 @@ def merge_command(args):
               f"{error.mean():.2g} on average")
 
 
-def parse_args():
+def parse_args(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -276,24 +283,22 @@ def parse_args():
     merged.add_argument("--adapter", required=True)
     merged.add_argument("--model", help="the base (default: the base that the adapter names)")
     merged.add_argument("--out", required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if os.path.exists(args.out):
-        parser.error(f"--out {args.out} exists already")
-    return parser, args
+        raise UserError(f"--out {args.out}: exists already; choose another folder")
+    return args
 
 
-def main():
-    parser, args = parse_args()
-    try:
-        if args.command == "merge":
-            return merge_command(args)
-        tokenizer = load_tokenizer(args.tokenizer)
-    except ValueError as error:
-        parser.error(error)
+def main(argv: list[str]):
+    args = parse_args(argv)
+    if args.command == "merge":
+        merge_command(args)
+        return
+    tokenizer = load_tokenizer(args.tokenizer)
     model = new_model(tokenizer, args.hidden_size, args.layers, args.seed)
     save_model(model, tokenizer, args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor, DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from errors import UserError
+
 # DDP's broadcast_buffers is deprecated since torch 2.13; its replacement is not in 2.11.
 warnings.filterwarnings("ignore", ".*broadcast_buffers")
 
@@ -58,8 +60,8 @@ def place(make, ranks: Ranks, parallel: str, dtype: str):
     kinds = module.model._no_split_modules or ()
     blocks = [block for block in module.modules() if type(block).__name__ in kinds]
     if not blocks:
-        raise ValueError(f"--parallel fsdp: {type(module.model).__name__} does not say which of "
-                         "its modules are blocks; use ddp")
+        raise UserError(f"--parallel fsdp: {type(module.model).__name__} does not say which of "
+                        "its modules are blocks; use ddp")
 
     # Modules that transformers keeps in fp32 are in fp32 in the source alone
     dtypes = {name: p.dtype for name, p in source.named_parameters()} if source else None

@@ -7,6 +7,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+import flags
+from errors import UserError
+
 
 def run_script(script, *arguments):
     command = [sys.executable, str(script), *map(str, arguments)]
@@ -31,10 +34,13 @@ def plant(bug, name, folder):
     ("data.py", "max([])"),
     ("data.py", "first, second = [1]"),
     ("bench.py", "int('x')"),
+    ("train.py", "int('x')"),
+    ("train.py", "first, second = max([])"),
+    ("model.py", "int('x')"),
 ])
 def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
     result = run_script(plant(bug, name, tmp_path))
-    assert result.returncode == 1
+    assert result.returncode == 1, result.stderr
     assert "Traceback (most recent call last)" in result.stderr and "ValueError" in result.stderr
     assert "in main" in result.stderr
 
@@ -43,12 +49,40 @@ def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
     ("data.py", ["rows.jsonl", "--model=M", "--columns=prompt"], "--columns prompt: write OURS="),
     ("bench.py", ["--model=M", "--data=/nowhere.jsonl"], "--data /nowhere.jsonl: cannot be read"),
     ("bench.py", ["--model=M", "--data=/nowhere.jsonl", "--steps=-1"], "--steps: must be >= 0"),
+    ("train.py", ["--loss=sigmod"], "--loss sigmod: there is no such loss"),
+    ("train.py", ["--model=/nowhere/m", "--dataset=d", "--output_dir=/nowhere/out"],
+     "/nowhere/m: no such model folder"),
+    ("model.py", ["new", "--tokenizer=/nowhere/m", "--out=o"], "/nowhere/m: no such model folder"),
+    ("model.py", ["new", "--tokenizer=M", "--out=/tmp"], "--out /tmp: exists already"),
 ])
 def test_a_mistake_of_the_user_is_one_line_and_exit_status_2(name, arguments, message):
     result = run_script(ROOT / name, *arguments)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_only_pure_functions_raise_a_plain_value_error():
+    """They know parameters, not flags: flags.py turns their range errors into UserError."""
+    found = set()
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and "ValueError(" in ast.unparse(node):
+                found.add(path.stem)
+    assert found - {"losses", "registry", "dpo"} == set()
+
+
+def test_a_bug_inside_a_loss_is_not_reported_as_a_flag(monkeypatch):
+    monkeypatch.setattr(flags, "check_variants", lambda *given, **named: int("x"))
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        flags.parse_args([])
+    assert not isinstance(caught.value, UserError)
+
+
+def test_a_value_out_of_range_is_reported_as_its_flag():
+    for argv in (["--beta=-1"], ["--ld_alpha=2"], ["--f_divergence=alpha", "--f_alpha=2"], ["--loss=sigmoid:x"]):
+        with pytest.raises(UserError, match=argv[-1].split("=")[0]):
+            flags.parse_args(argv)
 
 
 def test_a_message_with_line_breaks_is_still_one_line(tmp_path):

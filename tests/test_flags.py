@@ -6,10 +6,12 @@ import tempfile
 import pytest
 import torch
 from conftest import ALONE, make_rows, read_metrics, tiny_model, write_jsonl
+from safetensors.torch import load_file
 
 import dpo
 import model as models
 import train
+from flags import build_parser
 from losses import LOSSES, find, hyperparameters
 
 LORA = {"lora_rank": 4}
@@ -78,7 +80,7 @@ def observe(places, flags, monkeypatch):
     train.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()], ALONE)
     monkeypatch.setattr(dpo.SequenceLogps, "__init__", init)
     out = here / given["output_dir"]
-    kept = train.load_file(out / ("adapter_model.safetensors" if (out / "adapter_config.json").exists() else "model.safetensors"))
+    kept = load_file(out / ("adapter_model.safetensors" if (out / "adapter_config.json").exists() else "model.safetensors"))
     found = {"weights": kept, "files": sorted(str(path.relative_to(here)) for path in here.rglob("*") if "references" not in path.parts), "forwards": shapes, "deterministic": kernels,
              "metrics": [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in read_metrics(out)]}
     places["seen"][key] = found
@@ -112,7 +114,7 @@ def test_a_hyper_parameter_changes_the_run_of_a_loss_that_reads_it(name, places,
 
 
 def test_every_flag_of_every_loss_is_walked_here():
-    known = {name for loss in LOSSES.values() for name in vars(train.build_parser(loss).parse_args([]))}
+    known = {name for loss in LOSSES.values() for name in vars(build_parser(loss).parse_args([]))}
     assert known == set(CHANGES) | set(HYPER)
 
 

@@ -1,4 +1,5 @@
 """Adapters, 4-bit weights, and every kind of reference."""
+import argparse
 import contextlib
 import gc
 import json
@@ -18,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
 from transformers.pytorch_utils import Conv1D
 
+import data
 import model as models
+import reference as references
 import train
+from dpo import SequenceLogps, concatenated_forward
 from lora import (
     adapter_tensors, add_adapter, find_targets, load_adapter, Lora, lora_layers, LoraSettings,
     merge, nf4_levels, nf4_pairs, nf4_quantize, nf4_unpack, NF4Linear, quantize, save_adapter, use_adapter,
@@ -550,11 +554,11 @@ def test_after_300_steps_from_an_sft_adapter_the_reference_is_still_the_sft_mode
     """The log gives log π and β (log π − log π_ref), so log π_ref = logps − rewards/β: that of the SFT model, at the start and at the end."""
     sft, _ = fit(loss="sft", lora_rank=4, lr=3e-2, max_steps=6, out="sft", dtype="float64")
     out, metrics = fit(adapter=sft, max_steps=300, eval_every=100, beta=0.5, dtype="float64", lr=3e-3, out="dpo")
-    rows, held_out = train.data.hold_out(train.data.load_tokens(pairs, tokenizer, ("chosen", "rejected"), train.data.Limits(64))[0], 0.1)
+    rows, held_out = data.hold_out(data.load_tokens(pairs, tokenizer, ("chosen", "rejected"), data.Limits(64))[0], 0.1)
     model = models.load_model(folder, torch.float64)
     load_adapter(model, sft)
     with torch.no_grad():
-        expected = train.concatenated_forward(train.SequenceLogps(model), train.data.collate(held_out[:], 0))
+        expected = concatenated_forward(SequenceLogps(model), data.collate(held_out[:], 0))
     looks = [row for row in metrics if row["split"] == "eval"]
     assert [row["step"] for row in looks] == [100, 200, 300]
     for row in looks:
@@ -577,22 +581,23 @@ def test_a_cached_reference_gives_the_same_run_and_is_read_the_next_time(fit, tm
     assert len(list((tmp_path / "runs" / "references").iterdir())) == 1
     capsys.readouterr()
     calls = []
-    compute = train.reference_logps
-    monkeypatch.setattr(train, "reference_logps", lambda *given: calls.append(len(given[3])) or compute(*given))
+    compute = references.reference_logps
+    monkeypatch.setattr(references, "reference_logps", lambda *given: calls.append(len(given[3])) or compute(*given))
     assert close(cached, fit(**flags, ref="cache", out="again")[1], 0)
     assert max(calls) <= 4 and "read from runs/references" in capsys.readouterr().out
 
 
 def test_after_the_pass_no_reference_is_in_memory(fit, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    loaded, alive, load, step = [], [], train.load_weights, train.preference_step
+    loaded, alive, load, step = [], [], references.load_weights, train.preference_step
 
     def watched(*given):
         model = load(*given)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(train, "load_weights", watched)
+    for module in (train, references):
+        monkeypatch.setattr(module, "load_weights", watched)
     monkeypatch.setattr(train, "preference_step", lambda *given, **named: alive.append(
         (gc.collect(), [model() is not None for model in loaded])[1]) or step(*given, **named))
     fit(ref="cache", max_steps=2)
@@ -624,7 +629,7 @@ def test_a_damaged_cache_is_an_error_that_says_to_delete_it(fit, tmp_path, monke
 
 def test_an_interrupted_pass_leaves_no_file(fit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "reference_logps", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(references, "reference_logps", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         fit(ref="cache", max_steps=1)
     assert not list(tmp_path.glob("runs/references/*"))
@@ -659,7 +664,7 @@ def test_a_sync_moves_parameters_and_buffers_alpha_of_the_way():
     for tensor in policy.state_dict().values():
         tensor.fill_(5)
     for _ in range(2):
-        train.move_reference(train.argparse.Namespace(ref="model", sync_ref_every=1, sync_ref_alpha=0.25), policy, reference)
+        references.move_reference(argparse.Namespace(ref="model", sync_ref_every=1, sync_ref_alpha=0.25), policy, reference)
     assert torch.allclose(reference.bias, torch.full((3,), 5 * (1 - 0.75 ** 2)))
     assert torch.allclose(reference.running_mean, reference.bias) and reference.num_batches_tracked == 5
 

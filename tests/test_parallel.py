@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import ALONE, ROOT, make_rows, read_metrics, same_metrics, tiny_model, write_jsonl
+from safetensors.torch import load_file
 
 import lora
 import packing
@@ -32,7 +33,7 @@ def record(flags, out, ranks):
 
     def clipped(module, max_norm):
         norm = clip(module, max_norm)
-        gradients.append({name.removeprefix("module."): train.whole(parameter.grad).clone() for name, parameter in module.named_parameters()
+        gradients.append({name.removeprefix("module."): parallel.whole(parameter.grad).clone() for name, parameter in module.named_parameters()
                           if parameter.requires_grad})
         return norm
 
@@ -207,7 +208,7 @@ def test_a_check_of_packed_rows_that_fails_in_the_middle_leaves_a_run_with_padde
     padded = f"{case.split(',')[0]}, padded"
     same(gradients[padded], gradients[case], 0)
     same_metrics(read_metrics(out / padded), read_metrics(out / case), 0)
-    expected, found = (train.load_file(out / name / "model.safetensors") for name in (padded, case))
+    expected, found = (load_file(out / name / "model.safetensors") for name in (padded, case))
     assert expected.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in expected.items())
     start = models.load_model(str(out.parent / "policy"), torch.float64).state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in found.items())
@@ -241,7 +242,7 @@ def test_a_sharded_run_leaves_one_folder_in_the_format_of_any_other(world, shard
     for case, start in (("fsdp, sigmoid, full", "policy"), ("fsdp, sigmoid, tied embeddings", "gpt2")):
         saved, before = (models.load_model(str(path), torch.float64).state_dict() for path in (world / "fsdp" / case, world / start))
         assert all(torch.allclose(value, saved[name], rtol=0, atol=1e-20) for name, value in before.items())
-    stored = train.load_file(world / "fsdp" / "fsdp, sigmoid, tied embeddings" / "model.safetensors")
+    stored = load_file(world / "fsdp" / "fsdp, sigmoid, tied embeddings" / "model.safetensors")
     assert "lm_head.weight" not in stored and "transformer.wte.weight" in stored
     assert lora.read_adapter(world / "fsdp" / "fsdp, sigmoid, LoRA")[0].rank == 4
 

@@ -16,9 +16,11 @@ from conftest import (ALONE, ROOT, SHARED, command, launch, make_rows, read_metr
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import batches
 import checkpoint
 import data
 import model as models
+import reference as references
 import train
 from dpo import SequenceLogps, concatenated_forward
 from losses import find, hyperparameters
@@ -103,7 +105,7 @@ def test_odpo_reads_the_scores_of_the_file(fit, tmp_path):
 
 def test_a_reference_free_run_loads_no_reference_and_a_sum_names_its_folder(fit, monkeypatch, tmp_path, folder, pairs):
     loaded = []
-    monkeypatch.setattr(train, "load_model", lambda *given: loaded.append(given) or models.load_model(*given))
+    monkeypatch.setattr(references, "load_model", lambda *given: loaded.append(given) or models.load_model(*given))
     monkeypatch.chdir(tmp_path)
     train.main([f"--model={folder}", f"--dataset={pairs}", "--loss=sigmoid:0.5,sft", "--reference_free", "--max_length=64", "--max_steps=1"], ALONE)
     assert len(loaded) == 1 and (tmp_path / "runs" / "sigmoid+0.5+sft" / "model.safetensors").exists()
@@ -192,12 +194,12 @@ def threads():
 
 def test_one_ahead_keeps_the_order_and_works_on_the_next_one_only():
     made, seen = [], []
-    for value in train.one_ahead(iter(range(6)), lambda job: made.append(job) or 10 * job, threaded=True):
+    for value in batches.one_ahead(iter(range(6)), lambda job: made.append(job) or 10 * job, threaded=True):
         seen.append(value)
         time.sleep(0.01)
         assert len(made) == min(6, len(seen) + 1)
-    assert seen == [0, 10, 20, 30, 40, 50] == list(train.one_ahead(range(6), lambda job: 10 * job, threaded=False))
-    assert list(train.one_ahead([], str, threaded=True)) == [] and not threads()
+    assert seen == [0, 10, 20, 30, 40, 50] == list(batches.one_ahead(range(6), lambda job: 10 * job, threaded=False))
+    assert list(batches.one_ahead([], str, threaded=True)) == [] and not threads()
 
 
 def test_an_error_in_the_thread_is_raised_with_its_traceback_and_the_thread_ends():
@@ -206,15 +208,15 @@ def test_an_error_in_the_thread_is_raised_with_its_traceback_and_the_thread_ends
 
     found = []
     with pytest.raises(ZeroDivisionError) as error:
-        for value in train.one_ahead(range(5), fails_at_two, threaded=True):
+        for value in batches.one_ahead(range(5), fails_at_two, threaded=True):
             found.append(value)
     assert found == [0.5, 1.0] and error.traceback[-1].name == "fails_at_two" and not threads()
 
 
 def test_a_run_with_the_thread_is_the_same_bit_for_bit_and_leaves_no_thread_after_its_end_an_error_or_a_signal(fit, monkeypatch, tmp_path):
     plain = [fit(loss=loss, out=f"plain-{loss}", sync_ref_every=2, save_every=2) for loss in ("sigmoid", "aot")]
-    inner, started = train.one_ahead, []
-    monkeypatch.setattr(train, "one_ahead", lambda jobs, make, threaded: started.append(1) or inner(jobs, make, True))
+    inner, started = batches.one_ahead, []
+    monkeypatch.setattr(batches, "one_ahead", lambda jobs, make, threaded: started.append(1) or inner(jobs, make, True))
     for loss, (folder, metrics) in zip(("sigmoid", "aot"), plain):
         out, again = fit(loss=loss, out=f"thread-{loss}", sync_ref_every=2, save_every=2)
         same_metrics(metrics, again, 0)
@@ -265,7 +267,7 @@ def test_the_loss_of_real_rows_before_the_first_step_is_its_value_at_zero_margin
 @pytest.mark.parametrize("cause", ["dropout", "dtype", "weights"])
 def test_the_step_0_check_stops_a_reference_that_is_not_the_policy(fit, monkeypatch, tokenizer, tmp_path, cause):
     models.save_model(tiny_model("gpt2", tokenizer), tokenizer, tmp_path / "gpt2")
-    load, calls = train.load_model, []
+    load, calls = references.load_model, []
 
     def spoiled(*arguments):
         model = load(*arguments)
@@ -278,7 +280,7 @@ def test_the_step_0_check_stops_a_reference_that_is_not_the_policy(fit, monkeypa
             model.transformer.wte.weight.data[5:].mul_(1.1)
         return model
 
-    monkeypatch.setattr(train, "load_model", spoiled)
+    monkeypatch.setattr(references, "load_model", spoiled)
     with pytest.raises(ValueError, match="policy and reference are equal. So they are not: look for another dtype"):
         fit(model=tmp_path / "gpt2", max_steps=1)
 
@@ -325,12 +327,12 @@ def test_on_a_real_model_rounding_stays_well_below_its_bound(dtype):
                 parts = [concatenated_forward(module, train.collate(rows[i:i + size], tokenizer, ALONE.device, packed)) for i in range(0, 8, size)]
             found.append(torch.stack([torch.cat([part[f"{side}_logps"] for part in parts]) for side in ("chosen", "rejected")], 1).double())
     spread = torch.stack(found).amax(0) - torch.stack(found).amin(0)
-    assert 0 < (spread / train.rounding(dtype, train.answer_lengths(rows), ALONE.device)).max() < 0.5
+    assert 0 < (spread / references.rounding(dtype, references.answer_lengths(rows), ALONE.device)).max() < 0.5
 
 
 def test_a_policy_without_a_trainable_parameter_is_refused(fit, monkeypatch):
-    load = train.load_model
-    monkeypatch.setattr(train, "load_model", lambda *arguments: load(*arguments).requires_grad_(False))
+    load = references.load_model
+    monkeypatch.setattr(references, "load_model", lambda *arguments: load(*arguments).requires_grad_(False))
     with pytest.raises(ValueError, match="no trainable parameter"):
         fit(max_steps=1)
 

@@ -1,0 +1,125 @@
+"""What a run prints and writes: the lines before the first step, the bar, metrics.jsonl.
+
+`introduce` prints what the run will do. `Log` then writes config.json once, one row of
+metrics.jsonl for each logged step, and draws the bar. `brief` shortens metrics to one line, and
+`sum_up` prints the last lines of a run in the world. Only rank 0 writes.
+"""
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Callable
+
+import torch
+import tqdm
+
+from batches import Task
+from checkpoint import write
+from dpo import SequenceLogps
+from lora import lora_layers, NF4Linear
+from parallel import Ranks, shard
+
+
+def bar_interval() -> float:
+    """Seconds between updates of a progress bar: fewer where it goes to a file."""
+    return 0.2 if sys.stderr.isatty() else 5
+
+
+class Log:
+    """config.json, metrics.jsonl, the bar and the lines between: on rank 0, silent elsewhere."""
+
+    def __init__(self, folder: Path, flags: dict, start: int, steps: int, ranks: Ranks):
+        self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
+        self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
+                             dynamic_ncols=True, mininterval=bar_interval())
+        if not self.on:
+            return
+        write(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
+        # Keep the rows up to the checkpoint: later steps are taken again. The last row may be torn.
+        kept = []
+        for row in self.path.read_text().splitlines() if start else ():
+            if row.endswith("}") and json.loads(row)["step"] <= start:
+                kept.append(row + "\n")
+        write(self.path, "".join(kept))
+
+    def row(self, step: int, split: str, values: dict):
+        if self.on:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+    def tick(self, values: dict):
+        text = brief(values, {"tokens_per_second": "tokens/s"})
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def say(self, text: str):
+        if self.on:
+            self.bar.write(text)
+
+
+BRIEF = {
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+    "world/reward": "reward", "world/kl": "KL", "world/objective": "J", "world/optimum": "J*",
+    "world/share": "share", "world/correlation": "correlation", "world/mass": "mass",
+}
+
+
+def brief(values: dict, more: dict = {}) -> str:
+    names = {name: short for name, short in (BRIEF | more).items() if name in values}
+    return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items())
+
+
+def introduce(args: Namespace, task: Task, model: SequenceLogps, reference: Callable | None,
+              splits: tuple, steps: int, folder: Path, plan: str, ranks: Ranks):
+    """Print what the run will do, before its first step."""
+    if ranks.rank > 0:
+        return
+    rows, held_out = splits
+    where = f"{ranks.size} x {ranks.device.type}"
+    if ranks.size > 1:
+        where += f", {args.parallel}"
+    print(f"{args.loss} {task.hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} "
+          f"rows, {len(held_out)} rows held out; {task.dtype} on {where}; {folder}")
+    adapted = lora_layers(model.model)
+    if adapted:
+        kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+        print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
+    print(memory_line(model, reference))
+    print(plan)
+    if task.compares_pairs:
+        print(f"{args.loss} compares all {args.batch_size} pairs of a step with each other, "
+              "which costs a second forward")
+
+
+def memory_line(policy, reference):
+    """What is in memory besides activations, on each rank."""
+    def size(tensors):
+        return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    second = []
+    if isinstance(reference, torch.nn.Module):
+        second = [*reference.parameters(), *reference.buffers()]
+    parts = {
+        "weights": size([*policy.parameters(), *policy.buffers()]),
+        "gradients": size(trained),
+        "optimizer": 2 * size(trained),
+        "reference": size(second),
+    }
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    for module in policy.modules():
+        if isinstance(module, NF4Linear):
+            count += module.shape.numel()
+    sizes = ", ".join(f"{name} {part / 2**20:,.1f} MiB" for name, part in parts.items())
+    return (f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them trained; "
+            f"on each rank {sizes}")
+
+
+def sum_up(values: dict) -> str:
+    """The last lines of a run in the world."""
+    v = {name.removeprefix("world/"): value for name, value in values.items()}
+    return (f"\nexpected true reward {v['reward']:.3f}, KL to the reference {v['kl']:.3f} nats, "
+            f"J = {v['objective']:.3f} of at most {v['optimum']:.3f}\n"
+            f"probability on well-formed answers         {v['mass']:.3f}\n"
+            f"share of the achievable                    {v['share']:.3f}\n"
+            f"correlation of implicit and true reward    {v['correlation']:.3f}")

@@ -1,0 +1,283 @@
+"""The reference: a second model, the policy without its adapter, a frozen adapter, or a cache.
+
+`load_reference` returns whatever --ref names as one callable, so that the loop sees no difference.
+On top of it:
+
+    fingerprint        hashes the weights that no step changes; a resumed run must have the same
+    move_reference     TR-DPO: moves the reference towards the policy
+    check_start        the step-0 check: before the first update policy and reference are equal
+    cache_reference    --ref cache: computes the log-probs of all rows once and keeps them in a
+                       file, named after all that they depend on (`cache_key`)
+"""
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from argparse import Namespace
+from typing import Any, Callable
+
+import numpy as np
+import torch
+import tqdm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import data
+from batches import (
+    autocast, cut, load_batches, of_all_pairs, pair_logps, stop_if_not_finite, Task,
+)
+from dpo import concatenated_forward, preference_loss, SequenceLogps
+from errors import UserError
+from log import bar_interval
+from lora import adapter_tensors, lora_layers, use_adapter
+from model import load_model
+from parallel import barrier, broadcast, place, Ranks, whole
+
+
+# --- The models -----------------------------------------------------------------------------------
+
+def load_weights(args: Namespace, name: str | pathlib.Path, dtype: str, device: torch.device,
+                 frozen: bool = False) -> PreTrainedModel:
+    """The model of policy and reference: float32 weights where they are trained or averaged into,
+    bfloat16 ones in a bfloat16 run where they are frozen, 4-bit ones with --quantize.
+
+    A frozen model under ddp is float32 all the same: autocast computes its norms in the dtype of
+    their weights, and the policy's are float32. Under fsdp the policy's are gathered in bfloat16.
+    """
+    fixed = args.adapter or args.lora_rank or (frozen and args.parallel == "fsdp")
+    weights = getattr(torch, "float32" if dtype == "bfloat16" and not fixed else dtype)
+    upcast = args.parallel != "fsdp" or dtype == "float64"  # else where the shards arrive
+    return load_model(str(name), weights, device, bool(args.quantize), upcast)
+
+
+def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: str,
+                   ranks: Ranks) -> Callable | None:
+    """-> what preference_step calls as its reference, or None without one."""
+    if args.ref == "none":
+        return None
+    if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
+        frozen = not args.sync_ref_every  # a reference that moves adds up small steps in float32
+
+        def make(device):
+            model = load_weights(args, args.ref_model or source, dtype, device, frozen)
+            return SequenceLogps(model).requires_grad_(False)
+
+        return place(make, ranks, args.parallel, dtype)
+    name = "reference" if args.adapter and args.ref != "adapter_off" else None
+
+    def reference(**inputs):
+        with use_adapter(policy.model, name):
+            return policy(**inputs)
+
+    return reference
+
+
+def fingerprint(policy: SequenceLogps, reference: Callable | None, ranks: Ranks) -> str:
+    """A hash of the weights that no step changes: the reference's, and those below an adapter.
+
+    A collective: all ranks must call it.
+    """
+    fixed = {}
+    if isinstance(reference, torch.nn.Module):
+        fixed |= reference.state_dict(prefix="reference.")
+    if lora_layers(policy):
+        for name, tensor in policy.state_dict().items():
+            if not name.endswith(".policy"):
+                fixed[name] = tensor
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(fixed.items()):
+        tensor = whole(tensor)
+        # A frozen model may be float32 or bfloat16: see load_weights.
+        if tensor.is_floating_point():
+            tensor = tensor.bfloat16()
+        if ranks.rank == 0:
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return broadcast(digest.hexdigest(), ranks)
+
+
+# --- A reference that moves -----------------------------------------------------------------------
+
+def moving_tensors(args: Namespace, policy: SequenceLogps, reference: Callable | None) -> dict:
+    """{name: tensor} of a reference that moves.
+
+    Ask again each time instead of keeping it: FSDP may replace its shards at the first forward.
+    """
+    if not args.sync_ref_every:
+        return {}
+    if args.ref == "adapter":
+        return adapter_tensors(policy.model, "reference")
+    return reference.state_dict()
+
+
+@torch.no_grad()
+def move_reference(args: Namespace, policy: SequenceLogps, reference: Callable | None):
+    """TR-DPO (arXiv:2404.09656): θ_ref <- α θ + (1 − α) θ_ref, buffers too."""
+    source = policy.state_dict()
+    if args.ref == "adapter":
+        source = adapter_tensors(policy.model, "policy")
+    for name, tensor in moving_tensors(args, policy, reference).items():
+        target = source[name]
+        if tensor.is_floating_point():
+            target = torch.lerp(tensor, target.to(tensor.dtype), args.sync_ref_alpha)
+        tensor.copy_(target)
+
+
+# --- The step-0 check -----------------------------------------------------------------------------
+
+# How far apart rounding may put one log-prob in two batches of different shapes: in nats per root
+# of the answer's tokens, since the errors of single tokens add up like a random walk. Measured on
+# SmolLM2-135M (30 layers) on a CPU, 32 answers of 9 to 190 tokens of HH-RLHF, padded and packed in
+# batches of 1, 4, 8 and 16 pairs: at most 9e-6 in float32 and 0.098 under bfloat16 autocast (rms
+# 0.028). The bounds are 11 and 4 times that. TF32, which a GPU takes for float32, has 3 bits more
+# than bfloat16, so an eighth of its bound; TF32 and float64 are not measured.
+ROUNDING = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.05, "bfloat16": 0.4}
+
+
+def rounding(dtype, lengths, device):
+    """How far apart rounding may put log-probs, in nats, of answers with so many tokens."""
+    if dtype == "float32" and device.type == "cuda":
+        dtype = "tf32"
+    return ROUNDING[dtype] * lengths ** 0.5
+
+
+@torch.no_grad()
+def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, batch: dict,
+                cached: bool) -> float:
+    """Check that policy and reference are equal before the first update -> the loss at zero margin.
+
+    Else training would begin from a log-ratio that is an error of this program or of the setup.
+    Computed in the same way, both give the same loss; a `cached` reference was computed in batches
+    of other shapes, so there the log-probs are compared, with room for rounding.
+    """
+    tensors = pair_logps(task, policy, reference, batch)
+    names = [name for name in tensors if name.startswith("policy_")]
+    equal = {name.replace("policy_", "ref_"): tensors[name] for name in names}
+    found, metrics = preference_loss(tensors, task.loss, task.hyper, **task.link)
+    expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, **task.link)
+    stop_if_not_finite(0, {"loss": found.sum().item(), "grad_norm": 0.0}, [(batch["id"], metrics)])
+    excess = (found - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: unequal
+    if cached:
+        excess = torch.zeros_like(found)
+        for name in names:
+            lengths = tensors[name.removeprefix("policy_").replace("logps", "lengths")]
+            distance = (tensors[name] - tensors[name.replace("policy_", "ref_")]).abs()
+            excess = excess.maximum(distance / rounding(task.dtype, lengths, task.device))
+    worst = int(excess.argmax())
+    if excess[worst] > 1:
+        raise UserError(
+            f"before the first step the loss of {batch['id'][worst]} is {found[worst]:.6f}, but "
+            f"{expected[worst]:.6f} where policy and reference are equal. So they are not: look "
+            "for another dtype on one side, dropout left on, an adapter on one side (one that "
+            "came from SFT is part of the reference too: --ref adapter), or a reference that is "
+            "not what the policy starts from (if that is meant, name it with --ref_model)")
+    return expected.mean().item()
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+def cache_key(args, weights, splits, dtype):
+    """A hash of all that the log-probs depend on: weights, token ids, dtype, weights of tokens."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(f"{weights} {dtype} {args.ld_alpha} {args.quantize}".encode())
+    for rows in splits:
+        columns = rows.select_columns(["id", "prompt_ids", "chosen_ids", "rejected_ids"])
+        for batch in columns.iter(1000):
+            digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()
+
+
+def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
+    """(len(indices), 2) log-probs of chosen and rejected; a bar if there is a title."""
+    def compute(batch):
+        with autocast(task.dtype, ranks.device):
+            out = concatenated_forward(reference, batch, ld_alpha=args.ld_alpha)
+        return {side: out[f"{side}_logps"] for side in ("chosen", "rejected")}
+
+    tokens = data.column(rows, "tokens")[indices]
+    pieces = cut(args, len(indices), tokens, ranks, args.ref_batch_size)
+    index_lists = [indices[piece.places] for piece in pieces]
+    hidden = title is None or ranks.rank > 0
+    bar = tqdm.tqdm(pieces, title, disable=hidden, mininterval=bar_interval())
+    batches = load_batches(rows, index_lists, tokenizer, task.packed, ranks.device)
+    with contextlib.closing(batches):
+        table = of_all_pairs(compute, batches, bar, len(indices), ranks)
+    return torch.stack([table["chosen"], table["rejected"]], 1).cpu()
+
+
+def cache_reference(args: Namespace, reference: Callable, splits: tuple, weights: str,
+                    tokenizer: Any, task: Task, ranks: Ranks) -> list:
+    """Add the columns ref_chosen_logp and ref_rejected_logp to the splits.
+
+    They are read from a file, which all ranks make together if it is not there.
+    """
+    key = cache_key(args, weights, splits, task.dtype) if ranks.rank == 0 else None
+    path = pathlib.Path("runs") / "references" / f"{broadcast(key, ranks)}.safetensors"
+    splits = dict(zip(("train", "eval"), splits))
+    exists = broadcast(path.exists(), ranks)
+    if not exists:
+        tables = {}
+        for name, rows in splits.items():
+            tables[name] = torch.zeros(0, 2)
+            if len(rows):
+                indices, title = np.arange(len(rows)), f"reference, {name}"
+                tables[name] = reference_logps(args, reference, rows, indices, tokenizer, task,
+                                               ranks, title)
+            ids = "\n".join(rows["id"]).encode()
+            tables[f"{name}_ids"] = torch.tensor(list(ids), dtype=torch.uint8)
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_file(tables, temporary)
+            os.replace(temporary, path)
+    barrier(ranks)
+    with_logps = []
+    for name, rows in splits.items():
+        if len(rows):
+            table = read_cache(path, name, rows)
+            check_cache(args, path, table, reference, rows, tokenizer, task, ranks)
+            if ranks.rank == 0:
+                source = "read from" if exists else "kept in"
+                print(f"reference of {len(rows)} {name} rows {source} {path}")
+            rows = rows.add_column("ref_chosen_logp", table[:, 0].tolist())
+            rows = rows.add_column("ref_rejected_logp", table[:, 1].tolist())
+        with_logps.append(rows)
+    return with_logps
+
+
+def read_cache(path, name, rows):
+    """(rows, 2) log-probs of a split from the file."""
+    try:
+        tables = load_file(path)
+        table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); "
+                        "delete it, and it is made again") from error
+    if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
+        raise UserError(f"{path}: does not hold the log-probs of every {name} row; "
+                        "delete it, and it is made again")
+    return table
+
+
+def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
+    """Compute the log-probs of four rows again and compare them with the file's."""
+    some = np.linspace(0, len(rows) - 1, min(4, len(rows))).astype(int)
+    again = reference_logps(args, reference, rows, some, tokenizer, task, ranks)
+    bound = rounding(task.dtype, answer_lengths(rows)[some], task.device)
+    excess = (again - table[some]).abs() / bound
+    if excess.max() <= 1:
+        return
+    worst = int(excess.amax(1).argmax())
+    row = rows[int(some[worst])]["id"]
+    raise UserError(f"{path}: holds other log-probs than the reference gives now for row {row}: "
+                    f"{table[some][worst].tolist()} and {again[worst].tolist()}; "
+                    "delete it, and it is made again")
+
+
+def answer_lengths(rows):
+    """(rows, 2) tokens of the chosen and of the rejected answers."""
+    chosen = data.column(rows, "chosen_length")
+    rejected = data.column(rows, "tokens") - data.column(rows, "prompt_length") - chosen
+    return torch.from_numpy(np.stack([chosen, rejected], 1))
