@@ -15,9 +15,9 @@ import torch
 from conftest import ALONE, ROOT, make_rows, read_metrics, same_metrics, tiny_model, write_jsonl
 
 import lora
+import model as models
 import packing
 import parallel
-import model as models
 import train
 from losses import LOSSES, find, hyperparameters, needs_reference
 
