@@ -78,7 +78,8 @@ def long_functions(text):
 
 
 def test_the_measure_ignores_docstrings_comments_and_blank_lines():
-    text = '"""Page."""\n\n# why\ntotal = 1\n\n\ndef f():\n    """Says\n    what."""\n    return total\n'
+    head = '"""Page."""\n\n# why\ntotal = 1\n\n\n'
+    text = head + 'def f():\n    """Says\n    what."""\n    return total\n'
     assert code_lines(text) == {4, 7, 10}
     # Module, Constant; Assign, Name, Constant; FunctionDef, arguments, Constant; Return, Name
     assert nodes_per_line(text) == 10 / 3
