@@ -14,7 +14,12 @@ import torch.nn.functional as F
 
 import packing
 from losses import (
-    LOSSES, f_divergence_score, hyperparameters, needs_reference, needs_rejected, tensor_arguments,
+    LOSSES,
+    f_divergence_score,
+    hyperparameters,
+    needs_reference,
+    needs_rejected,
+    tensor_arguments,
 )
 from packing import IGNORE
 

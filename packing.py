@@ -24,7 +24,8 @@ import itertools
 import math
 import pathlib
 import traceback
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -391,7 +392,8 @@ def compare_packed(module) -> list[str]:
     ends = np.cumsum(batch["packed"]).reshape(len(prompts), -1)  # of prompt, chosen, rejected
     for i, (side, pair) in enumerate(itertools.product((0, 1), range(len(prompts)))):
         # Where the answer and its prompt are in the packed row.
-        prompt_end, answer_end = ends[pair, 0], ends[pair, 1 + side]
+        prompt_end = ends[pair, 0]
+        answer_end = ends[pair, 1 + side]
         fed = len(answers[side][pair]) - 1
         prompt_start = prompt_end - len(prompts[pair])
         places = np.r_[prompt_start:prompt_end, answer_end - fed:answer_end]
@@ -419,7 +421,9 @@ def unpacked_trials(module):
     rounding grows beyond a tolerance that is strict enough for 2 layers.
     """
     prompts, answers, filler = trial_rows(module.model)
-    rows = [(prompt, answer) for side in answers for prompt, answer in zip(prompts, side)]
+    rows = []
+    for side in answers:
+        rows.extend(zip(prompts, side))  # (prompt, answer), the chosen ones first
     ids = [(prompt + answer[:-1] + filler)[:WIDTH] for prompt, answer in rows]
     predictors = []
     for i, (prompt, answer) in enumerate(rows):

@@ -18,8 +18,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-import parallel
 import model as models
+import parallel
 import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

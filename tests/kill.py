@@ -20,8 +20,17 @@ import time
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from conftest import (
+    command,
+    make_rows,
+    make_tokenizer,
+    read_metrics,
+    tiny_model,
+    weights,
+    write_jsonl,
+)
+
 import model as models
-from conftest import command, make_rows, make_tokenizer, read_metrics, tiny_model, weights, write_jsonl
 
 
 def launch(flags, processes):

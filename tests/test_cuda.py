@@ -8,14 +8,19 @@ import shutil
 import subprocess
 import sys
 
+import gpu
 import pytest
 import torch
 from conftest import ROOT, make_rows, read_metrics, write_jsonl
 from transformers import (
-    AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
 )
 
-import gpu
 import model as models
 
 LAYERS, STEPS, PAIRS, VOCABULARY = 2, 3, 8, 384

@@ -9,9 +9,28 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 import data
 import dpo
 import packing
-from dpo import (IGNORE, SequenceLogps, check_variants, concatenated_forward, concatenated_inputs, get_batch_logps,
-                 preference_step)
-from losses import LOSSES, f_divergence_score, find, hinge, hyperparameters, ipo, needs_reference, odpo, sft, sigmoid, simpo
+from dpo import (
+    IGNORE,
+    SequenceLogps,
+    check_variants,
+    concatenated_forward,
+    concatenated_inputs,
+    get_batch_logps,
+    preference_step,
+)
+from losses import (
+    LOSSES,
+    f_divergence_score,
+    find,
+    hinge,
+    hyperparameters,
+    ipo,
+    needs_reference,
+    odpo,
+    sft,
+    sigmoid,
+    simpo,
+)
 
 
 def rows_of(*rows):
@@ -201,7 +220,7 @@ def test_rewards_are_per_token_where_the_loss_averages(model):
     averages = [policy[f"{side}_logps"] / policy[f"{side}_lengths"] for side in ("chosen", "rejected")]
     metrics = preference_step(model, None, BATCH, simpo, {"beta": 2.0})[1]
     assert torch.allclose(metrics["rewards/chosen"], 2 * averages[0])
-    assert metrics["rewards/accuracies"].tolist() == [float(w > l) for w, l in zip(*averages)]
+    assert metrics["rewards/accuracies"].tolist() == (averages[0] > averages[1]).tolist()
 
 
 def test_an_f_divergence_stands_in_front_of_the_loss_and_in_the_rewards(model, other):

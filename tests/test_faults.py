@@ -11,8 +11,16 @@ import sys
 
 import pytest
 import torch
+from conftest import (
+    ALONE,
+    launch,
+    read_metrics,
+    tiny_model,
+    unfinished,
+    wait_for_checkpoint,
+    weights,
+)
 from safetensors.torch import load_file
-from conftest import ALONE, launch, read_metrics, tiny_model, unfinished, wait_for_checkpoint, weights
 
 import checkpoint
 import model as models
@@ -28,7 +36,10 @@ def resume(out):
 def check_equal(left, right):
     a, b = weights(left), weights(right)
     assert all(torch.equal(value, b[name]) for name, value in a.items())
-    strip = lambda path: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
+
+    def strip(path):
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
+
     assert strip(left) == strip(right)
 
 
@@ -126,7 +137,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(f
     usage = shutil.disk_usage(tmp_path)
     for free, flags, refused in ((2 * size, {}, False), (size, {}, True), (2 * size, {"save_every": 1}, True),
                                  (2 * size, {"save_every": 1, "keep_checkpoints": 1}, False), (0, {"save_every": 0}, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         name = f"out-{free}-{len(flags)}-{refused}"
         if refused:
             with pytest.raises(ValueError, match=r"free, but checkpoints need .*; make room, or lower --keep_checkpoints, or write none by --save_every 0"):

@@ -39,7 +39,10 @@ VALUES = {"chipo_r_max": 1e-3, "simpo_gamma": 3.0, "label_smoothing": 0.2, "cpo_
 def places(tokenizer, folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("flags")
     rows = [row | {"chosen_score": 2.0 + i, "rejected_score": 1.0} for i, row in enumerate(make_rows(22))]
-    turn = lambda role, text: [{"role": role, "content": text}]
+
+    def turn(role, text):
+        return [{"role": role, "content": text}]
+
     files = {"PAIRS": rows, "ROWS": make_rows(14, seed=3), "TIES": rows + [rows[0] | {"chosen": "same", "rejected": "same"}],
              "CHAT": [{"prompt": turn("user", row["prompt"]), **{side: turn("assistant", row[side]) for side in ("chosen", "rejected")}} for row in rows]}
     found = {name: write_jsonl(home / f"{name}.jsonl", content) for name, content in files.items()}

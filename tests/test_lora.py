@@ -25,8 +25,22 @@ import reference as references
 import train
 from dpo import SequenceLogps, concatenated_forward
 from lora import (
-    adapter_tensors, add_adapter, find_targets, load_adapter, Lora, lora_layers, LoraSettings,
-    merge, nf4_levels, nf4_pairs, nf4_quantize, nf4_unpack, NF4Linear, quantize, save_adapter, use_adapter,
+    Lora,
+    LoraSettings,
+    NF4Linear,
+    adapter_tensors,
+    add_adapter,
+    find_targets,
+    load_adapter,
+    lora_layers,
+    merge,
+    nf4_levels,
+    nf4_pairs,
+    nf4_quantize,
+    nf4_unpack,
+    quantize,
+    save_adapter,
+    use_adapter,
 )
 
 IDS = torch.arange(24).view(2, 12) % 20 + 3

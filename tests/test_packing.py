@@ -581,7 +581,10 @@ def on_one_of_two_ranks(rank, folder):
         policy = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
         losses = preference_step(policy, None, packing.collate(make_columns(seed=rank)), sigmoid, reference_free=True)[0]
         losses.mean().backward()
-        found.append((losses.detach(), {name: getattr(p.grad, "full_tensor", lambda: p.grad)() for name, p in model.named_parameters()}))
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        if kind == "fsdp":
+            gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        found.append((losses.detach(), gradients))
     torch.save(found, f"{folder}/{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -16,9 +16,9 @@ from conftest import ALONE, ROOT, make_rows, read_metrics, same_metrics, tiny_mo
 from safetensors.torch import load_file
 
 import lora
+import model as models
 import packing
 import parallel
-import model as models
 import train
 from losses import LOSSES, find, hyperparameters, needs_reference
 

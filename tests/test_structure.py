@@ -1,6 +1,8 @@
 """What the reader is promised of the code as a whole."""
 import ast
+import re
 import statistics
+import sys
 
 import pytest
 from conftest import ROOT
@@ -59,6 +61,13 @@ def test_matplotlib_is_imported_only_to_draw():
 def test_no_product_file_imports_another_trainer():
     for name, tree in SOURCES.items():
         assert not set(imported(tree)) & {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}, name
+
+
+def test_requirements_name_every_package_that_is_imported():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    named = {re.match(r"[\w.-]+", line).group() for line in lines}
+    for name, tree in SOURCES.items():
+        assert set(imported(tree)) <= named | set(SOURCES) | set(sys.stdlib_module_names), name
 
 
 def test_functions_are_short():

@@ -10,9 +10,22 @@ import time
 
 import pytest
 import torch
+from conftest import (
+    ALONE,
+    ROOT,
+    SHARED,
+    command,
+    launch,
+    make_rows,
+    read_metrics,
+    same_metrics,
+    tiny_model,
+    unfinished,
+    wait_for_checkpoint,
+    weights,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
-from conftest import (ALONE, ROOT, SHARED, command, launch, make_rows, read_metrics, same_metrics, tiny_model, unfinished, wait_for_checkpoint,
-                      weights, write_jsonl)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,7 +125,9 @@ def test_a_reference_free_run_loads_no_reference_and_a_sum_names_its_folder(fit,
 
 
 def test_a_run_on_messages_under_other_names_reports_them_first_and_keeps_the_template(fit, tmp_path, capsys):
-    turn = lambda role, content: {"role": role, "content": content}
+    def turn(role, content):
+        return {"role": role, "content": content}
+
     rows = [{"q": [turn("user", row["prompt"])], "a": [turn("assistant", row["chosen"])], "b": row["rejected"]} for row in make_rows(12)]
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")

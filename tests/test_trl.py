@@ -62,9 +62,9 @@ def theirs(losses, weights=None, **settings):
     return loss, torch.autograd.grad(loss, POLICY.logits)[0]
 
 
-def ours(spec, hyper={}, **variants):
+def ours(spec, hyper=None, **variants):
     policy, reference = dpo.SequenceLogps(POLICY), dpo.SequenceLogps(REFERENCE)
-    loss = dpo.preference_step(policy, reference, BATCH, find(spec), hyper, **variants)[0].mean()
+    loss = dpo.preference_step(policy, reference, BATCH, find(spec), hyper or {}, **variants)[0].mean()
     return loss, torch.autograd.grad(loss, POLICY.logits)[0]
 
 
@@ -101,16 +101,16 @@ def test_trl_ignores_label_smoothing_for_sigmoid_and_we_do_not():
 def test_cpo_simpo_and_orpo_equal_trl():
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
-    w, l, n_w, n_l = torch.tensor([-9.0, -4.0, -30.0]), torch.tensor([-7.0, -20.0, -33.0]), torch.tensor([4, 2, 9]), torch.tensor([3, 8, 9])
+    chosen, rejected, n_w, n_l = torch.tensor([-9.0, -4.0, -30.0]), torch.tensor([-7.0, -20.0, -33.0]), torch.tensor([4, 2, 9]), torch.tensor([3, 8, 9])
     trainer = SimpleNamespace(alpha=0.0, beta=2.0, simpo_gamma=0.7, label_smoothing=0.1, loss_type="simpo",
                               accelerator=SimpleNamespace(device="cpu"))
-    expected = CPOTrainer.cpo_loss(trainer, w / n_w, l / n_l)[0]
-    assert torch.allclose(simpo(w, l, n_w, n_l, beta=2.0, gamma=0.7, label_smoothing=0.1), expected)
+    expected = CPOTrainer.cpo_loss(trainer, chosen / n_w, rejected / n_l)[0]
+    assert torch.allclose(simpo(chosen, rejected, n_w, n_l, beta=2.0, gamma=0.7, label_smoothing=0.1), expected)
     trainer.loss_type = "sigmoid"
     zero = torch.zeros(3)
-    assert torch.allclose(sigmoid(w, l, zero, zero, beta=2.0, label_smoothing=0.1), CPOTrainer.cpo_loss(trainer, w, l)[0])
-    expected = -ORPOTrainer.odds_ratio_loss(trainer, w / n_w, l / n_l)[0]  # theirs is to be subtracted
-    assert torch.allclose(orpo(w, l, n_w, n_l, beta=2.0, nll_weight=0.0), expected, rtol=1e-5)
+    assert torch.allclose(sigmoid(chosen, rejected, zero, zero, beta=2.0, label_smoothing=0.1), CPOTrainer.cpo_loss(trainer, chosen, rejected)[0])
+    expected = -ORPOTrainer.odds_ratio_loss(trainer, chosen / n_w, rejected / n_l)[0]  # theirs is to be subtracted
+    assert torch.allclose(orpo(chosen, rejected, n_w, n_l, beta=2.0, nll_weight=0.0), expected, rtol=1e-5)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the project's shared data is not here")
