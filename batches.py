@@ -16,7 +16,8 @@ import concurrent.futures
 import contextlib
 import math
 from argparse import Namespace
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ from datasets import Dataset
 import data
 import packing
 from dpo import preference_logps
-from parallel import gather, Ranks, shard, sum_over_ranks
-
+from parallel import Ranks, gather, shard, sum_over_ranks
 
 # --- Rows to micro-batches ------------------------------------------------------------------------
 

@@ -17,17 +17,20 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 from errors import UserError
-from parallel import barrier, broadcast, first_reason, gather, Ranks, whole
+from parallel import Ranks, barrier, broadcast, first_reason, gather, whole
 
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
 

@@ -23,6 +23,9 @@ from losses import (
 )
 from packing import IGNORE
 
+# Hyper-parameters that turn on a likelihood in a loss.
+LIKELIHOOD_WEIGHTS = ("cpo_alpha", "nll_weight", "slic_lambda")
+
 
 def selected_logps(logits, targets):
     """log π(target) at each position: (N, V), (N,) -> (N,), in fp32 or better for any logits."""
@@ -56,7 +59,7 @@ def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
 
 class Targets(NamedTuple):
     """Which tokens are scored. Found on the CPU, so that the forward never waits for the GPU to say
-    how many there are, and copied before the forward, because FSDP copies what is left and waits."""
+    how many there are. Copied before the forward, because FSDP copies what is left and waits."""
     predictors: torch.Tensor  # (N,) positions, of all rows in sequence, that predict a scored token
     ids: torch.Tensor  # (N,) the scored tokens
     places: torch.Tensor  # (N,) where each is in a flat table with a row for each answer
@@ -71,8 +74,9 @@ class Targets(NamedTuple):
 
 
 def find_targets(labels, predictors=None, token_weights=None, device=None) -> Targets:
-    """labels (2B, T): each position predicts the next. Or, packed, labels (2B, L) and the predictors
-    of packing.collate. token_weights like labels. Copied to the device without waiting for it."""
+    """labels (2B, T): each position predicts the next. Or, packed, labels (2B, L) and the
+    predictors of packing.collate. token_weights like labels. Copied to the device without waiting.
+    """
     if predictors is None:
         predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
         labels = labels[:, 1:]
@@ -193,122 +197,188 @@ def length_weights(labels, ld_alpha):
     count ld_alpha each.
 
     labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after
-    it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to 0.28
-    and LLaMA-Factory weight the policy's tokens only, and start elsewhere.
+    it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to
+    0.28 and LLaMA-Factory weight the policy's tokens only, and start elsewhere.
     """
     rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
     lengths = rank[:, -1].view(2, -1)  # (2, B)
-    common = lengths.amin(0).repeat(2)[:, None]  # (2B, 1)
+    shorter = lengths.amin(0)  # (B,)
+    common = shorter.repeat(2)[:, None]  # (2B, 1)
     return torch.where(rank <= common, 1.0, ld_alpha)
 
 
-def has_likelihood(loss, hyper):
-    weights = [name for name in hyperparameters(loss) if name in ("cpo_alpha", "nll_weight", "slic_lambda")]
-    return any(hyper[name] for name in weights) or not weights and "mean_chosen_length" in tensor_arguments(loss)
+def has_likelihood(loss, hyper) -> bool:
+    """Whether a part of the loss is a likelihood, which its weight turns on."""
+    names = [name for name in hyperparameters(loss) if name in LIKELIHOOD_WEIGHTS]
+    if names:
+        return any(hyper[name] for name in names)
+    return "mean_chosen_length" in tensor_arguments(loss)
 
 
-def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
-    """Refuse what the loss can't be combined with, and say why. The arguments are those of `preference_step`."""
-    asks, parts = tensor_arguments(loss), [LOSSES[name] for name in loss.parts]
+def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_alpha=None,
+                   wpo=False, ld_alpha=1.0):
+    """Refuse what the loss cannot be combined with, and say why. The arguments are those of
+    `preference_step`."""
+    name = loss.__name__
+    parts = [LOSSES[part] for part in loss.parts]
     reading = [part for part in parts if needs_reference(part)]
     for flag, value in (("reference_free", reference_free), ("f_divergence", f_divergence)):
-        if value and not reading:
-            raise ValueError(f"{flag}: {loss.__name__} has no reference as it is")
-        if value and not all("margin" in part.marks for part in reading):
-            raise ValueError(f"{flag}: {loss.__name__} reads more than a margin, and what it adds to the log-ratios, a constant for "
-                             f"each prompt, would not cancel; it goes with {', '.join(n for n in LOSSES if 'margin' in LOSSES[n].marks)}")
-    if f_divergence and len(reading) < len(parts):
-        raise ValueError(f"f_divergence: a part of {loss.__name__} has no reference, and would be given scores for log-probs")
-    if f_divergence and any("average" in part.marks for part in reading):
-        raise ValueError(f"f_divergence: {loss.__name__} averages over tokens, but the link is of the probabilities of whole answers")
+        if value:
+            check_margin(flag, name, reading)
+    if f_divergence:
+        check_link(name, parts, reading, reference_free)
     if f_alpha is not None and not 0 < f_alpha <= 1:
         raise ValueError(f"f_alpha must be in (0, 1], got {f_alpha}")
     if f_alpha is not None and f_divergence != "alpha":
         raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
-    if f_divergence and reference_free:
-        raise ValueError("f_divergence: there is no divergence from a reference with reference_free")
     if wpo and ("batch" in loss.marks or not needs_rejected(loss)):
-        raise ValueError(f"wpo: a weight belongs to a pair, and the losses of {loss.__name__} do not")
+        raise ValueError(f"wpo: a weight belongs to a pair, and the losses of {name} do not")
     if wpo and any(has_likelihood(part, hyper) for part in parts):
-        raise ValueError(f"wpo: {loss.__name__} has a likelihood term, which is no preference and may not be weighted as one")
+        raise ValueError(f"wpo: {name} has a likelihood term, which is no preference and may not "
+                         "be weighted as one")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
-    if ld_alpha != 1 and (not needs_rejected(loss) or any("lengths" in name for name in asks)):
-        raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {loss.__name__} " +
-                         ("counts them" if needs_rejected(loss) else "has no pairs"))
+    if ld_alpha != 1 and not needs_rejected(loss):
+        raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {name} has no pairs")
+    if ld_alpha != 1 and any("lengths" in each for each in tensor_arguments(loss)):
+        raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {name} counts them")
 
 
-def preference_logps(policy, reference, batch, loss, *, reference_free=False, wpo=False, ld_alpha=1.0):
-    """Everything that a loss can be told of each pair, {name: (B,)}: log-probs and lengths of both sides, scores if the batch has them,
-    and with wpo the alignments. The policy's log-probs have a graph. The arguments are those of `preference_step`."""
-    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    tensors = {name: value for name, value in batch.items() if name.endswith("_scores") or name.startswith("ref_")}
-    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in batch:
-        with torch.no_grad():  # first, so that its activations are gone before the policy's exist
-            ref = concatenated_forward(reference, batch, sides, ld_alpha)
-        tensors |= {f"ref_{side}_logps": ref[f"{side}_logps"] for side in sides}
-    out = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
+def check_margin(flag, name, reading):
+    """Both variants add a constant per prompt to the log-ratios, which only a margin cancels."""
+    if not reading:
+        raise ValueError(f"{flag}: {name} has no reference as it is")
+    if not all("margin" in part.marks for part in reading):
+        margins = ", ".join(each for each in LOSSES if "margin" in LOSSES[each].marks)
+        raise ValueError(f"{flag}: {name} reads more than a margin, and what it adds to the "
+                         f"log-ratios, a constant for each prompt, would not cancel; it goes with "
+                         f"{margins}")
+
+
+def check_link(name, parts, reading, reference_free):
+    """What an f-divergence in front of the loss needs."""
+    if len(reading) < len(parts):
+        raise ValueError(f"f_divergence: a part of {name} has no reference, and would be given "
+                         "scores for log-probs")
+    if any("average" in part.marks for part in reading):
+        raise ValueError(f"f_divergence: {name} averages over tokens, but the link is of the "
+                         "probabilities of whole answers")
+    if reference_free:
+        raise ValueError("f_divergence: no divergence from a reference with reference_free")
+
+
+def sides_of(loss) -> tuple:
+    return ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
+
+
+def preference_logps(policy, reference, batch, loss, *, reference_free=False, wpo=False,
+                     ld_alpha=1.0) -> dict:
+    """Everything that a loss can ask of each pair, {name: (B,)}: log-probs and lengths of both
+    sides, scores if the batch has them, and with wpo the alignments.
+
+    The policy's log-probs have a graph. The arguments are those of `preference_step`.
+    """
+    sides = sides_of(loss)
+    tensors = {name: value for name, value in batch.items()
+               if name.endswith("_scores") or name.startswith("ref_")}
+    asks_reference = needs_reference(loss) and not reference_free
+    if asks_reference and "ref_chosen_logps" not in batch:
+        with torch.no_grad():  # first, so that its activations are freed before the policy's exist
+            found = concatenated_forward(reference, batch, sides, ld_alpha)
+        for side in sides:
+            tensors[f"ref_{side}_logps"] = found[f"{side}_logps"]
+    found = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
     for side in sides:
-        logps = out.pop(f"{side}_logps")
-        known = not reference_free and f"ref_{side}_logps" in tensors
+        logps = found.pop(f"{side}_logps")
+        reference_logps = tensors.get(f"ref_{side}_logps")
+        if reference_free or reference_logps is None:
+            reference_logps = torch.zeros_like(logps)
         tensors[f"policy_{side}_logps"] = logps
-        tensors[f"ref_{side}_logps"] = tensors[f"ref_{side}_logps"].to(logps.dtype) if known else torch.zeros_like(logps)
-    return tensors | out
+        tensors[f"ref_{side}_logps"] = reference_logps.to(logps.dtype)
+    return tensors | found
 
 
-def preference_loss(tensors, loss, hyper={}, *, f_divergence=None, f_alpha=None):
-    """The loss of each pair, and its metrics, from what `preference_logps` found and `batch_state`: -> (B,), {metric: (B,)}."""
-    tensors, sides = dict(tensors), ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
+def preference_loss(tensors, loss, hyper=None, *, f_divergence=None, f_alpha=None):
+    """The loss of each pair and its metrics, from what `preference_logps` returns and the state of
+    the step -> (B,), {metric: (B,)}."""
+    tensors = dict(tensors)
+    sides = sides_of(loss)
     metrics = {f"logps/{side}": tensors[f"policy_{side}_logps"] for side in sides}
-    for side in sides if f_divergence else ():  # the score of the log-ratio for the policy's log-prob, zeros for the reference's
+    # With a link, the score of the log-ratio takes the policy's place, and zeros the reference's.
+    for side in sides if f_divergence else ():
         logratios = tensors[f"policy_{side}_logps"] - tensors[f"ref_{side}_logps"]
-        tensors[f"policy_{side}_logps"] = f_divergence_score(logratios, f_divergence, f_alpha or 0.5)
+        score = f_divergence_score(logratios, f_divergence, f_alpha or 0.5)
+        tensors[f"policy_{side}_logps"] = score
         tensors[f"ref_{side}_logps"] = torch.zeros_like(logratios)
-    hyper = hyperparameters(loss) | hyper
-    losses = loss(**{name: tensors[name] for name in tensor_arguments(loss) if name in tensors}, **hyper)  # (B,)
-    if "chosen_alignment" in tensors:
+    hyper = hyperparameters(loss) | (hyper or {})
+    asked = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
+    losses = loss(**asked, **hyper)  # (B,)
+    if "chosen_alignment" in tensors:  # WPO
         losses = losses * (tensors["chosen_alignment"] + tensors["rejected_alignment"]).exp()
-    metrics = {"loss": losses, **metrics, **(rewards(loss, tensors, hyper.get("beta", 1.0)) if needs_rejected(loss) else {})}
+    metrics = {"loss": losses} | metrics
+    if needs_rejected(loss):
+        metrics |= rewards(loss, tensors, hyper.get("beta", 1.0))
     return losses, {name: value.detach() for name, value in metrics.items()}
 
 
-def preference_step(policy, reference, batch, loss, hyper={}, batch_state=None,
-                    *, reference_free=False, f_divergence=None, f_alpha=None, wpo=False, ld_alpha=1.0):
+def preference_step(policy, reference, batch, loss, hyper=None, batch_state=None, *,
+                    reference_free=False, f_divergence=None, f_alpha=None, wpo=False,
+                    ld_alpha=1.0):
     """The loss of each pair, and its metrics.
 
-    policy, reference   SequenceLogps (or a wrapper of one); reference is only called if the loss asks for it and the batch does
-                        not bring its log-probs
-    batch               of data.collate, with `chosen_scores` and `rejected_scores` (B,) where the loss asks for them, and maybe
-                        `ref_chosen_logps` and `ref_rejected_logps` (B,), computed before
-    loss                a function of losses.LOSSES: it is given the tensors that its signature names and no others
+    policy, reference   SequenceLogps, or a wrapper of one. The reference is called only if the loss
+                        asks for it and the batch does not bring its log-probs
+    batch               of data.collate, with `chosen_scores` and `rejected_scores` (B,) where the
+                        loss asks for them, and optionally `ref_chosen_logps` and
+                        `ref_rejected_logps` (B,), computed before
+    loss                a function of losses.LOSSES. It gets the tensors that its signature names
     hyper               its keyword-only arguments, where they are not its defaults
-    batch_state         what is known of the whole optimizer step, of which this batch may be a part: `mean_chosen_length`, `delta`
-    reference_free      zeros for the reference's log-probs, for metrics too; the reference is not called
-    f_divergence        the link in front of the loss, with f_alpha (0.5) if it is "alpha": see losses.f_divergence_score
-    wpo                 each pair's loss times the probability of its answers under the policy, relative to what the policy would say
-                        itself (WPO, arXiv:2406.11827v2, eqs. 1 and 2), detached. The authors' code clamps it at 1, the paper doesn't
+    batch_state         what belongs to the whole optimizer step, of which this batch may be a part:
+                        `mean_chosen_length`, `delta`
+    reference_free      zeros for the reference's log-probs, for metrics too
+    f_divergence        the link in front of the loss, see losses.f_divergence_score; f_alpha (0.5)
+                        is read if it is "alpha"
+    wpo                 each pair's loss times the probability of its answers under the policy,
+                        relative to what the policy itself would say (WPO, arXiv:2406.11827v2, eqs.
+                        1 and 2), detached. The authors' code clamps it at 1, the paper does not
     ld_alpha            see length_weights
     Returns             (B,) losses with a graph, {metric: (B,) tensor} without
     """
-    tensors = preference_logps(policy, reference, batch, loss, reference_free=reference_free, wpo=wpo, ld_alpha=ld_alpha)
-    return preference_loss(tensors | (batch_state or {}), loss, hyper, f_divergence=f_divergence, f_alpha=f_alpha)
+    options = {"reference_free": reference_free, "wpo": wpo, "ld_alpha": ld_alpha}
+    tensors = preference_logps(policy, reference, batch, loss, **options)
+    tensors |= batch_state or {}
+    return preference_loss(tensors, loss, hyper, f_divergence=f_divergence, f_alpha=f_alpha)
 
 
-def logp_gradients(tensors, loss, hyper={}, **link):
-    """A loss that compares pairs with each other has to see them all at once, but only their log-probs: from the `tensors` of all pairs, the
-    gradient of the sum of their losses with respect to each log-prob of the policy. With these as weights the log-probs of any part of the
-    pairs add their share to the gradient of the whole. -> {policy_{side}_logps: (B,)}, {metric: (B,)}. `link` as in `preference_loss`."""
-    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if name.startswith("policy_")}
+def logp_gradients(tensors, loss, hyper=None, **link):
+    """For a loss that compares pairs: the gradient of the sum of all losses with respect to each
+    log-prob of the policy, from the `tensors` of all pairs.
+
+    The loss needs all pairs at once, but only their log-probs. Weighted by these gradients, the
+    log-probs of any micro-batch add its share to the gradient of the whole.
+    -> {policy_{side}_logps: (B,)}, {metric: (B,)}. `link` as in `preference_loss`.
+    """
+    leaves = {}
+    for name, value in tensors.items():
+        if name.startswith("policy_"):
+            leaves[name] = value.detach().requires_grad_()
     with torch.enable_grad():
         losses, metrics = preference_loss(tensors | leaves, loss, hyper, **link)
-        return dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())))), metrics
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+    return dict(zip(leaves, gradients)), metrics
 
 
-def rewards(loss, tensors, beta):
-    """{metric: (B,)}: beta times the log-ratio of policy to reference in nats, per token where the loss averages over tokens. A tie
-    does not count as accurate."""
-    chosen, rejected = (beta * (tensors[f"policy_{side}_logps"] - tensors[f"ref_{side}_logps"]) for side in ("chosen", "rejected"))
+def rewards(loss, tensors, beta) -> dict:
+    """{metric: (B,)}: beta times the log-ratio of policy to reference in nats, per token where the
+    loss averages over tokens. A tie does not count as accurate."""
+    chosen = beta * (tensors["policy_chosen_logps"] - tensors["ref_chosen_logps"])
+    rejected = beta * (tensors["policy_rejected_logps"] - tensors["ref_rejected_logps"])
     if "average" in loss.marks:
-        chosen, rejected = chosen / tensors["chosen_lengths"], rejected / tensors["rejected_lengths"]
-    return {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype)}
+        chosen = chosen / tensors["chosen_lengths"]
+        rejected = rejected / tensors["rejected_lengths"]
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+    }

@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import difflib
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -24,10 +24,15 @@ from checkpoint import read_flags
 from data import at_least
 from dpo import check_variants
 from errors import UserError
-from losses import (
-    find, hyperparameters, LOSSES, needs_reference, needs_rejected, tensor_arguments,
-)
 from lora import read_adapter
+from losses import (
+    LOSSES,
+    find,
+    hyperparameters,
+    needs_reference,
+    needs_rejected,
+    tensor_arguments,
+)
 
 # our name: transformers' name
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

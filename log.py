@@ -7,8 +7,8 @@ metrics.jsonl for each logged step, and draws the bar. `brief` shortens metrics 
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import tqdm
@@ -16,7 +16,7 @@ import tqdm
 from batches import Task
 from checkpoint import write
 from dpo import SequenceLogps
-from lora import lora_layers, NF4Linear
+from lora import NF4Linear, lora_layers
 from parallel import Ranks, shard
 
 
@@ -64,8 +64,9 @@ BRIEF = {
 }
 
 
-def brief(values: dict, more: dict = {}) -> str:
-    names = {name: short for name, short in (BRIEF | more).items() if name in values}
+def brief(values: dict, more: dict | None = None) -> str:
+    shorts = BRIEF | (more or {})
+    names = {name: short for name, short in shorts.items() if name in values}
     return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items())
 
 

@@ -25,7 +25,6 @@ from transformers.pytorch_utils import Conv1D
 from checkpoint import written_aside
 from errors import UserError
 
-
 # --- Low-rank updates -----------------------------------------------------------------------------
 
 class LoraSettings(NamedTuple):

@@ -18,14 +18,24 @@ import pathlib
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.utils import cached_file
 
 from checkpoint import written_aside
 from errors import UserError, run_script
 from lora import (
-    has_stacked_experts, load_adapter, merge, NF4Linear, quantize, read_adapter,
+    NF4Linear,
+    has_stacked_experts,
+    load_adapter,
+    merge,
+    quantize,
+    read_adapter,
 )
 
 transformers.logging.set_verbosity_error()

@@ -15,7 +15,8 @@ import json
 import os
 import pathlib
 from argparse import Namespace
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +27,20 @@ from transformers import PreTrainedModel
 
 import data
 from batches import (
-    autocast, cut, load_batches, of_all_pairs, pair_logps, stop_if_not_finite, Task,
+    Task,
+    autocast,
+    cut,
+    load_batches,
+    of_all_pairs,
+    pair_logps,
+    stop_if_not_finite,
 )
-from dpo import concatenated_forward, preference_loss, SequenceLogps
+from dpo import SequenceLogps, concatenated_forward, preference_loss
 from errors import UserError
 from log import bar_interval
 from lora import adapter_tensors, lora_layers, use_adapter
 from model import load_model
-from parallel import barrier, broadcast, place, Ranks, whole
-
+from parallel import Ranks, barrier, broadcast, place, whole
 
 # --- The models -----------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,30 +37,72 @@ import data
 import packing
 import world
 from batches import (
-    autocast, collate, cut, load_batches, of_all_pairs, pair_logps, Piece, stop_if_not_finite, Task,
+    Piece,
+    Task,
+    autocast,
+    collate,
+    cut,
+    load_batches,
+    of_all_pairs,
+    pair_logps,
+    stop_if_not_finite,
 )
 from checkpoint import (
-    claim, gather_tensors, is_complete, load_checkpoint, newest_checkpoint,
-    optimizer_tensors, plan_checkpoints, save_checkpoint, spared, tensor_bytes,
+    claim,
+    gather_tensors,
+    is_complete,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    plan_checkpoints,
+    save_checkpoint,
+    spared,
+    tensor_bytes,
 )
 from dpo import (
-    concatenated_inputs, logp_gradients, preference_loss, preference_step, SequenceLogps,
+    SequenceLogps,
+    concatenated_inputs,
+    logp_gradients,
+    preference_loss,
+    preference_step,
 )
 from errors import UserError
-from flags import parse_args, SCHEDULES, variants
-from log import brief, introduce, Log, sum_up
+from flags import SCHEDULES, parse_args, variants
+from log import Log, brief, introduce, sum_up
 from lora import (
-    adapter_tensors, add_adapter, find_targets, load_adapter, lora_layers, LoraSettings,
-    save_adapter, use_adapter,
+    LoraSettings,
+    adapter_tensors,
+    add_adapter,
+    find_targets,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+    use_adapter,
 )
 from losses import needs_rejected, tensor_arguments, update_delta
 from model import compile_blocks, load_model, load_tokenizer, new_model, save_model
 from parallel import (
-    bare, barrier, broadcast, clip_gradients, first_reason, init_distributed, leave_distributed,
-    place, Ranks, reset_shards, sum_over_ranks, sync_gradients, wrap,
+    Ranks,
+    bare,
+    barrier,
+    broadcast,
+    clip_gradients,
+    first_reason,
+    init_distributed,
+    leave_distributed,
+    place,
+    reset_shards,
+    sum_over_ranks,
+    sync_gradients,
+    wrap,
 )
 from reference import (
-    cache_reference, check_start, fingerprint, load_reference, load_weights, move_reference,
+    cache_reference,
+    check_start,
+    fingerprint,
+    load_reference,
+    load_weights,
+    move_reference,
     moving_tensors,
 )
 
@@ -462,6 +505,169 @@ def use_deterministic_kernels(on):
 
 # --- The loop -------------------------------------------------------------------------------------
 
+class Run(NamedTuple):
+    """What a run consists of, from the flags and, after --resume, from a checkpoint."""
+    folder: pathlib.Path
+    home: pathlib.Path | None  # of the embedded world
+    source: str  # of the model
+    tokenizer: Any
+    model: torch.nn.Module  # the policy; `policy` is the same in DDP
+    policy: torch.nn.Module
+    reference: Callable | None
+    rows: Any
+    tokens: np.ndarray  # (rows,)
+    chosen_lengths: np.ndarray  # (rows,)
+    held_out: Any
+    task: Task
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    start: int  # the last step before this run, 0 unless it is resumed
+    steps: int
+    delta: float  # of BCO
+    fixed: dict  # hashes of what must be the same when the run is resumed
+    flags: dict  # with what was settled
+    keep: int  # checkpoints
+
+
+def load_models(args, home, newest, ranks):
+    """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
+    function, in the same dtype."""
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    source = str(home / "reference") if args.model == "world" else args.model
+    tokenizer = load_tokenizer(source)
+    if args.chat_template:
+        tokenizer.chat_template = data.read_template(args.chat_template)
+
+    def make_policy(device):
+        return load_policy(args, source, newest, dtype, device)
+
+    model = place(make_policy, ranks, args.parallel, dtype)
+    check_model(args, model.model, tokenizer)
+    reference = load_reference(args, model, source, dtype, ranks)
+    return source, tokenizer, model, reference, dtype
+
+
+def settle_attention(args, model, reference, rows, dtype, ranks):
+    """choose_attention, and then --compile -> "packed" or "padded"."""
+    modules = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
+    attention, line = choose_attention(args, modules, rows, dtype, ranks)
+    if ranks.rank == 0:
+        print(line)
+    if args.compile:  # policy and reference, so that they round alike
+        for module in modules:
+            compile_blocks(module.model)
+    return attention
+
+
+def prepare(args, loss, hyper, home, folder, ranks) -> Run:
+    """Everything before the first step, in the order in which the parts need each other."""
+    newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
+    source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
+    weights = fingerprint(model, reference, ranks)
+
+    rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
+    fixed = {"rows": data.digest(rows), "weights": weights}
+    steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
+    warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
+
+    # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
+    # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
+    optimizer = make_optimizer(model, args.lr, ranks.device)
+    scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, warmup, steps)
+    start, delta = 0, 0.0
+    if newest:
+        tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
+        start, delta = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
+    size = checkpoint_bytes(args, model, reference)
+    keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
+                                  args.keep_checkpoints, ranks)
+
+    # How rows are laid out, and the reference's log-probs if they are computed once.
+    attention = settle_attention(args, model, reference, rows, dtype, ranks)
+    options, link = variants(args)
+    task = Task(loss, hyper, options, link, dtype, ranks.device, attention == "packed")
+    if args.ref == "cache":
+        splits = rows, held_out
+        rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
+        reference = None  # frees its memory
+
+    flags = vars(args) | {
+        "output_dir": str(folder), "attention": attention, "warmup_steps": warmup,
+    }
+    introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
+    tokens, chosen_lengths = data.column(rows, "tokens"), data.column(rows, "chosen_length")
+    return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
+               chosen_lengths, held_out, task, optimizer, scheduler, start, steps, delta, fixed,
+               flags, keep)
+
+
+def check_first_rows(args, run, ranks) -> str:
+    """The step-0 check, where there is one -> a line that says how the run starts."""
+    if run.start:
+        return f"resumed after step {run.start}"
+    if args.ref == "none":
+        return ""
+    if args.ref_model:
+        return f"no step-0 check: --ref_model {args.ref_model} is another model on purpose"
+    # The two shortest rows of the first step: an error shows in any row, and long ones are slow.
+    first = data.window(0, len(run.rows), args.batch_size, args.seed, args.shuffle)
+    first = first[np.argsort(run.tokens[first], kind="stable")[:2]]
+    batch = collate(run.rows[first], run.tokenizer, ranks.device, run.task.packed)
+    value = check_start(run.task, run.model, run.reference, batch, args.ref == "cache")
+    return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
+
+
+def look(args, run, log, number, delta, ranks) -> dict:
+    """Evaluate on the held-out rows and, in the world, against the truth -> {split: metrics}."""
+    splits = {}
+    if len(run.held_out):
+        splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, delta,
+                                  run.tokenizer, ranks)
+    if run.home:
+        splits["world"] = world_metrics(run.model, run.home, run.tokenizer, run.task.loss,
+                                        run.task.hyper, ranks.device)
+    for split, metrics in splits.items():
+        log.row(number, split, metrics)
+        log.say(f"step {number} {split}: {brief(metrics)}")
+    return splits
+
+
+def write_checkpoint(args, run, number, delta, ranks):
+    """Save everything that the next step depends on."""
+    def save_model_in(folder):
+        save(run.model.model, run.tokenizer, folder, run.source, ranks)
+
+    moving = moving_tensors(args, run.model, run.reference)
+    tensors = optimizer_tensors(run.model, run.optimizer, moving)
+    state = {"scheduler": run.scheduler.state_dict(), "delta": delta, "flags": run.flags}
+    save_checkpoint(run.folder, number, save_model_in, tensors, run.fixed | state, run.keep, ranks)
+
+
+def training_step(args, run, number, batches, delta, stopping, ranks):
+    """One step, its schedule and what moves with it -> metrics, the next step's delta, tokens."""
+    # The pairs of this step, and this rank's share of them in micro-batches.
+    window = row_window(args, number, len(run.rows))
+    tokens = run.tokens[window]
+    mean_length = float(run.chosen_lengths[window].mean())
+    state = {"mean_chosen_length": mean_length, "delta": delta}
+    step = Step(number, len(window), cut(args, len(window), tokens, ranks), state)
+
+    # The dropout of an adapter, if it has any, follows from seed, step and rank.
+    torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
+    values = {"lr": run.scheduler.get_last_lr()[0]}
+    values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
+                         args.max_grad_norm, stopping, ranks)
+    run.scheduler.step()
+    if "delta" in tensor_arguments(run.task.loss):
+        values["delta"] = delta
+        delta = update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
+    if args.sync_ref_every and number % args.sync_ref_every == 0:
+        move_reference(args, run.model, run.reference)
+    return values, delta, int(tokens.sum())
+
+
 def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Path | None,
                  ranks: Ranks) -> bool:
     """Train with the flags of `parse_args`. Returns whether a signal ended it early.
@@ -477,144 +683,46 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
         raise UserError("--parallel fsdp: one process alone has nothing to share; "
                         "start several by torchrun")
     use_deterministic_kernels(args.deterministic)
-    newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
+    run = prepare(args, loss, hyper, home, folder, ranks)
+    line = check_first_rows(args, run, ranks)
+    if line:
+        say(line)
 
-    # --- the models: policy and reference are loaded by the same function, in the same dtype
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    source = str(home / "reference") if args.model == "world" else args.model
-    tokenizer = load_tokenizer(source)
-    if args.chat_template:
-        tokenizer.chat_template = data.read_template(args.chat_template)
-
-    def make_policy(device):
-        return load_policy(args, source, newest, dtype, device)
-
-    model = place(make_policy, ranks, args.parallel, dtype)
-    check_model(args, model.model, tokenizer)
-    reference = load_reference(args, model, source, dtype, ranks)
-    weights = fingerprint(model, reference, ranks)
-
-    # --- the rows
-    rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    fixed = {"rows": data.digest(rows), "weights": weights}
-    lengths, tokens = data.column(rows, "chosen_length"), data.column(rows, "tokens")
-    steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
-    warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
-
-    # --- optimizer and schedule, from the start or from the checkpoint; before any forward, since
-    # under FSDP a forward may leave gathered weights in place of the shards that are to be trained
-    optimizer = make_optimizer(model, args.lr, ranks.device)
-    scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, warmup, steps)
-    start, delta = 0, 0.0
-    if newest:
-        tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
-        start, delta = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
-    size = checkpoint_bytes(args, model, reference)
-    keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
-                                  args.keep_checkpoints, ranks)
-
-    # --- how rows are laid out, and the reference's log-probs if they are computed once
-    modules = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
-    attention, line = choose_attention(args, modules, rows, dtype, ranks)
-    if args.compile:  # policy and reference, so that they round alike
-        for module in modules:
-            compile_blocks(module.model)
-    del modules
-    say(line)
-    options, link = variants(args)
-    task = Task(loss, hyper, options, link, dtype, ranks.device, attention == "packed")
-    if args.ref == "cache":
-        splits = rows, held_out
-        rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
-        reference = None  # frees its memory
-
-    policy = wrap(model, ranks)
-    flags = vars(args) | {
-        "output_dir": str(folder), "attention": attention, "warmup_steps": warmup,
-    }
-    introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
-    if start:
-        say(f"resumed after step {start}")
-    elif args.ref != "none" and args.ref_model:
-        say(f"no step-0 check: --ref_model {args.ref_model} is another model on purpose")
-    elif args.ref != "none":
-        # The two shortest rows of the first step: an error shows in any row, and long ones are
-        # slow.
-        first = data.window(0, len(rows), args.batch_size, args.seed, args.shuffle)
-        first = first[np.argsort(tokens[first], kind="stable")[:2]]
-        batch = collate(rows[first], tokenizer, ranks.device, task.packed)
-        value = check_start(task, model, reference, batch, args.ref == "cache")
-        say(f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference")
-
-    batches = training_batches(args, task, rows, start, steps, tokenizer, ranks)
+    delta, steps = run.delta, run.steps
+    batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (claim(folder, args.resume, ranks), spared(folder), caught_signals() as stopped,
           contextlib.closing(batches)):
-        log = Log(folder, flags, start, steps, ranks)
+        log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
-        for number in range(start + 1, steps + 1):
-            # The pairs of this step, and this rank's share of them in micro-batches.
-            window = row_window(args, number, len(rows))
-            pieces = cut(args, len(window), tokens[window], ranks)
-            state = {"mean_chosen_length": float(lengths[window].mean()), "delta": delta}
-            step = Step(number, len(window), pieces, state)
-
-            # The dropout of an adapter, if it has any, follows from seed, step and rank.
-            torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
-            values = {"lr": scheduler.get_last_lr()[0]}
-            values |= train_step(task, policy, reference, optimizer, batches, step,
-                                 args.max_grad_norm, bool(stopped), ranks)
-            scheduler.step()
-            if "delta" in tensor_arguments(loss):
-                values["delta"] = delta
-                delta = update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
-            if args.sync_ref_every and number % args.sync_ref_every == 0:
-                move_reference(args, model, reference)
+        for number in range(run.start + 1, steps + 1):
+            values, delta, tokens = training_step(args, run, number, batches, delta,
+                                                  bool(stopped), ranks)
 
             # The bar, and a row of metrics.jsonl.
             stopping, last = values.pop("stop") > 0, number == steps
-            count += int(tokens[window].sum())
+            count += tokens
             values["tokens_per_second"] = count / (time.perf_counter() - since)
             log.tick(values)
             if number % args.log_every == 0 or last:
                 log.row(number, "train", values)
                 since, count = time.perf_counter(), 0
 
-            # Evaluation: on the held-out rows and, in the world, against the truth.
-            pause, splits = time.perf_counter(), {}
+            # Evaluation and checkpoint, whose time is not that of training.
+            pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
-                if len(held_out):
-                    splits["eval"] = evaluate(args, task, model, reference, held_out, delta,
-                                              tokenizer, ranks)
-                if home:
-                    splits["world"] = world_metrics(model, home, tokenizer, loss, hyper,
-                                                    ranks.device)
-                for split, metrics in splits.items():
-                    log.row(number, split, metrics)
-                    log.say(f"step {number} {split}: {brief(metrics)}")
-
-            # A checkpoint.
+                splits = look(args, run, log, number, delta, ranks)
             due = args.save_every and number % args.save_every == 0
             if not last and (stopping or due):
-                def save_model_in(folder):
-                    save(model.model, tokenizer, folder, source, ranks)
-
-                moving = moving_tensors(args, model, reference)
-                tensors = optimizer_tensors(model, optimizer, moving)
-                state = fixed | {
-                    "scheduler": scheduler.state_dict(), "delta": delta, "flags": flags,
-                }
-                save_checkpoint(folder, number, save_model_in, tensors, state, keep, ranks)
-                if stopping:
-                    log.bar.close()
-                    say(f"stopped after step {number} of {steps}; to go on: "
-                        f"python train.py --output_dir {folder} --resume")
-                    return True
+                write_checkpoint(args, run, number, delta, ranks)
+            if not last and stopping:
+                log.bar.close()
+                say(f"stopped after step {number} of {steps}; to go on: "
+                    f"python train.py --output_dir {folder} --resume")
+                return True
             since += time.perf_counter() - pause
 
         log.bar.close()
-        save(model.model, tokenizer, folder, source, ranks, flags=flags)
+        save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
         say(f"saved in {folder}" + (sum_up(splits["world"]) if home else ""))
     return False
 

@@ -13,9 +13,6 @@ from conftest import ROOT
 NODES = 8.0  # nodes of the syntax tree per code line, on average over a file
 COLUMNS = 100
 FUNCTION = 50  # code lines of a function
-# Files above a bound, with their present values. Lower a value when the file improves; never raise.
-NODES_OF = {"dpo.py": 9.6}
-WIDE_LINES_OF = {"dpo.py": 43, "train.py": 3}
 
 FILES = sorted(path.name for path in ROOT.glob("*.py") if not path.name.startswith("test_"))
 NOT_CODE = {
@@ -87,13 +84,12 @@ def test_the_measure_ignores_docstrings_comments_and_blank_lines():
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_code_line_has_on_average_at_most_eight_syntax_nodes(name):
-    assert nodes_per_line((ROOT / name).read_text()) <= NODES_OF.get(name, NODES)
+    assert nodes_per_line((ROOT / name).read_text()) <= NODES
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_line_has_at_most_a_hundred_columns(name):
-    found = wide_lines((ROOT / name).read_text())
-    assert len(found) <= WIDE_LINES_OF.get(name, 0), found
+    assert not wide_lines((ROOT / name).read_text())
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -81,7 +81,8 @@ def test_a_bug_inside_a_loss_is_not_reported_as_a_flag(monkeypatch):
 
 def test_a_value_out_of_range_is_reported_as_its_flag():
     for argv in (
-        ["--beta=-1"], ["--ld_alpha=2"], ["--f_divergence=alpha", "--f_alpha=2"], ["--loss=sigmoid:x"],
+        ["--beta=-1"], ["--ld_alpha=2"], ["--f_divergence=alpha", "--f_alpha=2"],
+        ["--loss=sigmoid:x"],
     ):
         with pytest.raises(UserError, match=argv[-1].split("=")[0]):
             flags.parse_args(argv)
