@@ -72,7 +72,7 @@ def test_requirements_name_every_package_that_is_imported():
 
 def test_functions_are_short():
     found = [pair for tree in SOURCES.values() for pair in lengths(tree)]
-    assert [name for name, lines in found if lines > 60] == ["train_policy"], [pair for pair in found if pair[1] > 60]
+    assert not [pair for pair in found if pair[1] > 60]
     assert statistics.median(lines for _, lines in found) <= 12
     for node in SOURCES["losses"].body:
         if isinstance(node, ast.FunctionDef):
