@@ -4,8 +4,8 @@ Training, evaluation and the cache of the reference share these parts:
 
     cut             divides the pairs of one step among ranks and micro-batches: [Piece]
     collate         makes a batch of rows, padded or packed, on the device
-    load_batches    does so for many lists of rows, one batch ahead of the GPU
-    pair_logps      computes the log-probs of one batch, as the `Task` says
+    load_batches    collates many lists of rows, one batch ahead of the GPU
+    pair_logps      computes the log-probs of one batch, with the options of the `Task`
     of_all_pairs    gathers a value of every pair on every rank
 
 For example, 8 pairs on 2 ranks with --micro_batch_size 2: rank 0 gets the pieces of pairs 0-1 and
@@ -31,16 +31,20 @@ from parallel import Ranks, gather, shard, sum_over_ranks
 # --- Rows to micro-batches ------------------------------------------------------------------------
 
 class Piece(NamedTuple):
-    """A micro-batch of this rank, as a slice of the window of an optimizer step."""
+    """A micro-batch of this rank, as a slice of the pairs of an optimizer step."""
     places: slice
-    weight: float  # 0 for a pair that only keeps the ranks in step
+    weight: float  # 1; or 0 for a filler pair, so that all ranks run as many forwards
 
 
 def cut(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
         size: int | None = None) -> list[Piece]:
-    """This rank's micro-batches of `count` pairs -> [Piece]. `tokens`: of each of these pairs.
+    """This rank's micro-batches of the `count` pairs of a step -> [Piece].
 
-    A slice of a tensor on a GPU costs no copy; indices from the CPU would cost a blocking one.
+    tokens      (count,) numbers of tokens, read with --tokens_per_micro_batch
+    size        pairs per micro-batch, in place of --micro_batch_size
+
+    A Piece is a slice, because slicing a tensor on a GPU copies nothing. Indices from the CPU would
+    need a copy for which the CPU waits.
     """
     size, by_tokens = size or args.micro_batch_size, None
     if not size:
@@ -60,7 +64,8 @@ def collate_on_cpu(rows, tokenizer, packed):
 
 
 def to_device(batch, device):
-    """Copy a batch to the device without waiting, except the labels: see dpo.SequenceLogps."""
+    """Copy a batch to the device without waiting for the GPU. Labels and predictors stay on the
+    CPU, where dpo.find_targets reads them."""
     moved = {}
     for name, value in batch.items():
         stays = not torch.is_tensor(value) or name.endswith(("labels", "predictors"))
@@ -73,7 +78,8 @@ def collate(rows: dict, tokenizer: Any, device: torch.device, packed: bool = Fal
 
 
 def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
-    """make(job) for each job, in order; with `threaded` one ahead of the caller, in a thread.
+    """make(job) for each job, in order. With `threaded`, a thread makes the next result while the
+    caller uses the current one.
 
     An exception in the thread is raised here, with its traceback. The thread ends with the
     generator: close it (contextlib.closing) where it may not be read to its end.
@@ -95,8 +101,8 @@ def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, packed: b
                  device: torch.device) -> Iterator[dict]:
     """The batch of each list of row indices, in order.
 
-    For a GPU the next batch is read, collated and pinned in a thread while this one is computed. On
-    a CPU the thread would share the cores with the computation, and nothing is gained.
+    For a GPU a thread reads, collates and pins the next batch during the current computation. On a
+    CPU the thread would share the cores with the computation, so there is no thread.
     """
     on_gpu = device.type == "cuda"
 
@@ -115,18 +121,18 @@ def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, packed: b
 # --- Micro-batches to log-probs -------------------------------------------------------------------
 
 class Task(NamedTuple):
-    """What is computed from a batch: the same in training, evaluation and the step-0 check."""
+    """The loss and its options: the same in training, evaluation and the step-0 check."""
     loss: Callable
     hyper: dict
-    options: dict  # of the log-probs: reference_free, wpo, ld_alpha
-    link: dict  # between log-ratios and loss: f_divergence, f_alpha
+    options: dict  # of dpo.preference_logps: reference_free, wpo, ld_alpha
+    link: dict  # the f-divergence score between log-ratios and loss: f_divergence, f_alpha
     dtype: str
     device: torch.device
     packed: bool = False
 
     @property
     def compares_pairs(self):
-        """Does the loss have to see all pairs of a step at once?"""
+        """Whether the loss needs all pairs of a step at once."""
         return "batch" in self.loss.marks
 
 
@@ -136,7 +142,7 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
 
 def pair_logps(task: Task, policy: torch.nn.Module, reference: Callable | None, batch: dict,
                **more: Any) -> dict[str, torch.Tensor]:
-    """{name: (B,)} of everything that the loss can be told of each pair."""
+    """dpo.preference_logps with the options of the task -> {name: (B,)}."""
     options = task.options | more
     with autocast(task.dtype, task.device):
         return preference_logps(policy, reference, batch, task.loss, **options)
@@ -145,7 +151,7 @@ def pair_logps(task: Task, policy: torch.nn.Module, reference: Callable | None, 
 @torch.no_grad()
 def of_all_pairs(compute: Callable, batches: Iterable[dict], pieces: Iterable[Piece], count: int,
                  ranks: Ranks) -> dict[str, torch.Tensor]:
-    """{name: (count,)} in fp64, on every rank, of what compute(batch) -> {name: (B,)} returns.
+    """Run compute(batch) -> {name: (B,)} on every piece -> {name: (count,)} in fp64, on every rank.
 
     The ranks share the work. Each contributes zeros for the pairs that it does not own, so that
     one all-reduce gathers the values exactly.
@@ -162,9 +168,9 @@ def of_all_pairs(compute: Callable, batches: Iterable[dict], pieces: Iterable[Pi
 
 def stop_if_not_finite(number: int, values: dict, seen: list, ranks: Ranks | None = None,
                        policy: torch.nn.Module | None = None):
-    """Raise if the loss or the gradient is not finite, with the rows or weights that it comes from.
+    """Raise if the loss or the gradient is not finite, and name the rows or weights that cause it.
 
-    After the next update it would be in every weight.
+    The next update would spread the NaN or inf to every weight.
     """
     if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         return

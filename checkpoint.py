@@ -1,4 +1,4 @@
-"""Files of a run: written to a temporary name and renamed, so that no reader meets half a file.
+"""Files of a run: written to a temporary name and renamed, so that no reader sees half a file.
 
     config.json         the flags of the run; when the run has ended, the model's configuration too
     metrics.jsonl       see log.Log
@@ -39,7 +39,7 @@ LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of 
 
 @contextlib.contextmanager
 def written_aside(folder, last):
-    """A folder to write into; then its files are moved into `folder`, that named `last` last."""
+    """Yield a temporary folder, then move its files into `folder`, the file named `last` last."""
     aside = pathlib.Path(folder) / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -136,11 +136,12 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
     """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
 
     size            bytes of one checkpoint
-    start, steps    the step to go on from, and the last one
+    start, steps    the step from which the run continues, and the last step
     keep            --keep_checkpoints; by default 2, and 1 if a checkpoint is LARGE
 
-    While one more than `keep` is written, all of them are on the disk. Raise if there is no room
-    for those that are due, rather than hours later; only say so where none is due before the end.
+    A new checkpoint is written before an old one is deleted, so the disk needs room for keep + 1.
+    If there is no room for the checkpoints that are due, raise now and not hours later. If none is
+    due before the end, the returned line only mentions the lack of room.
     """
     if keep is None:
         keep = 1 if size > LARGE else 2
@@ -177,7 +178,7 @@ def existing_parent(folder: pathlib.Path) -> pathlib.Path:
 
 
 def readable(size: int) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes as text in GB, MB or kB."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
@@ -187,7 +188,8 @@ def readable(size: int) -> str:
 # --- Save -----------------------------------------------------------------------------------------
 
 def gather_tensors(named: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """On rank 0 whole copies on the CPU, each tied weight once; on other ranks {}. A collective."""
+    """Gather whole tensors on the CPU of rank 0, each tied weight once; other ranks get {}. A
+    collective: all ranks must call it."""
     names = {id(tensor): name for name, tensor in reversed(named.items())}
     gathered = {}
     for name in names.values():
@@ -198,7 +200,7 @@ def gather_tensors(named: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, to
 
 
 class HashedFile(io.BufferedWriter):
-    """A file that hashes what is written to it, so that a large one need not be read again."""
+    """A file that hashes the bytes written to it, so that a large file is not read again."""
 
     def __init__(self, path):
         super().__init__(io.FileIO(path, "w"))
@@ -210,7 +212,7 @@ class HashedFile(io.BufferedWriter):
 
 
 class HashingFileSystem(FileSystem):
-    """Where torch's checkpoint writer opens its files: .digests has the hash of each."""
+    """The file system of torch's checkpoint writer. `digests` has the hash of each new file."""
 
     def __init__(self):
         self.digests = {}
@@ -229,7 +231,7 @@ class HashingFileSystem(FileSystem):
 def file_digests(folder: pathlib.Path, ranks: Ranks, written: dict | None = None) -> dict[str, str]:
     """{file: hash} of a checkpoint. Each rank reads its share of the files.
 
-    `written` has the hashes of the files that this rank has just written: no rank reads these.
+    `written` has the hashes of the files that this rank has just written; no rank reads these.
     """
     digests = {str(path.relative_to(folder)): digest for path, digest in (written or {}).items()}
     known = set()
@@ -262,8 +264,8 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
         shutil.rmtree(temporary, ignore_errors=True)
     save_model(temporary)
     barrier(ranks)
-    # Every rank writes the shards that it has, and hashes them on the way. The model's own files
-    # are written by libraries that take no file object: those alone are read again.
+    # Every rank writes its shards and hashes them on the way. Only the model's files are read again
+    # for their hashes, because the libraries that write them take no file object.
     writer = HuggingFaceStorageWriter(str(temporary / "optimizer"), save_distributed=True)
     writer.fs = HashingFileSystem()
     dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
@@ -279,7 +281,7 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                       moving: dict) -> dict:
-    """{name: tensor} of AdamW's state, which is made if there has been no step, and of `moving`."""
+    """{name: tensor} of AdamW's state, initialized here before the first step, and of `moving`."""
     tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     # The optimizer's own parameters: under FSDP the model's may be gathered ones after a forward.
@@ -299,7 +301,8 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path | None, dict]:
     """-> the newest checkpoint whose files have the saved hashes, and its state; or None, {}.
 
-    A damaged checkpoint is renamed, with a line: a run resumed from an older one ends the same.
+    A damaged checkpoint is renamed, and a line says so. A run that resumes from an older checkpoint
+    ends with the same weights.
     """
     paths = broadcast(checkpoints(folder), ranks)
     for path in reversed(paths):
@@ -329,8 +332,8 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
                     scheduler: Any, ranks: Ranks) -> tuple[int, float]:
     """Fill `tensors` and the schedule -> the step after which they were saved, and BCO's delta.
 
-    fixed has the hashes of the rows and of the frozen weights, which must be those of the first
-    start. Only JSON and safetensors are read, so that loading a checkpoint runs no foreign code.
+    fixed has the hashes of the rows and of the frozen weights. They must equal the saved hashes.
+    Only JSON and safetensors are read, so that loading a checkpoint runs no code from its files.
     """
     if state["rows"] != fixed["rows"]:
         raise UserError("--resume: the data set is not the one that this run began with: "

@@ -5,7 +5,7 @@ tokens, V vocabulary, H hidden size.
 
 A batch comes from data.collate: for each side, `chosen` and `rejected`, right-padded (B, T) tensors
 `{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`, where labels are the input ids of
-scored tokens and IGNORE elsewhere. Or it comes from packing.collate: the same rows in one row.
+scored tokens and IGNORE elsewhere. A packed batch comes from packing.collate: all rows in one row.
 """
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from losses import (
 )
 from packing import IGNORE
 
-# Hyper-parameters that turn on a likelihood in a loss.
+# Weights of a likelihood term: a loss has this term if the weight is not 0.
 LIKELIHOOD_WEIGHTS = ("cpo_alpha", "nll_weight", "slic_lambda")
 
 
@@ -34,8 +34,9 @@ def selected_logps(logits, targets):
 
 
 def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
-    """Log-probability of each row's scored tokens, and their number. Sums, never averages: a loss
-    that averages divides by the number.
+    """Sum of the log-probs of each row's scored tokens, and the number of these tokens.
+
+    Never an average: a loss that averages over tokens divides by the number itself.
 
     Args      logits (B, T, V); labels (B, T), label_pad_token_id where a token is not scored
     Returns   logps (B,) in fp32 or better, lengths (B,) integers
@@ -58,14 +59,17 @@ def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
 
 
 class Targets(NamedTuple):
-    """Which tokens are scored. Found on the CPU, so that the forward never waits for the GPU to say
-    how many there are. Copied before the forward, because FSDP copies what is left and waits."""
+    """Which tokens are scored, as indices on the device.
+
+    The indices are computed on the CPU, so that the CPU never waits for the GPU to count scored
+    tokens. They are copied before the forward: FSDP would copy its inputs itself, and wait.
+    """
     predictors: torch.Tensor  # (N,) positions, of all rows in sequence, that predict a scored token
     ids: torch.Tensor  # (N,) the scored tokens
-    places: torch.Tensor  # (N,) where each is in a flat table with a row for each answer
+    places: torch.Tensor  # (N,) index of each in the flattened (2B, width) table
     lengths: torch.Tensor  # (2B,)
-    width: int  # of the table
-    weights: torch.Tensor | None  # (N,)
+    width: int  # columns of the table, which has one row per answer
+    weights: torch.Tensor | None  # (N,) of the tokens, for LD-DPO
 
     def sum_rows(self, token_values):
         """(N,) -> (2B,). Each row is summed on its own, so other rows cannot change its sum."""
@@ -74,8 +78,10 @@ class Targets(NamedTuple):
 
 
 def find_targets(labels, predictors=None, token_weights=None, device=None) -> Targets:
-    """labels (2B, T): each position predicts the next. Or, packed, labels (2B, L) and the
-    predictors of packing.collate. token_weights like labels. Copied to the device without waiting.
+    """The Targets of a batch, copied to `device` without waiting for the GPU.
+
+    labels (2B, T), where each position predicts the next token; or, for packed rows, labels (2B, L)
+    and the predictors (2B, L) of packing.collate. token_weights have the shape of labels.
     """
     if predictors is None:
         predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
@@ -97,12 +103,13 @@ class SequenceLogps(torch.nn.Module):
     """Wraps a causal LM so that forward() returns summed log-probs, as `get_batch_logps` does.
 
     The head runs at the N positions that predict a scored token: (N, V) logits instead of
-    (2B, T, V), and where these are many, in chunks. This happens inside the root module's forward,
-    because DDP and FSDP hook into it.
+    (2B, T, V). Many logits are computed in chunks. The head runs inside the forward of this root
+    module, because DDP and FSDP put their hooks on the root's forward.
 
     Args of forward
-      labels, predictors, token_weights   see `find_targets`, or
-      targets     what it returns. With neither, forward returns logits, for packing.can_pack
+      targets     the Targets of the batch, or instead of them
+      labels, predictors, token_weights   the arguments of `find_targets`. Without targets and
+                  labels, forward returns logits, for packing.can_pack
       alignment   also return each row's mean of log π(y_t) − log Σ_v π(v)², (2B,), without a graph:
                   how probable a token is relative to a token that the policy samples there (WPO,
                   arXiv:2406.11827v2, eq. 2)
@@ -114,7 +121,7 @@ class SequenceLogps(torch.nn.Module):
         super().__init__()
         self.model = model
         self.bare_head = has_bare_head(model)
-        self.needs_mask = True  # of padded rows, until packing.can_drop_mask says otherwise
+        self.needs_mask = True  # for padded rows; train.py sets False after packing.can_drop_mask
 
     def forward(self, labels=None, predictors=None, token_weights=None, targets=None,
                 alignment=False, **inputs):
@@ -136,7 +143,7 @@ class SequenceLogps(torch.nn.Module):
         return logps, targets.lengths, aligned
 
     def token_logps(self, targets, squares, inputs):
-        """-> log π of each scored token (N,), and with squares log Σ_v π(v)² at its place (N,)."""
+        """-> log π of each scored token (N,) and, with squares, log Σ_v π(v)² there (N,)."""
         head = self.model.get_output_embeddings()
         if self.bare_head:
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -145,7 +152,7 @@ class SequenceLogps(torch.nn.Module):
             return packing.ChunkedLogps.apply(
                 hidden, head.weight, head.bias, targets.ids, keep, squares
             )
-        # Logits that are scaled or capped after the head: only the model itself knows how.
+        # This model scales or caps its logits after the head, so its own forward computes them.
         logits = self.model(**inputs, use_cache=False).logits  # (2B, T, V)
         logits = logits.flatten(0, 1).index_select(0, targets.predictors)  # (N, V)
         token_logps = selected_logps(logits, targets.ids)
@@ -154,8 +161,10 @@ class SequenceLogps(torch.nn.Module):
 
 @torch.no_grad()
 def has_bare_head(model) -> bool:
-    """Whether the model's logits are head(hidden). Tried on four tokens, because some models scale
-    or cap them (Gemma 2)."""
+    """Whether the model's logits are head(hidden), checked on four tokens.
+
+    The answer is no for models that scale or cap their logits, such as Gemma 2.
+    """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model or model.device.type == "meta":
         return False
@@ -174,10 +183,11 @@ def concatenated_inputs(batch, sides=("chosen", "rejected")):
 
 
 def concatenated_forward(model, batch, sides=("chosen", "rejected"), ld_alpha=1.0, alignment=False):
-    """Both sides in one forward of `model`, a SequenceLogps: one call is half the overhead, and one
-    use of each weight per step is what DDP can synchronize.
+    """Both sides in one forward of `model`, a SequenceLogps.
 
-    Returns {chosen,rejected}_{logps,lengths} and, if asked for, _alignment: each (B,)
+    One call has half the overhead of two, and DDP can synchronize only one use of each weight.
+
+    Returns {chosen,rejected}_{logps,lengths} and, if asked for, {chosen,rejected}_alignment: (B,)
     """
     inputs = concatenated_inputs(batch, sides)
     labels = inputs.pop("labels")
@@ -185,11 +195,11 @@ def concatenated_forward(model, batch, sides=("chosen", "rejected"), ld_alpha=1.
     device = inputs["input_ids"].device
     targets = find_targets(labels, inputs.pop("predictors", None), weights, device)
     outputs = model(targets=targets, alignment=alignment, **inputs)
-    found = {}
+    tensors = {}
     for name, values in zip(("logps", "lengths", "alignment"), outputs):
         for side, part in zip(sides, values.chunk(len(sides))):
-            found[f"{side}_{name}"] = part
-    return found
+            tensors[f"{side}_{name}"] = part
+    return tensors
 
 
 def length_weights(labels, ld_alpha):
@@ -198,7 +208,7 @@ def length_weights(labels, ld_alpha):
 
     labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after
     it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to
-    0.28 and LLaMA-Factory weight the policy's tokens only, and start elsewhere.
+    0.28 and LLaMA-Factory weight the policy's tokens only, and begin at another token.
     """
     rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
     lengths = rank[:, -1].view(2, -1)  # (2, B)
@@ -208,7 +218,7 @@ def length_weights(labels, ld_alpha):
 
 
 def has_likelihood(loss, hyper) -> bool:
-    """Whether a part of the loss is a likelihood, which its weight turns on."""
+    """Whether the loss has a likelihood term whose weight is not 0."""
     names = [name for name in hyperparameters(loss) if name in LIKELIHOOD_WEIGHTS]
     if names:
         return any(hyper[name] for name in names)
@@ -217,8 +227,8 @@ def has_likelihood(loss, hyper) -> bool:
 
 def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_alpha=None,
                    wpo=False, ld_alpha=1.0):
-    """Refuse what the loss cannot be combined with, and say why. The arguments are those of
-    `preference_step`."""
+    """Raise a ValueError with the reason if the loss cannot be combined with these variants. The
+    arguments are those of `preference_step`."""
     name = loss.__name__
     parts = [LOSSES[part] for part in loss.parts]
     reading = [part for part in parts if needs_reference(part)]
@@ -232,10 +242,10 @@ def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_al
     if f_alpha is not None and f_divergence != "alpha":
         raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
     if wpo and ("batch" in loss.marks or not needs_rejected(loss)):
-        raise ValueError(f"wpo: a weight belongs to a pair, and the losses of {name} do not")
+        raise ValueError(f"wpo: a weight belongs to a pair; the losses of {name} do not")
     if wpo and any(has_likelihood(part, hyper) for part in parts):
-        raise ValueError(f"wpo: {name} has a likelihood term, which is no preference and may not "
-                         "be weighted as one")
+        raise ValueError(f"wpo: {name} has a likelihood term, which is not a preference and must "
+                         "not be weighted as one")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
     if ld_alpha != 1 and not needs_rejected(loss):
@@ -250,13 +260,13 @@ def check_margin(flag, name, reading):
         raise ValueError(f"{flag}: {name} has no reference as it is")
     if not all("margin" in part.marks for part in reading):
         margins = ", ".join(each for each in LOSSES if "margin" in LOSSES[each].marks)
-        raise ValueError(f"{flag}: {name} reads more than a margin, and what it adds to the "
-                         f"log-ratios, a constant for each prompt, would not cancel; it goes with "
+        raise ValueError(f"{flag}: {name} reads more than a margin, so the constant per prompt "
+                         f"that {flag} adds to the log-ratios would not cancel; valid losses are "
                          f"{margins}")
 
 
 def check_link(name, parts, reading, reference_free):
-    """What an f-divergence in front of the loss needs."""
+    """Check that an f-divergence score may replace the log-ratios of this loss."""
     if len(reading) < len(parts):
         raise ValueError(f"f_divergence: a part of {name} has no reference, and would be given "
                          "scores for log-probs")
@@ -273,10 +283,10 @@ def sides_of(loss) -> tuple:
 
 def preference_logps(policy, reference, batch, loss, *, reference_free=False, wpo=False,
                      ld_alpha=1.0) -> dict:
-    """Everything that a loss can ask of each pair, {name: (B,)}: log-probs and lengths of both
-    sides, scores if the batch has them, and with wpo the alignments.
+    """Every tensor that a loss may take from a batch of pairs, {name: (B,)}: log-probs and lengths
+    of both sides, scores if the batch has them, and with wpo the alignments.
 
-    The policy's log-probs have a graph. The arguments are those of `preference_step`.
+    Only the policy's log-probs have a graph. The arguments are those of `preference_step`.
     """
     sides = sides_of(loss)
     tensors = {name: value for name, value in batch.items()
@@ -284,35 +294,37 @@ def preference_logps(policy, reference, batch, loss, *, reference_free=False, wp
     asks_reference = needs_reference(loss) and not reference_free
     if asks_reference and "ref_chosen_logps" not in batch:
         with torch.no_grad():  # first, so that its activations are freed before the policy's exist
-            found = concatenated_forward(reference, batch, sides, ld_alpha)
+            ref_outputs = concatenated_forward(reference, batch, sides, ld_alpha)
         for side in sides:
-            tensors[f"ref_{side}_logps"] = found[f"{side}_logps"]
-    found = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
+            tensors[f"ref_{side}_logps"] = ref_outputs[f"{side}_logps"]
+    outputs = concatenated_forward(policy, batch, sides, ld_alpha, alignment=wpo)
     for side in sides:
-        logps = found.pop(f"{side}_logps")
+        logps = outputs.pop(f"{side}_logps")
         reference_logps = tensors.get(f"ref_{side}_logps")
         if reference_free or reference_logps is None:
             reference_logps = torch.zeros_like(logps)
         tensors[f"policy_{side}_logps"] = logps
         tensors[f"ref_{side}_logps"] = reference_logps.to(logps.dtype)
-    return tensors | found
+    return tensors | outputs
 
 
 def preference_loss(tensors, loss, hyper=None, *, f_divergence=None, f_alpha=None):
-    """The loss of each pair and its metrics, from what `preference_logps` returns and the state of
-    the step -> (B,), {metric: (B,)}."""
+    """The loss of each pair and its metrics -> (B,), {metric: (B,)}.
+
+    tensors     the result of `preference_logps`, and the `batch_state` of `preference_step`
+    """
     tensors = dict(tensors)
     sides = sides_of(loss)
     metrics = {f"logps/{side}": tensors[f"policy_{side}_logps"] for side in sides}
-    # With a link, the score of the log-ratio takes the policy's place, and zeros the reference's.
+    # With an f-divergence, its score replaces the policy's log-probs, and zeros the reference's.
     for side in sides if f_divergence else ():
         logratios = tensors[f"policy_{side}_logps"] - tensors[f"ref_{side}_logps"]
         score = f_divergence_score(logratios, f_divergence, f_alpha or 0.5)
         tensors[f"policy_{side}_logps"] = score
         tensors[f"ref_{side}_logps"] = torch.zeros_like(logratios)
     hyper = hyperparameters(loss) | (hyper or {})
-    asked = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
-    losses = loss(**asked, **hyper)  # (B,)
+    arguments = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
+    losses = loss(**arguments, **hyper)  # (B,)
     if "chosen_alignment" in tensors:  # WPO
         losses = losses * (tensors["chosen_alignment"] + tensors["rejected_alignment"]).exp()
     metrics = {"loss": losses} | metrics
@@ -327,20 +339,21 @@ def preference_step(policy, reference, batch, loss, hyper=None, batch_state=None
     """The loss of each pair, and its metrics.
 
     policy, reference   SequenceLogps, or a wrapper of one. The reference is called only if the loss
-                        asks for it and the batch does not bring its log-probs
-    batch               of data.collate, with `chosen_scores` and `rejected_scores` (B,) where the
-                        loss asks for them, and optionally `ref_chosen_logps` and
-                        `ref_rejected_logps` (B,), computed before
+                        has `ref_*` arguments and the batch does not contain these log-probs
+    batch               from data.collate or packing.collate, with `chosen_scores` and
+                        `rejected_scores` (B,) if the loss takes them, and optionally cached
+                        `ref_chosen_logps` and `ref_rejected_logps` (B,)
     loss                a function of losses.LOSSES. It gets the tensors that its signature names
     hyper               its keyword-only arguments, where they are not its defaults
-    batch_state         what belongs to the whole optimizer step, of which this batch may be a part:
-                        `mean_chosen_length`, `delta`
+    batch_state         numbers of the whole optimizer step, where this batch may be one micro-batch
+                        of the step: `mean_chosen_length`, `delta`
     reference_free      zeros for the reference's log-probs, for metrics too
-    f_divergence        the link in front of the loss, see losses.f_divergence_score; f_alpha (0.5)
-                        is read if it is "alpha"
-    wpo                 each pair's loss times the probability of its answers under the policy,
-                        relative to what the policy itself would say (WPO, arXiv:2406.11827v2, eqs.
-                        1 and 2), detached. The authors' code clamps it at 1, the paper does not
+    f_divergence        the score that replaces log-ratios, see losses.f_divergence_score; f_alpha
+                        (0.5) is read if f_divergence is "alpha"
+    wpo                 multiply each pair's loss by a detached weight: the probability of its
+                        answers under the policy, relative to answers that the policy samples (WPO,
+                        arXiv:2406.11827v2, eqs. 1 and 2). The authors' code clamps the weight at 1,
+                        the paper does not
     ld_alpha            see length_weights
     Returns             (B,) losses with a graph, {metric: (B,) tensor} without
     """
@@ -351,12 +364,12 @@ def preference_step(policy, reference, batch, loss, hyper=None, batch_state=None
 
 
 def logp_gradients(tensors, loss, hyper=None, **link):
-    """For a loss that compares pairs: the gradient of the sum of all losses with respect to each
-    log-prob of the policy, from the `tensors` of all pairs.
+    """dL/dlogp for a loss that compares pairs -> {policy_{side}_logps: (B,)}, {metric: (B,)}.
 
-    The loss needs all pairs at once, but only their log-probs. Weighted by these gradients, the
-    log-probs of any micro-batch add its share to the gradient of the whole.
-    -> {policy_{side}_logps: (B,)}, {metric: (B,)}. `link` as in `preference_loss`.
+    L is the sum of the losses of all pairs, and `tensors` are those of all pairs. The loss needs
+    all pairs at once, but only their log-probs. The sum of a micro-batch's log-probs, each times
+    its dL/dlogp, has the gradient that this micro-batch adds to dL/dθ. `link` has f_divergence
+    and f_alpha, as in `preference_loss`.
     """
     leaves = {}
     for name, value in tensors.items():

@@ -42,14 +42,14 @@ class LoraSettings(NamedTuple):
 
 
 class Lora(torch.nn.Module):
-    """A frozen linear layer and low-rank updates by name, of which one or none is active.
+    """A frozen linear layer and named low-rank updates. At most one update is active.
 
     LoRA (arXiv:2106.09685, Sec. 4.1, eq. 3)    y = W₀x + s·BAx
     DoRA (arXiv:2402.09353, Sec. 4.1, eq. 5)    y = m ⊙ (W₀ + s·BA)x / ‖W₀ + s·BA‖
 
     A (r, in) is random, B (out, r) starts at 0, s is the scale. DoRA's m (out,) starts at ‖W₀‖.
-    Its norms are those of the rows of (out, in) weights, and constants to the gradient (Sec. 4.3,
-    eq. 11). The paper draws A from a Gaussian; this code, like its authors' code, draws A as torch
+    The norm ‖·‖ is taken of each row of the (out, in) weight, and is detached (Sec. 4.3, eq. 11).
+    The paper draws A from a Gaussian; this code, like its authors' code, draws A as torch
     initializes a linear layer, Kaiming uniform. A, B and m are fp32 or better.
     Dropout applies to the input of A, and only where gradients are enabled: references and
     evaluations have none.
@@ -89,10 +89,10 @@ class Lora(torch.nn.Module):
         A, B = self.A[self.active], self.B[self.active]
         if settings.dropout:
             x = F.dropout(x, settings.dropout, training=torch.is_grad_enabled())
-        # Under autocast the products cast x, A and B to its dtype; an fp32 x would only be a copy
+        # Autocast casts x, A and B to its dtype itself, so an fp32 copy of x would be useless
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(A.dtype)
-        low_rank = settings.scale * F.linear(x, A)  # (..., r): scaled where it is smallest
+        low_rank = settings.scale * F.linear(x, A)  # (..., r): scaled here, at the smallest tensor
         if not settings.dora:
             return y + F.linear(low_rank, B).to(y.dtype)
 
@@ -114,17 +114,17 @@ class Lora(torch.nn.Module):
 
     @torch.no_grad()
     def norm(self, name):
-        """‖W₀ + s·BA‖, (out,), a constant to the gradient.
+        """‖W₀ + s·BA‖, (out,), detached.
 
-        Summed in fp64: two devices then round to the same fp32 norm, but for rare ties, and a
-        magnitude computed on the CPU divided by a norm of the GPU is 1.
+        Summed in fp64, so that CPU and GPU round to the same fp32 norm, except for rare ties. Then
+        a magnitude computed on the CPU, divided by the norm computed on a GPU, is exactly 1.
         """
         weight = self.weight(name)
         norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
         return norm.to(weight.dtype)
 
     def merged(self, name):
-        """The (out, in) weight that does what base and update do together."""
+        """The (out, in) weight of a plain layer that equals base and update together."""
         weight = self.weight(name)
         if self.settings[name].dora:
             weight = weight * (self.magnitude[name] / self.norm(name))[:, None]
@@ -284,7 +284,7 @@ def read_adapter(folder) -> tuple:
             f"{folder}: no usable adapter here: adapter_config.json and adapter_model.safetensors "
             f"are needed ({error})") from error
 
-    # Refuse what this code would ignore
+    # Refuse settings that this code would ignore
     odd = {key: config[key] for key in REFUSED if config.get(key)}
     odd |= {"peft_type": config.get("peft_type")} if config.get("peft_type") != "LORA" else {}
     odd |= {"bias": config["bias"]} if config.get("bias", "none") != "none" else {}
@@ -309,7 +309,7 @@ def read_adapter(folder) -> tuple:
 
 
 def load_adapter(model, folder, name: str = "policy", trainable: bool = True):
-    """Add an adapter of this project's or of PEFT's. Its keys and shapes must be the model's."""
+    """Add an adapter saved by this project or by PEFT. Its keys and shapes must fit the model."""
     settings, layers, _ = read_adapter(folder)
     unknown = sorted(layers.keys() - linear_layers(model).keys())
     if unknown:
@@ -400,7 +400,7 @@ def nf4_unpack(codes, absmax, pairs, dtype):
     A byte is looked up as a pair of levels instead of being split into two codes first. Bytes of
     memory traffic per weight, in eager mode and for bf16: codes to int32 0.5 + 2, look-up 2 + 4,
     product 4 + 4, cast 4 + 2, together 22.5 in 4 kernels. Compiled into one kernel: 0.5 + 2 = 2.5.
-    With the 4 small kernels of `absmax`, some 23 and 3.
+    With the 4 small kernels of `absmax`, the totals are about 23 and 3 bytes.
     There is one rounding in the product and one in the cast, compiled or not: the values are equal.
     """
     values = pairs.index_select(0, codes.int()).view(-1, BLOCK)  # (n/64, 64)
@@ -419,9 +419,9 @@ class NF4Linear(torch.nn.Module):
     """A frozen linear layer with 4-bit weights.
 
     A weight takes 4 + 8/64 + 32/(64·256) = 4.127 bits, 0.516 bytes, with double quantization
-    (Sec. 3): the mean of the blocks' scales is subtracted, and 256 of them share an fp32 scale of
-    8-bit floats, here e4m3. The dense weight exists during one matrix product at a time, forward
-    and backward, in the dtype of the input.
+    (Sec. 3): the mean of the blocks' scales is subtracted, each scale is stored as an 8-bit float,
+    here e4m3, and 256 scales share one fp32 scale. The dense weight exists during one matrix
+    product at a time, forward and backward, in the dtype of the input.
     """
 
     def __init__(self, weight, bias):
@@ -440,8 +440,8 @@ class NF4Linear(torch.nn.Module):
         self.register_buffer("scales", scales.view(torch.uint8))  # (n/64/256, 256)
 
     def absmax(self):
-        """The scale of each block of 64, (n/64,) fp32. Small, and never compiled: a compiler may
-        fuse the product and the sum, which rounds differently."""
+        """The scale of each block of 64, (n/64,) fp32. Never compiled, because a compiler may fuse
+        the product and the sum, which rounds differently. The tensor is small, so this is cheap."""
         scales = self.scales.view(torch.float8_e4m3fn).float() / E4M3_MAX
         absmax = (scales * self.largest[:, None]).flatten() + self.mean
         return absmax[:2 * len(self.codes) // BLOCK]
@@ -461,8 +461,8 @@ class NF4Linear(torch.nn.Module):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x Wᵀ for a weight that backward unpacks again: autograd would keep the dense weights of all
-    layers from forward to backward, which is the memory that 4 bits save."""
+    """x Wᵀ, where backward unpacks W again. Autograd would keep the dense weights of all layers
+    from forward to backward, and so lose the memory that 4-bit weights save."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -478,8 +478,9 @@ class DequantizedProduct(torch.autograd.Function):
 def quantize(model, device=None):
     """Replace every linear layer but the head by an NF4Linear, in place and one at a time.
 
-    The model may be on the CPU and `device` a GPU: each dense weight is copied there alone and
-    dropped once it is quantized, so the GPU never has more than the 4-bit layers and one dense one.
+    The model may be on the CPU and `device` a GPU. Dense weights are copied to the GPU one at a
+    time and freed once quantized, so the GPU never holds more than the 4-bit layers and one dense
+    layer.
     """
     for path in list(linear_layers(model)):
         layer = model.get_submodule(path)

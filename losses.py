@@ -46,26 +46,27 @@ Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, 
 Conventions. All tensors are (B,), and so is the result: one loss per pair. A loss does not reduce,
 log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
 lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
-signature: a `ref_*` argument makes the reference model run, a tensor with a default is a number
-that only the caller can know, and a keyword-only argument becomes a flag of train.py.
+signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
+of train.py, and a positional argument with a default (`delta`, `mean_chosen_length`) is a number of
+the whole optimizer step, which the caller passes.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. It also gives the properties that the signature cannot express, as marks:
 
     margin   the log-probs enter through one margin alone, so a constant per prompt cancels, and an
              f-divergence score (f_divergence_score) or a zero reference (--reference_free) is valid
-    average  that margin, or the two rewards, are averages per token
+    average  the margin, or each of the two rewards, is an average per token
     batch    the loss of a pair depends on the other pairs of the batch
 
-To copy a function into another project, leave out its `@loss` line, and take `capped_exp` along
-where the body calls it. The copy needs torch alone, and does not check ranges. For this reason the
-lines that compute a, b and h are repeated in every loss.
+To copy a function into another project, leave out its `@loss` line, and copy `capped_exp` too if
+the body calls it. The copy needs only torch, and does not check ranges. The lines that compute a, b
+and h are repeated in every loss, so that each function can be copied alone.
 """
 import torch
 import torch.nn.functional as F
 
 import registry
-from registry import (  # noqa: F401  (other files import these from here, where LOSSES is full)
+from registry import (  # noqa: F401  (other files import these from here: LOSSES is filled here)
     LOSSES,
     find,
     hyperparameters,

@@ -6,9 +6,9 @@
 `new` makes a Llama with random weights, for tests and timing. `merge` adds an adapter to the
 weights of its base.
 
-`load_model` reads a model in three steps, so that a 16-bit file never becomes 4 bytes a weight in
-host memory: read in the file's dtype on the CPU, quantize layer by layer if asked to, then move
-tensor by tensor to the device and convert there.
+`load_model` reads a model in three steps, so that a 16-bit file never takes 4 bytes per weight of
+host memory: it reads the file's dtype on the CPU, quantizes layer by layer if asked to, then moves
+tensor by tensor to the device and converts there.
 """
 import argparse
 import json
@@ -45,7 +45,7 @@ transformers.logging.disable_progress_bar()
 # --- Load -----------------------------------------------------------------------------------------
 
 def load_pretrained(auto_class, name: str, **options):
-    """auto_class.from_pretrained, with every way to fail reported as one sentence."""
+    """auto_class.from_pretrained, where every failure is a UserError of one sentence."""
     looks_local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
     if (looks_local or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
         raise UserError(f"{name}: no such model folder")
@@ -67,12 +67,12 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
     """A causal language model with every weight read from its files and every dropout off.
 
     dtype       of the parameters; modules that transformers keeps in fp32 stay in fp32
-    device      on "meta" the model has shapes alone
+    device      on "meta" the model has shapes without values
     four_bits   quantize the linear layers, each from the CPU to the device
     upcast      False: parameters of a 16-bit file stay in its dtype, for `parallel.place`
 
-    Policy and reference both come through here, so that they differ in nothing but what training
-    changes: another dtype, or dropout on one side, makes a log-ratio that is not 0 at the start.
+    Policy and reference are both loaded by this function, so that they differ only by training.
+    Another dtype, or dropout on one side, would make a log-ratio that is not 0 at the start.
     """
     device = torch.device(device)
     if os.path.exists(os.path.join(name, "adapter_config.json")):
@@ -94,9 +94,9 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
 def read_model(name, dtype):
     """The model on the CPU in the narrower of the files' dtype and `dtype`.
 
-    Some buffers are computed when a model is built and are in no file. One that is rounded to 16
-    bits then, such as Gemma's scale of the embeddings, cannot be recovered by an upcast, so such a
-    model is read in `dtype` itself.
+    Some buffers are in no file and are computed when a model is built. A later upcast cannot
+    recover such a buffer once it is rounded to 16 bits, as Gemma's scale of the embeddings would
+    be. Such a model is read in `dtype` itself.
     """
     stored = files_dtype(name) if dtype in (torch.float32, torch.float64) else None
     model, info = load_pretrained(
@@ -128,7 +128,7 @@ def files_dtype(name):
 
 
 def safetensors_files(name) -> list:
-    """Paths of the weights of a folder or a Hub model, which are downloaded if need be."""
+    """Paths of the weights of a folder or a Hub model, downloaded if necessary."""
     optional = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, "model.safetensors.index.json", **optional)
     if index is None:
@@ -138,7 +138,7 @@ def safetensors_files(name) -> list:
 
 
 def computed_buffers(model) -> list:
-    """The buffers that are in no file."""
+    """The buffers that are in no file, because the model computes them."""
     buffers = []
     for module in model.modules():
         names = module._non_persistent_buffers_set
@@ -150,11 +150,12 @@ def computed_buffers(model) -> list:
 def move(model, device: torch.device, dtype=None):
     """Move a model to a device and widen its parameters to `dtype` there, in place, one at a time.
 
-    What crosses to the device has the dtype it had on the host. A host parameter is freed once it
-    is moved. Tied parameters stay tied. As in from_pretrained, fp32 parameters stay fp32 where
-    `dtype` has 16 bits, and buffers keep their dtype unless they are 16-bit ones of a file.
+    Each tensor is copied to the device in its host dtype and widened there. A host parameter is
+    freed once it is moved. Tied parameters stay tied. As in from_pretrained, fp32 parameters stay
+    fp32 where `dtype` has 16 bits. Buffers keep their dtype, except 16-bit buffers of a file, which
+    are widened.
     """
-    moved = {}  # id of an old tensor: the tensor, whose id must stay in use, and the new one
+    moved = {}  # id(old tensor): (old, new). `old` is kept, so that no other tensor gets its id
     for module in model.modules():
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, old in named:
@@ -170,11 +171,11 @@ def move(model, device: torch.device, dtype=None):
 
 def moved_tensor(old, device, dtype):
     """A parameter or buffer on the device, widened there."""
-    trained = isinstance(old, torch.nn.Parameter)
+    is_parameter = isinstance(old, torch.nn.Parameter)
     new = old.detach().to(device)
-    if dtype and new.is_floating_point() and (trained or new.element_size() == 2):
+    if dtype and new.is_floating_point() and (is_parameter or new.element_size() == 2):
         new = new.to(torch.promote_types(new.dtype, dtype))
-    return torch.nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
+    return torch.nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
 
 
 def turn_off_dropout(model):
@@ -191,11 +192,12 @@ def turn_off_dropout(model):
 def compile_blocks(model):
     """Compile the MLPs and norms of the blocks, in place, for any number of rows and tokens.
 
-    They are where a block makes element-wise passes that a compiler fuses. Attention is left out:
-    its shapes change with every batch, and its kernels are fused already. Layers of one kind share
-    their compiled code, and the names in state_dict do not change. Experts are left out, because
-    their shapes depend on the values, and so are 4-bit weights, which compiled code of their own
-    unpacks. Compiled code allows one backward per forward: compile after packing.can_pack.
+    MLPs and norms contain the element-wise operations that a compiler fuses. Attention is left out:
+    its shapes change with every batch, and its kernels are fused already. Experts are left out,
+    because their shapes depend on the values. MLPs with 4-bit weights are left out, because
+    lora.nf4_unpacker compiles their unpacking. Layers of one kind share their compiled code, and
+    the names in state_dict do not change. Compiled code allows one backward per forward: compile
+    after packing.can_pack.
     """
     kinds = model._no_split_modules or ()
     blocks = [block for block in model.modules() if type(block).__name__ in kinds]

@@ -9,11 +9,12 @@ predicts the first token of both answers, so it is used twice. For prompt (5 6 7
 
     input_ids      5 6 7 8 9 4
     position_ids   0 1 2 3 4 3
-    labels         8 9 0 / 4 0        predicted at places   2 3 4 / 2 5
+    labels         8 9 0 / 4 0        predicted at indices  2 3 4 / 2 5
 
-Models are not patched. They call the attention function registered here, which is transformers' own
-`sdpa` unless the keyword argument `packed` says how a row is laid out. `can_pack` verifies
-numerically that a model supports packed rows, and `can_drop_mask` that padded rows need no mask.
+Models are not patched. They call the attention function registered here. Without the keyword
+argument `packed`, this function calls transformers' own `sdpa`. `packed` is the layout of the row.
+`can_pack` verifies numerically that a model supports packed rows, and `can_drop_mask` that padded
+rows need no mask.
 
 Letters: B pairs, S sides (2, or 1 without rejected answers), T tokens fed, K keys, L tokens of the
 longest answer, N scored tokens, H hidden size, V vocabulary.
@@ -35,7 +36,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers
 KEPT_LOGITS = 2**27  # logits kept for backward, 512 MiB in fp32; the others are recomputed
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits of one chunk: each chunk reads the whole head again
-CACHE = 2**18  # logits that fit a CPU's cache through several element-wise steps
+CACHE = 2**18  # logits that stay in a CPU's cache through several element-wise operations
 BREAK_EVEN = 150_000  # see is_faster
 NAME = "sdpa_or_packed"
 NO_MASK = (1, 1, 1, 1)  # shape of an attention mask that masks nothing, see no_mask
@@ -56,8 +57,8 @@ class Segment(NamedTuple):
 class Layout(NamedTuple):
     """Where the queries and keys of every segment are. K counts the keys of all segments, where the
     tokens of a prompt count once for each segment that attends to them."""
-    keys: torch.Tensor  # (K,) places in the row
-    own: torch.Tensor  # (T,) which of the K keys belong to the segment itself
+    keys: torch.Tensor  # (K,) index in the row of each key
+    own: torch.Tensor  # (T,) indices into K of the keys that are not a prefix's
     query_counts: list  # per segment
     key_counts: list
     query_ends: torch.Tensor  # (segments + 1,) int32, cumulative counts from 0
@@ -65,24 +66,24 @@ class Layout(NamedTuple):
 
 
 def segments(packed: tuple) -> list[Segment]:
-    """((prompt, answer, answer), ...), the tokens fed of each pair -> the segments of the row.
+    """((prompt, chosen, rejected), ...), numbers of tokens fed per pair -> the segments of the row.
 
-    A prompt and its first answer are one segment. Every other answer is one, with the prompt as its
-    prefix.
+    A prompt and its first answer are one segment. Every other answer is a segment of its own, with
+    the prompt as its prefix.
     """
-    found, start = [], 0
+    row_segments, start = [], 0
     for prompt, first, *others in packed:
-        found.append(Segment(start, 0, start, prompt + first))
+        row_segments.append(Segment(start, 0, start, prompt + first))
         place = start + prompt + first
         for count in others:
             if count:
-                found.append(Segment(start, prompt, place, count))
+                row_segments.append(Segment(start, prompt, place, count))
             place += count
         start = place
-    return found
+    return row_segments
 
 
-@functools.lru_cache(maxsize=2)  # all layers of a micro-batch share it
+@functools.lru_cache(maxsize=2)  # all layers of a micro-batch share one Layout
 def layout_of(packed: tuple, device: torch.device) -> Layout:
     keys, own = [], []
     query_counts, key_counts = [], []
@@ -139,7 +140,7 @@ def attention(module, query, key, value, attention_mask, packed=None, **options)
     # Rotary embeddings leave query and key in fp32 under autocast, and value in bf16.
     dtype = autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    # index_select, because its backward adds rows up; that of key[keys] sorts the indices first.
+    # index_select, not key[keys]: the backward of key[keys] sorts the indices before it adds rows.
     layout = layout_of(packed, query.device)
     key = key.index_select(0, layout.keys)  # (K, key heads, size)
     value = value.index_select(0, layout.keys)
@@ -149,8 +150,8 @@ def attention(module, query, key, value, attention_mask, packed=None, **options)
 
 
 def kernel_takes(query: torch.Tensor) -> bool:
-    """Whether torch's FlashAttention takes this dtype and head size. An unsupported GPU raises an
-    error there, which `can_pack` reports."""
+    """Whether torch's FlashAttention takes this dtype and head size. On a GPU that FlashAttention
+    does not support, the call raises an error, which `can_pack` reports."""
     size = query.shape[-1]
     return query.is_cuda and query.dtype in HALF and size % 8 == 0 and size <= 256
 
@@ -177,9 +178,10 @@ def in_one_call(query, key, value, layout, scale, window):
 def one_by_one(query, key, value, layout, scale, window, masked=None):
     """One call of SDPA per segment: for CPUs, fp32, and head sizes that FlashAttention lacks.
 
-    masked: a segment's queries get a mask over its keys, which is fast on a CPU. On a GPU the mask
-    would be kept for backward in every layer and would rule out the fast kernels. There the queries
-    of the prefix are computed again and dropped, so that `is_causal` describes the segment.
+    masked      True, the default on a CPU: each segment gets a mask over its keys, which is fast
+                there. On a GPU every layer would keep this mask for backward, and the fast kernels
+                take no mask. So False: the prefix's tokens are queries too, which makes the segment
+                plain causal attention (`is_causal`), and their outputs are dropped.
     """
     masked = query.device.type != "cuda" if masked is None else masked
     query_counts = layout.query_counts
@@ -188,7 +190,7 @@ def one_by_one(query, key, value, layout, scale, window, masked=None):
     # GQA by repeated key heads: `enable_gqa` falls to a slow kernel on some devices.
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))  # (K, heads, size)
-    # `split` and `cat`, because the gradient of a slice is as long as the whole row.
+    # `split` and `cat`, because the backward of each slice would fill a gradient of the whole row.
     queries = query.split(query_counts)
     keys = key.split(layout.key_counts)
     values = value.split(layout.key_counts)
@@ -203,8 +205,11 @@ def one_by_one(query, key, value, layout, scale, window, masked=None):
 
 
 def visible(queries: int, keys: int, window: int | None, device) -> torch.Tensor | None:
-    """(queries, keys) bool: the last query is at the place of the last key, and each query sees its
-    own place and those before it, `window` places in all. None if `is_causal` means the same."""
+    """(queries, keys) bool mask, or None if `is_causal` means the same.
+
+    The last query has the position of the last key. Each query sees its own position and the ones
+    before it, at most `window` positions in all.
+    """
     window = keys if window is None else window
     if queries == keys and window >= keys:
         return None
@@ -218,16 +223,19 @@ AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])  # for p
 
 
 def enable(model):
-    """Make the model obey `packed`. Permanently, because gradient checkpointing runs attention
-    again in backward. The setting is not saved with the model."""
+    """Set the model's attention function to `attention`, which reads `packed`.
+
+    The setting stays after the forward, because gradient checkpointing runs attention again in
+    backward. It is not saved with the model.
+    """
     model.config._attn_implementation = NAME
 
 
 def no_mask(model) -> torch.Tensor:
     """An attention mask that makes rows causal, with the windows of each layer.
 
-    transformers passes a 4-D mask on as it is. Without any mask it would search the positions for
-    packed rows, and wait for the GPU to do so.
+    transformers passes a 4-D mask on unchanged. Without a mask, transformers would search the
+    position ids for packed rows, which makes the CPU wait for the GPU.
     """
     enable(model)
     return torch.ones(NO_MASK, dtype=torch.bool, device=model.device)
@@ -241,8 +249,8 @@ def collate(rows: dict) -> dict:
     input_ids, position_ids   (1, T)
     packed                    see `segments`
     attention_mask            of a shape that transformers passes on instead of making a (T, T) mask
-    labels                    (S B, L), the tokens to score, chosen answers first, then IGNORE
-    predictors                (S B, L), at which of the T tokens each label is predicted
+    labels                    (S B, L), one answer per row, chosen answers first, padded with IGNORE
+    predictors                (S B, L), index of the fed token that predicts each label
     """
     sides = [f"{side}_ids" for side in ("chosen", "rejected") if f"{side}_ids" in rows]
     ids, positions, packed, start = [], [], [], 0
@@ -274,7 +282,7 @@ def collate(rows: dict) -> dict:
 
 
 def padded(lists: list, value: int) -> torch.Tensor:
-    """Lists of different lengths -> (len(lists), longest), filled up with `value`."""
+    """Lists of different lengths -> (len(lists), longest), padded on the right with `value`."""
     longest = max(map(len, lists))
     table = torch.full((len(lists), longest), value)
     for row, numbers in zip(table, lists):
@@ -283,8 +291,9 @@ def padded(lists: list, value: int) -> torch.Tensor:
 
 
 def is_faster(prompt, chosen, tokens, size, hidden) -> bool:
-    """Whether packed rows are faster than padded ones in batches of `size`, from the numbers of
-    tokens of each row's prompt, chosen answer and whole.
+    """Whether packed rows are faster than padded ones in batches of `size` rows.
+
+    prompt, chosen, tokens (rows,): numbers of tokens of each prompt, chosen answer and whole row.
 
     Packing saves about hidden² operations for each token and layer, and costs one SDPA call for
     each answer and layer. Measured on one CPU core, both are equally fast when the tokens saved per
@@ -300,12 +309,14 @@ def is_faster(prompt, chosen, tokens, size, hidden) -> bool:
     return bool(saved * hidden**2 > BREAK_EVEN)
 
 
-# --- Is it right for this model? ----------------------------------------------------------------
+# --- Does the model support packed rows? --------------------------------------------------------
 
-PROMPTS = (9, 5)  # tokens of the prompts of the rows that are tried, and of their answers
-ANSWERS = ((7, 4), (1, 8))
-WIDTH, WINDOW = 20, 6  # of rows that are filled up, and of sliding windows while they are tried
-MARGIN = 8  # times the measured rounding, a difference counts as rounding
+# Two trial pairs, in numbers of tokens.
+PROMPTS = (9, 5)
+ANSWERS = ((7, 4), (1, 8))  # of the chosen answers, of the rejected answers
+WIDTH = 20  # of an unpacked trial row with filler tokens at its end
+WINDOW = 6  # of every sliding window during the trial
+MARGIN = 8  # a difference up to MARGIN times the measured rounding counts as rounding
 
 
 class Unsupported(ValueError):
@@ -317,11 +328,12 @@ def can_pack(module) -> str | None:
     the reason.
 
     Two short pairs are tried, with every sliding window shrunk below their length. Each answer's
-    log-prob and its gradient by the token embeddings must be those of a row that is not packed, up
-    to the rounding that the model shows between two forms of such a row. At all tokens that an
-    answer must not see, its gradient must be exactly zero. (Comparing values alone would miss a
-    leak below rounding. Comparing bits would refuse mixtures of experts, whose rounding depends on
-    what else an expert is given.) The model, which may be sharded, is left unchanged.
+    log-prob, and the gradient of this log-prob with respect to the token embeddings, must equal
+    those of an unpacked row up to rounding. `unpacked_trials` measures the model's rounding. At all
+    tokens that an answer must not see, the gradient must be exactly zero. (Comparing values alone
+    would miss a leak below rounding. Comparing bits would refuse mixtures of experts, where the
+    rounding of a token depends on the other tokens of its expert.) The model, which may be sharded,
+    is left unchanged.
     """
     return verify(module, compare_packed)
 
@@ -329,16 +341,18 @@ def can_pack(module) -> str | None:
 def can_drop_mask(module) -> str | None:
     """None if right-padded rows have the same log-probs under `no_mask`, else the reason.
 
-    This holds for causal models, because padding comes after all that is scored. Attention then
-    needs no (2B, 1, T, T) tensor and no synchronization to inspect it.
+    This holds for causal models, because padding comes after every scored token. Attention then
+    needs no (2B, 1, T, T) mask and no synchronization with the GPU to inspect the mask.
     """
     return verify(module, compare_unmasked)
 
 
 def verify(module, compare: Callable) -> str | None:
-    """Run a comparison without autocast and, if the run has it on, with it -> the first difference.
+    """Run a comparison without autocast and, if the run uses autocast, with it -> the first
+    difference, or None.
 
-    A comparison goes on after a difference: with sharded weights, all ranks make the same forwards.
+    A comparison continues after a difference, because with sharded weights every rank must run the
+    same forwards.
     """
     model = module.model
     before, device = model.config._attn_implementation, model.device.type
@@ -352,7 +366,7 @@ def verify(module, compare: Callable) -> str | None:
                 with torch.autocast(device, dtype, enabled=enabled):
                     reasons += compare(module)
     except Exception as error:
-        # Kernels and models refuse rows by errors of many kinds. An error of ours is a bug.
+        # Kernels and models raise errors of many types. An error raised by this project is a bug.
         refused = isinstance(error, (RuntimeError, Unsupported))
         if not refused and raised_here(error):
             raise
@@ -364,14 +378,14 @@ def verify(module, compare: Callable) -> str | None:
 
 
 def raised_here(error: Exception) -> bool:
-    """Whether the innermost frame of the traceback is of this project."""
+    """Whether the innermost frame of the traceback is in a file of this project."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     folder = pathlib.Path(__file__).parent
     return pathlib.Path(innermost.filename).parent == folder
 
 
 class Trial(NamedTuple):
-    """What a row shows of an answer: its log-prob, and its gradient by the row's embeddings."""
+    """An answer's log-prob, and its gradient with respect to the embeddings of the row's tokens."""
     logp: torch.Tensor  # ()
     gradient: torch.Tensor  # (tokens, H)
 
@@ -383,7 +397,7 @@ class Rounding(NamedTuple):
 
 
 def compare_packed(module) -> list[str]:
-    """Packed rows against rows that are not packed -> how they differ."""
+    """Compare packed rows with unpacked rows -> the differences beyond rounding."""
     expected, rounding, reasons = unpacked_trials(module)
     prompts, answers, _ = trial_rows(module.model)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -391,7 +405,7 @@ def compare_packed(module) -> list[str]:
     logps, embedded = logps_and_embeddings(module, **batch)  # (S B,), (1, T, H)
     ends = np.cumsum(batch["packed"]).reshape(len(prompts), -1)  # of prompt, chosen, rejected
     for i, (side, pair) in enumerate(itertools.product((0, 1), range(len(prompts)))):
-        # Where the answer and its prompt are in the packed row.
+        # Indices of the answer and its prompt in the packed row.
         prompt_end = ends[pair, 0]
         answer_end = ends[pair, 1 + side]
         fed = len(answers[side][pair]) - 1
@@ -407,18 +421,19 @@ def compare_packed(module) -> list[str]:
 
 
 def compare_unmasked(module) -> list[str]:
-    """Rows that are filled up without a mask against single rows -> how they differ."""
+    """Compare padded rows without a mask with single rows -> the differences beyond rounding."""
     _, _, reasons = unpacked_trials(module)
     return reasons
 
 
 def unpacked_trials(module):
-    """-> a Trial of each answer, chosen ones first; the model's Rounding; what is wrong.
+    """-> a Trial of each answer, chosen ones first; the model's Rounding; differences beyond it.
 
-    The rows are one batch. They are filled up on the right with other tokens, which a causal model
-    does not see, without a mask. The first and the last row are computed again alone and not filled
-    up. That shows that the batch is right, and how much this model rounds: through 30 layers
-    rounding grows beyond a tolerance that is strict enough for 2 layers.
+    All rows are one batch without a mask. Filler tokens on the right make them WIDTH tokens long; a
+    causal model does not see these. The first and the last row are then computed again alone,
+    without filler. Their differences show whether the batch is correct, and how much this model
+    rounds. A fixed tolerance does not work: one that is strict enough for 2 layers is below the
+    rounding of 30 layers.
     """
     prompts, answers, filler = trial_rows(module.model)
     rows = []
@@ -439,7 +454,7 @@ def unpacked_trials(module):
 
     rounding, reasons = least_rounding(embedded), []
     half = autocast_dtype(embedded) in HALF
-    most = Rounding(0.1, 0.5) if half else Rounding(0.01, 0.1)  # more is no rounding
+    most = Rounding(0.1, 0.5) if half else Rounding(0.01, 0.1)  # a larger one is an error
     for i in (0, len(rows) - 1):
         alone = single_trial(module, *rows[i])
         where = "with no other token after the row"
@@ -450,7 +465,7 @@ def unpacked_trials(module):
 
 
 def single_trial(module, prompt: list, answer: list) -> Trial:
-    """The Trial of a row that is a batch of its own, its gradient filled up with zeros to WIDTH."""
+    """The Trial of a row computed alone, its gradient padded with zeros to WIDTH tokens."""
     ids = prompt + answer[:-1]
     predictors = torch.arange(len(prompt) - 1, len(ids))[None]
     logps, embedded = logps_and_embeddings(
@@ -461,7 +476,7 @@ def single_trial(module, prompt: list, answer: list) -> Trial:
 
 
 def trial_rows(model):
-    """-> prompts, answers of both sides, and WIDTH tokens to fill rows up with: random ids."""
+    """-> prompts, answers of both sides, and WIDTH filler tokens, all of random ids."""
     random = np.random.default_rng(0)
     vocabulary = model.get_input_embeddings().num_embeddings
 
@@ -472,7 +487,7 @@ def trial_rows(model):
 
 
 def least_rounding(embedded: torch.Tensor) -> Rounding:
-    """What counts as rounding however little was measured, since few rows were."""
+    """The lower bound of Rounding: only two rows are measured, which may round little by chance."""
     dtype = autocast_dtype(embedded)
     eps = torch.finfo(dtype).eps
     if embedded.is_cuda and dtype == torch.float32:
@@ -504,8 +519,8 @@ def difference(found: Trial, expected: Trial, rounding: Rounding, where: str) ->
 
 
 def logps_and_embeddings(module, labels, predictors, **inputs):
-    """-> (rows,) log-probs in fp32 or better, and the embeddings of the tokens that were fed, by
-    which they can be differentiated. labels and predictors (rows, L) as in `collate`."""
+    """-> (rows,) log-probs in fp32 or better, and the embeddings of the fed tokens, with respect to
+    which the log-probs can be differentiated. labels and predictors (rows, L) as in `collate`."""
     model, embedded = module.model, []
 
     def replace(embedding, args, output):
@@ -529,8 +544,8 @@ def logps_and_embeddings(module, labels, predictors, **inputs):
 
 @contextlib.contextmanager
 def narrow_windows(model, width: int):
-    """Inside, every window of the model's attention is this wide: in the config, from which masks
-    are made, and in the layers."""
+    """Inside, no attention window is wider than `width`: in the config, from which transformers
+    makes masks, and in the layers."""
     names = ("sliding_window", "attention_chunk_size")
     changed = []
     try:
@@ -555,9 +570,10 @@ class ChunkedLogps(torch.autograd.Function):
     -> token log-probs (N,) in fp32 or better, and log Σ_v π(v)², without a gradient, (N,) with
     sums_of_squares and else (0,)
 
-    ∂ log π(target) / ∂ logits = onehot(target) − π. Backward needs the normalizer and, with `keep`,
-    as many logits as KEPT_LOGITS allows, which become their own gradient. Other logits are
-    recomputed. The head's gradient is accumulated in fp32 or better.
+    ∂ log π(target) / ∂ logits = onehot(target) − π. Backward needs the normalizer (N,) and the
+    logits. With `keep`, forward keeps up to KEPT_LOGITS logits, and backward overwrites them with
+    their gradient. Backward recomputes the others. The head's gradient is accumulated in fp32 or
+    better.
     """
 
     @staticmethod
@@ -567,13 +583,13 @@ class ChunkedLogps(torch.autograd.Function):
         dtype = torch.promote_types(ctx.dtype, torch.float32)
         logps, normalizer = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         squares = hidden.new_empty(len(hidden) if sums_of_squares else 0, dtype=dtype)
-        room = None  # of logits that are not kept, overwritten by the next chunk
+        buffer = None  # for logits that are not kept; each chunk overwrites the one before
         for rows in chunks(hidden, len(weight)):
-            logits = logits_of(inputs[rows], weight_, bias_, room)  # (n, V)
+            logits = logits_of(inputs[rows], weight_, bias_, buffer)  # (n, V)
             if keep and rows.stop * len(weight) <= KEPT_LOGITS:
                 ctx.kept.append(logits)
             else:
-                room = logits
+                buffer = logits
             for part, places in cached_parts(logits, rows):
                 part = part.to(dtype)
                 normalizer[places] = part.logsumexp(-1)
@@ -593,12 +609,12 @@ class ChunkedLogps(torch.autograd.Function):
             of_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
             of_bias = torch.zeros_like(bias, dtype=normalizer.dtype)
-        room = None
+        buffer = None
         for rows in chunks(hidden, len(weight)):
-            if ctx.kept:  # empty in a second backward, which recomputes all
+            if ctx.kept:  # empty in a second backward, which recomputes all logits
                 delta = ctx.kept.pop(0)
             else:
-                delta = room = logits_of(inputs[rows], weight_, bias_, room)
+                delta = buffer = logits_of(inputs[rows], weight_, bias_, buffer)
             # In place: (onehot(target) − π) times the gradient of the log-prob.
             for part, places in cached_parts(delta, rows):
                 factor = gradient[places, None]
@@ -616,7 +632,7 @@ class ChunkedLogps(torch.autograd.Function):
 
 
 def log_sum_of_squares(logits):
-    """(n, V) -> log Σ_v π(v)², (n,), the expected probability of a token that is sampled from π."""
+    """(n, V) -> log Σ_v π(v)², (n,): Σ is the expected probability of a token sampled from π."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
 
@@ -636,8 +652,11 @@ def chunks(hidden, vocabulary: int) -> list[slice]:
 
 
 def cached_parts(logits, rows: slice):
-    """-> (some rows of these logits, their positions): on a CPU so few that they stay in its cache
-    through several element-wise steps, which halves the time of these."""
+    """-> pairs of (some rows of these logits, their positions).
+
+    On a CPU a part is small enough to stay in the cache through several element-wise operations,
+    which halves their time. On a GPU all rows are one part.
+    """
     size = len(logits)
     if logits.is_cpu:
         size = max(1, CACHE // logits.shape[1])
@@ -646,18 +665,18 @@ def cached_parts(logits, rows: slice):
         yield logits[start - rows.start:places.stop - rows.start], places
 
 
-def logits_of(hidden, weight, bias, room=None):
-    """(n, H), (V, H), (V,) or None -> (n, V), written over `room` if it is given.
+def logits_of(hidden, weight, bias, buffer=None):
+    """(n, H), (V, H), (V,) or None -> (n, V), written into `buffer` if it is given.
 
-    On a GPU the product of half-precision numbers is returned in fp32, as it is accumulated.
+    On a GPU the product of half-precision matrices is returned in fp32, in which it is accumulated.
     """
     wide = hidden.is_cuda and hidden.dtype in HALF
     dtype = torch.float32 if wide else hidden.dtype
-    if room is None:
-        # Rows begin at multiples of 16 numbers: with an odd vocabulary (GPT-2's 50,257) they would
-        # not otherwise, and a matrix product takes up to twice as long.
-        room = hidden.new_empty(len(hidden), -(-len(weight) // 16) * 16, dtype=dtype)
-    logits = room[:len(hidden), :len(weight)]
+    if buffer is None:
+        # Each row begins at a multiple of 16 elements. Without this padding, an odd vocabulary
+        # (GPT-2's 50,257) makes the matrix product take up to twice as long.
+        buffer = hidden.new_empty(len(hidden), -(-len(weight) // 16) * 16, dtype=dtype)
+    logits = buffer[:len(hidden), :len(weight)]
     if wide:
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
     else:
@@ -668,7 +687,8 @@ def logits_of(hidden, weight, bias, room=None):
 def add_product(total, left, right):
     """total += left @ right, where the product of half-precision numbers on a GPU is fp32.
 
-    (torch.addmm with out_dtype would save the sum, but older torch takes no fp32 `total` there.)
+    (torch.addmm with out_dtype would do both in one kernel, but older torch refuses an fp32
+    `total` there.)
     """
     if total.dtype == left.dtype:
         total.addmm_(left, right)

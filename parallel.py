@@ -35,7 +35,8 @@ def init_distributed() -> Ranks:
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    # The others wait while rank 0 tokenizes. torchrun notices at once when a process dies.
+    # Long, because the other ranks wait while rank 0 tokenizes. torchrun, not this timeout,
+    # detects a process that has died.
     patience = datetime.timedelta(hours=2)
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=patience, device_id=device)
@@ -49,8 +50,9 @@ def place(make, ranks: Ranks, parallel: str, dtype: str):
 
     ddp     each rank makes a whole module on its device, the ranks of a machine one after another
     fsdp    each rank has a shard of each parameter (FSDP2). Each block, and then the root, gathers
-            its parameters for its forward and backward and frees them after it. Rank 0 alone
-            reads the weights, into host memory; the other ranks make shapes and receive shards.
+            its parameters for its forward and backward and frees them afterwards. Only rank 0
+            reads the weights, into host memory. Every rank makes the module without values, on
+            "meta", and receives its shards.
     """
     if parallel == "ddp":
         return in_turn(lambda: make(ranks.device), ranks)
@@ -63,15 +65,15 @@ def place(make, ranks: Ranks, parallel: str, dtype: str):
         raise UserError(f"--parallel fsdp: {type(module.model).__name__} does not say which of "
                         "its modules are blocks; use ddp")
 
-    # Modules that transformers keeps in fp32 are in fp32 in the source alone
+    # transformers keeps some modules in fp32. Only the source shows which, so send its dtypes.
     dtypes = {name: p.dtype for name, p in source.named_parameters()} if source else None
     dtypes = broadcast(dtypes, ranks)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.to(torch.promote_types(parameter.dtype, dtypes[name]))
 
-    # fp32 weights that are trained in bf16 are gathered in bf16. Below an adapter nothing is cast:
-    # the frozen base is stored in bf16, and A, B and m keep the fp32 in which autocast reads them,
-    # as under ddp. The root of a module that never goes backward is resharded after forward too.
+    # In a bf16 run FSDP gathers fp32 weights in bf16. With an adapter it casts nothing: the frozen
+    # base is stored in bf16, and A, B and m stay fp32 for autocast, as under ddp. The root of a
+    # frozen module is resharded after its forward too, because no backward follows.
     frozen = not any(parameter.requires_grad for parameter in module.parameters())
     adapted = not frozen and not all(p.requires_grad for p in module.parameters())
     precision = MixedPrecisionPolicy()
@@ -88,8 +90,8 @@ def place(make, ranks: Ranks, parallel: str, dtype: str):
 
 
 def in_turn(make, ranks: Ranks):
-    """make() on each rank, one rank of a machine at a time, so that a machine's memory has the
-    weights on their way to one GPU and not to eight."""
+    """make() on each rank, one rank of a machine at a time, so that host memory holds one model on
+    its way to a GPU, not one per GPU."""
     if ranks.size == 1:
         return make()
     local_rank = int(os.environ.get("LOCAL_RANK", ranks.rank))
@@ -106,8 +108,8 @@ def in_turn(make, ranks: Ranks):
 def scatter(source, module, dtypes, ranks: Ranks):
     """Fill a sharded module with the values of rank 0's `source`, one parameter at a time.
 
-    A parameter is sent in the dtype of `source`, and each rank gets its shard alone and converts
-    it on its device.
+    A parameter is sent in the dtype of `source`. Each rank receives only its own shard and converts
+    the shard on its device.
     """
     for name, parameter in module.named_parameters():
         full = torch.empty(parameter.shape, dtype=dtypes[name], device=ranks.device)
@@ -115,7 +117,7 @@ def scatter(source, module, dtypes, ranks: Ranks):
             full.copy_(source.get_parameter(name))
         part = distribute_tensor(full, parameter.device_mesh, parameter.placements)
         parameter.to_local().copy_(part.to_local())
-    for name, buffer in module.named_buffers():  # also those that no file has, as inv_freq
+    for name, buffer in module.named_buffers():  # also buffers in no file: inv_freq
         if source:
             buffer.copy_(source.get_buffer(name))
         dist.broadcast(buffer, 0)
@@ -145,7 +147,8 @@ def bare(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def sync_gradients(module: torch.nn.Module, on: bool) -> None:
-    """Set whether the next backward averages gradients: the last of an optimizer step has to."""
+    """Set whether the next backward averages gradients over ranks. Only the last backward of an
+    optimizer step has to."""
     if isinstance(module, DDP):
         module.require_backward_grad_sync = on
     elif isinstance(module, FSDPModule):
@@ -174,7 +177,7 @@ def reset_shards(module: torch.nn.Module) -> None:
 def clip_gradients(module: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the gradients to at most max_norm, over all ranks -> their norm before, shape ().
 
-    The norm stays on the device, so that a GPU does not have to be waited for here.
+    The norm stays on the device, so that the CPU does not wait for the GPU here.
     """
     trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in trained]
@@ -215,6 +218,7 @@ def first_reason(reason: str | None, ranks: Ranks) -> str | None:
 
 
 def barrier(ranks: Ranks) -> None:
+    """Wait until every rank has called this function."""
     if ranks.size > 1:
         dist.barrier()
 

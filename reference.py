@@ -7,7 +7,7 @@ On top of it:
     move_reference     TR-DPO: moves the reference towards the policy
     check_start        the step-0 check: before the first update policy and reference are equal
     cache_reference    --ref cache: computes the log-probs of all rows once and keeps them in a
-                       file, named after all that they depend on (`cache_key`)
+                       file; the file name is a hash of all that they depend on (`cache_key`)
 """
 import contextlib
 import hashlib
@@ -46,25 +46,29 @@ from parallel import Ranks, barrier, broadcast, place, whole
 
 def load_weights(args: Namespace, name: str | pathlib.Path, dtype: str, device: torch.device,
                  frozen: bool = False) -> PreTrainedModel:
-    """The model of policy and reference: float32 weights where they are trained or averaged into,
-    bfloat16 ones in a bfloat16 run where they are frozen, 4-bit ones with --quantize.
+    """Load the model of the policy or of the reference, in 4 bits with --quantize.
 
-    A frozen model under ddp is float32 all the same: autocast computes its norms in the dtype of
-    their weights, and the policy's are float32. Under fsdp the policy's are gathered in bfloat16.
+    In a bfloat16 run the dtype of the weights is
+
+        float32     if they are trained, or a reference that moves (TR-DPO)
+        bfloat16    if they are the base of an adapter, or a frozen reference under fsdp
+        float32     if they are a frozen reference under ddp. Autocast computes norms in the dtype
+                    of the norm's weights, which is float32 in the policy. (Under fsdp the policy's
+                    weights are gathered in bfloat16.)
     """
     fixed = args.adapter or args.lora_rank or (frozen and args.parallel == "fsdp")
     weights = getattr(torch, "float32" if dtype == "bfloat16" and not fixed else dtype)
-    upcast = args.parallel != "fsdp" or dtype == "float64"  # else where the shards arrive
+    upcast = args.parallel != "fsdp" or dtype == "float64"  # else parallel.scatter upcasts
     return load_model(str(name), weights, device, bool(args.quantize), upcast)
 
 
 def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: str,
                    ranks: Ranks) -> Callable | None:
-    """-> what preference_step calls as its reference, or None without one."""
+    """-> the callable that preference_step takes as its reference, or None without a reference."""
     if args.ref == "none":
         return None
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
-        frozen = not args.sync_ref_every  # a reference that moves adds up small steps in float32
+        frozen = not args.sync_ref_every  # a moving reference accumulates small changes in float32
 
         def make(device):
             model = load_weights(args, args.ref_model or source, dtype, device, frozen)
@@ -109,7 +113,8 @@ def fingerprint(policy: SequenceLogps, reference: Callable | None, ranks: Ranks)
 def moving_tensors(args: Namespace, policy: SequenceLogps, reference: Callable | None) -> dict:
     """{name: tensor} of a reference that moves.
 
-    Ask again each time instead of keeping it: FSDP may replace its shards at the first forward.
+    Call this every time instead of keeping the result: FSDP may replace the shards at the first
+    forward.
     """
     if not args.sync_ref_every:
         return {}
@@ -133,17 +138,18 @@ def move_reference(args: Namespace, policy: SequenceLogps, reference: Callable |
 
 # --- The step-0 check -----------------------------------------------------------------------------
 
-# How far apart rounding may put one log-prob in two batches of different shapes: in nats per root
-# of the answer's tokens, since the errors of single tokens add up like a random walk. Measured on
+# Largest difference, due to rounding, between one answer's log-probs from two batches of different
+# shapes. In nats, to be multiplied by the square root of the number of the answer's tokens, because
+# the errors of single tokens add up like a random walk. Measured on
 # SmolLM2-135M (30 layers) on a CPU, 32 answers of 9 to 190 tokens of HH-RLHF, padded and packed in
 # batches of 1, 4, 8 and 16 pairs: at most 9e-6 in float32 and 0.098 under bfloat16 autocast (rms
-# 0.028). The bounds are 11 and 4 times that. TF32, which a GPU takes for float32, has 3 bits more
-# than bfloat16, so an eighth of its bound; TF32 and float64 are not measured.
+# 0.028). The bounds are 11 and 4 times that. TF32, which a GPU uses for float32, has 3 bits more
+# than bfloat16, so its bound is an eighth of bfloat16's; TF32 and float64 are not measured.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.05, "bfloat16": 0.4}
 
 
 def rounding(dtype, lengths, device):
-    """How far apart rounding may put log-probs, in nats, of answers with so many tokens."""
+    """Largest difference of log-probs due to rounding, in nats, for answers of these lengths."""
     if dtype == "float32" and device.type == "cuda":
         dtype = "tf32"
     return ROUNDING[dtype] * lengths ** 0.5
@@ -154,9 +160,9 @@ def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, b
                 cached: bool) -> float:
     """Check that policy and reference are equal before the first update -> the loss at zero margin.
 
-    Else training would begin from a log-ratio that is an error of this program or of the setup.
-    Computed in the same way, both give the same loss; a `cached` reference was computed in batches
-    of other shapes, so there the log-probs are compared, with room for rounding.
+    If they differ, this program or the setup has an error, and training would begin from a wrong
+    log-ratio. Computed in the same way, policy and reference give the same loss. A `cached`
+    reference was computed in batches of other shapes, so its log-probs may differ by rounding.
     """
     tensors = pair_logps(task, policy, reference, batch)
     names = [name for name in tensors if name.startswith("policy_")]
@@ -185,7 +191,7 @@ def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, b
 # --- The cache ------------------------------------------------------------------------------------
 
 def cache_key(args, weights, splits, dtype):
-    """A hash of all that the log-probs depend on: weights, token ids, dtype, weights of tokens."""
+    """A hash of all that the log-probs depend on: weights, token ids, dtype, ld_alpha, 4 bits."""
     digest = hashlib.blake2b(digest_size=12)
     digest.update(f"{weights} {dtype} {args.ld_alpha} {args.quantize}".encode())
     for rows in splits:
@@ -196,7 +202,7 @@ def cache_key(args, weights, splits, dtype):
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
-    """(len(indices), 2) log-probs of chosen and rejected; a bar if there is a title."""
+    """(len(indices), 2) log-probs of chosen and rejected. A progress bar if there is a title."""
     def compute(batch):
         with autocast(task.dtype, ranks.device):
             out = concatenated_forward(reference, batch, ld_alpha=args.ld_alpha)
@@ -217,7 +223,7 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, weights
                     tokenizer: Any, task: Task, ranks: Ranks) -> list:
     """Add the columns ref_chosen_logp and ref_rejected_logp to the splits.
 
-    They are read from a file, which all ranks make together if it is not there.
+    The log-probs are read from a file. If the file does not exist, all ranks compute it together.
     """
     key = cache_key(args, weights, splits, task.dtype) if ranks.rank == 0 else None
     path = pathlib.Path("runs") / "references" / f"{broadcast(key, ranks)}.safetensors"

@@ -5,12 +5,14 @@
     torchrun --nproc_per_node 8 train.py --loss sigmoid --model org/name --dataset org/pairs
     python train.py --output_dir runs/ipo --resume    # continue from the newest checkpoint
 
-The same loop runs on one core and on many GPUs. It is `train_policy`, near the end of
-the file; one optimizer step is `train_step`. The flags are in flags.py, the micro-batches in
-batches.py, every kind of reference in reference.py, and the output of a run in log.py.
+The same loop runs on one core and on many GPUs: `train_policy`, near the end of this file. One
+optimizer step, from the micro-batches to the update, is `train_step`. The flags are in flags.py,
+the micro-batches in batches.py, every kind of reference in reference.py, and the output of a run in
+log.py.
 
-Bad input is a UserError with one line for the user, in every file; `run` prints it and exits with
-status 2. Every other exception is a bug and shows its traceback.
+In every file, bad input raises a UserError with one line for the user; `run` prints this line and
+exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
+remaining exception is a bug and shows its traceback.
 """
 import contextlib
 import itertools
@@ -106,19 +108,20 @@ from reference import (
     moving_tensors,
 )
 
-# torch.distributed's checkpoint says so when one process saves alone.
+# torch.distributed.checkpoint warns when a single process saves.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 # --- The embedded world ---------------------------------------------------------------------------
 
 def make_world(ranks: Ranks) -> pathlib.Path:
-    """The folder of the embedded world, made by rank 0, with this same loop, if it is not there."""
+    """Return the folder of the embedded world. If it does not exist, rank 0 makes it, and trains
+    its reference policy with this same loop."""
     home = world.folder()
     if ranks.rank == 0 and not home.exists():
-        print(f"world: its reference policy is trained first, this once, and kept in {home}")
+        print(f"world: the reference policy is trained first, only once, and kept in {home}")
         aside, threads = home.with_name(f"{home.name}.{os.getpid()}"), torch.get_num_threads()
-        # One thread sums in one order: the same world, however many threads or ranks come after.
+        # One thread sums in one order, so the world is the same for any number of threads or ranks.
         torch.set_num_threads(1)
         try:
             build_world(aside, ranks.device)
@@ -156,8 +159,8 @@ def answer_logps(model, home, tokenizer, device):
 
 
 def world_metrics(model, home, tokenizer, loss, hyper, device):
-    """The policy against the truth: see world.metrics."""
-    # A beta that is not the weight of the KL divergence would make another optimum.
+    """Compare the policy with the exact optimum: see world.metrics."""
+    # Only in a margin loss of sums is beta the weight of the KL divergence that sets the optimum.
     beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA
     truth = torch.from_numpy(np.load(home / "reference.npy"))
     return world.metrics(answer_logps(model, home, tokenizer, device), truth, beta)
@@ -171,7 +174,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
     Rank 0 tokenizes, then the others read its cache.
     """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    scored = "chosen_scores" in tensor_arguments(loss)
+    needs_scores = "chosen_scores" in tensor_arguments(loss)
     limits, columns = data.read_flags(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
@@ -183,7 +186,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
     for flag, spec in specs.items():
         if spec:
             loaded[flag] = data.load_tokens(str(spec), tokenizer, sides, limits, args.strict,
-                                            scored, columns)
+                                            needs_scores, columns)
     if ranks.rank == 0:
         barrier(ranks)
     data.check_template(args.chat_template, [account for _, account in loaded.values()])
@@ -194,7 +197,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
         rows, held_out = data.hold_out(rows, args.eval_share)
     if not len(rows):
         raise UserError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, "
-                        "so few are their prompts; lower it")
+                        "because they have so few prompts; lower it")
     if ranks.rank == 0:
         for flag, (_, account) in loaded.items():
             print(f"{flag} {data.describe(account)}")
@@ -206,8 +209,11 @@ def load_rows(args, loss, tokenizer, home, ranks):
 # --- The models -----------------------------------------------------------------------------------
 
 def load_policy(args, source, newest, dtype: str, device):
-    """The model to train: all of it, or an adapter on a frozen base, of which a frozen copy may be
-    the reference. `newest` is the checkpoint to resume from, or None."""
+    """The policy: a model with all weights trained, or with an adapter on frozen weights.
+
+    With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
+    for it. `newest` is the checkpoint to resume from, or None.
+    """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
     if adapted and (newest or args.adapter):
@@ -225,7 +231,8 @@ def load_policy(args, source, newest, dtype: str, device):
 
 
 def check_model(args, model, tokenizer):
-    """Refuse what would otherwise be an index out of range inside the model, at some later row."""
+    """Raise a UserError if a token id or a position could be out of range for the model. Without
+    this check, some later row would raise an index error inside the model."""
     words = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
         raise UserError(f"--model {args.model}: {len(tokenizer)} tokens in its tokenizer, "
@@ -237,7 +244,7 @@ def check_model(args, model, tokenizer):
 
 
 def choose_attention(args, models, rows, dtype, ranks):
-    """Settle --attention auto -> "packed" or "padded", and a line that says which and why.
+    """Resolve --attention -> "packed" or "padded", and a line that says which and why.
 
     Every rank tries the model on packed rows; if it fails on one rank, all ranks use padded rows.
     Padded rows lose their mask if the model does not need it.
@@ -276,7 +283,7 @@ def try_rows(verdict, module, dtype, ranks):
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
         guard = failing_together(ranks)
-    # Without the adapter: its dropout would be noise here.
+    # The adapter is off, because its dropout would add noise to the comparison.
     with autocast(dtype, ranks.device), use_adapter(module.model, None), guard:
         reason = verdict(module)
     # An exception may have left FSDP in the middle of a forward.
@@ -318,14 +325,14 @@ def make_optimizer(model, lr, device):
 
 
 def saved_tensors(model):
-    """{name: tensor} of what is saved: the adapter, if there is one, else the whole model."""
+    """{name: tensor} to save: those of the adapter, if there is one, else of the whole model."""
     if lora_layers(model):
         return adapter_tensors(model, "policy")
     return model.state_dict(keep_vars=True)
 
 
 def save(model, tokenizer, folder, base, ranks, **extra):
-    """Save the model, or the adapter on `base`. All ranks bring their shards, rank 0 writes."""
+    """Save the model, or the adapter on `base`. All ranks send their shards, rank 0 writes."""
     tensors = gather_tensors(saved_tensors(model), ranks)
     if ranks.rank > 0:
         return
@@ -336,7 +343,7 @@ def save(model, tokenizer, folder, base, ranks, **extra):
 
 
 def checkpoint_bytes(args, model, reference):
-    """Bytes of a checkpoint: what is saved, AdamW's two moments, and a reference that moves."""
+    """Bytes of a checkpoint: saved weights, AdamW's two moments, and a reference that moves."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moving = moving_tensors(args, model, reference)
     return (tensor_bytes(saved_tensors(model.model).values()) + 2 * tensor_bytes(trained)
@@ -346,11 +353,11 @@ def checkpoint_bytes(args, model, reference):
 # --- One optimizer step ---------------------------------------------------------------------------
 
 class Step(NamedTuple):
-    """What one optimizer step is computed from, besides its batches."""
+    """The inputs of one optimizer step, except its batches."""
     number: int
     count: int  # pairs, all ranks together
     pieces: list[Piece]  # this rank's micro-batches
-    state: dict  # what a loss may read of the whole step: mean_chosen_length, delta
+    state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, delta
 
 
 def pair_losses(task, policy, reference, batch, state):
@@ -363,37 +370,37 @@ def pair_losses(task, policy, reference, batch, state):
 def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
                optimizer: torch.optim.Optimizer, batches: Iterator, step: Step,
                max_grad_norm: float, stopping: bool, ranks: Ranks) -> dict[str, float]:
-    """Update the policy by the mean loss over the pairs of one step -> {metric: mean over them}.
+    """One optimizer step on the mean loss over the pairs -> {metric: mean over these pairs}.
 
-    batches    yields this rank's micro-batches; a loss that compares pairs takes all of them twice
-    stopping   did this rank catch a signal? The metric "stop" is above 0 if any rank did
+    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs
+    stopping   whether this rank caught a signal. The metric "stop" is above 0 if any rank did
 
-    A GPU is waited for once, where the metrics are read.
+    The CPU waits for the GPU only once, where it reads the metrics.
     """
     model, pieces = bare(policy), step.pieces
-    # A loss that compares pairs needs all of them at once, but only their log-probs: compute these
-    # without a graph, and from them dL/dlogp, by which each micro-batch is weighted below.
+    # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
+    # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
     if task.compares_pairs:
         def logps(batch):
             return pair_logps(task, model, reference, batch)
 
         tensors = of_all_pairs(logps, batches, pieces, step.count, ranks)
-        slopes, all_metrics = logp_gradients(tensors | step.state, task.loss, task.hyper,
-                                             **task.link)
+        logp_grads, all_metrics = logp_gradients(tensors | step.state, task.loss, task.hyper,
+                                                 **task.link)
 
-    # Forward and backward, one micro-batch at a time.
+    # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
-    seen = []  # of each micro-batch, for the message about a loss that is not finite
+    seen = []  # ids and metrics of each micro-batch, for the error about a loss that is not finite
     for piece, batch in zip(pieces, batches):
         sync_gradients(policy, on=piece is pieces[-1])
         if task.compares_pairs:
-            # The slopes include the reference.
+            # dL/dlogp already contains the reference, so this forward does not need one.
             out = pair_logps(task, policy, None, batch, reference_free=True)
-            losses = sum(slopes[name][piece.places] * out[name] for name in slopes)  # (B,)
+            losses = sum(logp_grads[name][piece.places] * out[name] for name in logp_grads)  # (B,)
             metrics = {name: values[piece.places] for name, values in all_metrics.items()}
         else:
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
-        # The mean over the pairs of all ranks; DDP and FSDP divide by the number of ranks.
+        # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
         (piece.weight * losses.sum() * ranks.size / step.count).backward()
         add(totals, metrics, piece.weight)
         seen.append((batch["id"], metrics))
@@ -426,7 +433,7 @@ def mean_over_ranks(totals, norm, count, ranks):
 # --- Between steps --------------------------------------------------------------------------------
 
 def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
-    """Mean metrics over the held-out rows, all of which a loss that compares pairs sees at once."""
+    """Mean metrics over the held-out rows. A loss that compares pairs gets all rows at once."""
     def logps(batch):
         return pair_logps(task, model, reference, batch)
 
@@ -464,7 +471,7 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list of the caught Ctrl-C or SIGTERM, for the loop to see; a second ends the process."""
+    """Yield a list to which the first Ctrl-C or SIGTERM is added. A second one ends the process."""
     caught, before = [], {}
 
     def note(number, frame):
@@ -488,7 +495,7 @@ def choose_folder(args, ranks):
         names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
         name = broadcast(next(name for name in names if not os.path.exists(name)), ranks)
     folder = pathlib.Path(name)
-    if folder.exists():  # while another run writes there, its content is not to be judged
+    if folder.exists():  # raises if another run is writing there, or without --resume, has written
         with claim(folder, args.resume, ranks):
             pass
     return folder
@@ -506,13 +513,13 @@ def use_deterministic_kernels(on):
 # --- The loop -------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """What a run consists of, from the flags and, after --resume, from a checkpoint."""
+    """All parts of a run, made from the flags and, after --resume, from a checkpoint."""
     folder: pathlib.Path
     home: pathlib.Path | None  # of the embedded world
     source: str  # of the model
     tokenizer: Any
-    model: torch.nn.Module  # the policy; `policy` is the same in DDP
-    policy: torch.nn.Module
+    model: torch.nn.Module  # the policy without DDP's wrapper: to evaluate and to save
+    policy: torch.nn.Module  # the same in DDP's wrapper, if there is one: to train
     reference: Callable | None
     rows: Any
     tokens: np.ndarray  # (rows,)
@@ -521,12 +528,12 @@ class Run(NamedTuple):
     task: Task
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    start: int  # the last step before this run, 0 unless it is resumed
-    steps: int
+    start: int  # the step of the checkpoint that is resumed, else 0
+    steps: int  # number of the last step
     delta: float  # of BCO
     fixed: dict  # hashes of what must be the same when the run is resumed
-    flags: dict  # with what was settled
-    keep: int  # checkpoints
+    flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
+    keep: int  # how many checkpoints are kept
 
 
 def load_models(args, home, newest, ranks):
@@ -604,14 +611,14 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
 
 
 def check_first_rows(args, run, ranks) -> str:
-    """The step-0 check, where there is one -> a line that says how the run starts."""
+    """The step-0 check, where it applies -> a line that says how the run starts, or ""."""
     if run.start:
         return f"resumed after step {run.start}"
     if args.ref == "none":
         return ""
     if args.ref_model:
         return f"no step-0 check: --ref_model {args.ref_model} is another model on purpose"
-    # The two shortest rows of the first step: an error shows in any row, and long ones are slow.
+    # Only the two shortest rows of the first step: an error shows in any row, long rows are slow.
     first = data.window(0, len(run.rows), args.batch_size, args.seed, args.shuffle)
     first = first[np.argsort(run.tokens[first], kind="stable")[:2]]
     batch = collate(run.rows[first], run.tokenizer, ranks.device, run.task.packed)
@@ -620,7 +627,7 @@ def check_first_rows(args, run, ranks) -> str:
 
 
 def look(args, run, log, number, delta, ranks) -> dict:
-    """Evaluate on the held-out rows and, in the world, against the truth -> {split: metrics}."""
+    """Evaluate on held-out rows and, in the world, against the optimum -> {split: metrics}."""
     splits = {}
     if len(run.held_out):
         splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, delta,
@@ -646,7 +653,8 @@ def write_checkpoint(args, run, number, delta, ranks):
 
 
 def training_step(args, run, number, batches, delta, stopping, ranks):
-    """One step, its schedule and what moves with it -> metrics, the next step's delta, tokens."""
+    """`train_step`, then the learning rate, BCO's delta and a moving reference -> metrics, delta
+    for the next step, tokens of this step."""
     # The pairs of this step, and this rank's share of them in micro-batches.
     window = row_window(args, number, len(run.rows))
     tokens = run.tokens[window]
@@ -654,7 +662,7 @@ def training_step(args, run, number, batches, delta, stopping, ranks):
     state = {"mean_chosen_length": mean_length, "delta": delta}
     step = Step(number, len(window), cut(args, len(window), tokens, ranks), state)
 
-    # The dropout of an adapter, if it has any, follows from seed, step and rank.
+    # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
     torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
     values = {"lr": run.scheduler.get_last_lr()[0]}
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
@@ -707,7 +715,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
                 log.row(number, "train", values)
                 since, count = time.perf_counter(), 0
 
-            # Evaluation and checkpoint, whose time is not that of training.
+            # Evaluation and checkpoint. Their time does not count in tokens_per_second.
             pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
                 splits = look(args, run, log, number, delta, ranks)
@@ -735,7 +743,7 @@ def main(argv: list[str], ranks: Ranks) -> bool:
 
 
 def explain(error):
-    """A sentence for what is not the program's fault; None for a bug.
+    """The message for an error of the user or of the machine; None for a bug.
 
     FloatingPointError comes from `stop_if_not_finite`, which names the rows.
     """
@@ -743,7 +751,7 @@ def explain(error):
         return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
-        return (f"out of memory ({first}). What needs less, the cheapest first: a lower "
+        return (f"out of memory ({first}). Options that need less, cheapest first: a lower "
                 "--micro_batch_size, --gradient_checkpointing, --ref cache, a lower --max_length, "
                 "--parallel fsdp, --lora_rank, --quantize nf4")
     if not isinstance(error, RuntimeError):
@@ -752,9 +760,9 @@ def explain(error):
         return f"--deterministic: {first}"
     connection = "onnection (closed|reset)|gloo|NCCL|[Tt]imed out"
     if "RANK" in os.environ and re.search(connection, str(error)):
-        return (f"another process of this run has ended, or does not answer ({first[:120]}); what "
-                "it printed says why. What was saved is whole: start again with --output_dir and "
-                "--resume")
+        return (f"another process of this run has ended, or does not answer ({first[:120]}); its "
+                "own output says why. Saved checkpoints are complete: start again with "
+                "--output_dir and --resume")
     return None
 
 
