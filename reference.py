@@ -120,7 +120,10 @@ def moving_tensors(args: Namespace, policy: SequenceLogps, reference: Callable |
         return {}
     if args.ref == "adapter":
         return adapter_tensors(policy.model, "reference")
-    return reference.state_dict()
+    # state_dict has a tied weight under each of its names: moved twice, it would go too far.
+    named = reference.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in reversed(named.items())}
+    return {name: named[name] for name in names.values()}
 
 
 @torch.no_grad()

@@ -683,6 +683,18 @@ def test_a_sync_moves_parameters_and_buffers_alpha_of_the_way():
     assert torch.allclose(reference.running_mean, reference.bias) and reference.num_batches_tracked == 5
 
 
+def test_a_sync_moves_a_tied_weight_once(tokenizer):
+    """state_dict() has it under two names."""
+    policy, reference = (SequenceLogps(tiny_model("gpt2", tokenizer)) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 1
+    before = reference.model.transformer.wte.weight.clone()
+    references.move_reference(argparse.Namespace(ref="model", sync_ref_every=1, sync_ref_alpha=0.25), policy, reference)
+    assert reference.model.lm_head.weight is reference.model.transformer.wte.weight
+    assert torch.allclose(reference.model.lm_head.weight, before + 0.25)
+
+
 @pytest.mark.parametrize("flags", [dict(sync_ref_every=2), dict(lora_rank=4, lora_dropout=0.3), dict(lora_rank=4, dora=None, rslora=None, ref="cache")])
 def test_a_stopped_run_goes_on_exactly_with_its_adapter_dropout_and_moved_reference(fit, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
