@@ -260,6 +260,8 @@ def merge_command(args):
             raise UserError(
                 f"{config}: is damaged ({error}); copy it again from the run") from error
     base = args.model or read_adapter(args.adapter)[2]
+    if not base:
+        raise UserError(f"--adapter {args.adapter}: does not name its base; give it by --model")
     tokenizer = load_tokenizer(base)
     model = load_model(base, four_bits=bool(flags.get("quantize")))
     load_adapter(model, args.adapter)

@@ -24,6 +24,7 @@ import model as models
 import reference as references
 import train
 from dpo import SequenceLogps, concatenated_forward
+from errors import UserError
 from lora import (
     Lora,
     LoraSettings,
@@ -411,6 +412,19 @@ def test_python_model_py_merge_says_how_far_the_saved_model_is_from_the_adapted_
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"differ from the adapted model's by at most (\S+),", result.stdout)[1]) < 1e-4
     assert "put into 4 bits again, they would differ by at most" in result.stdout
+    assert weights(tmp_path / "merged").keys() == weights(folder).keys()
+
+
+def test_an_adapter_that_names_no_base_is_merged_into_the_model_that_is_given(tokenizer, folder, tmp_path):
+    model = tiny_model("llama", tokenizer)
+    add_adapter(model, "policy", find_targets(model, None), KINDS["lora"])
+    save_adapter(model, tokenizer, tmp_path / "adapter", None)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    flags = ["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]
+    with pytest.raises(UserError, match="does not name its base; give it by --model"):
+        models.main(flags)
+    models.main([*flags, "--model", folder])
     assert weights(tmp_path / "merged").keys() == weights(folder).keys()
 
 
