@@ -12,6 +12,9 @@ import time
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # before `datasets` is imported
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread, here and in the processes that tests start: for models this small, threads of several
+# processes wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
