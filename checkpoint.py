@@ -187,13 +187,18 @@ def readable(size: int) -> str:
 
 # --- Save -----------------------------------------------------------------------------------------
 
+def without_ties(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor once, under its first name: a state_dict has a tied weight under several."""
+    names = {id(tensor): name for name, tensor in reversed(named.items())}
+    return {name: named[name] for name in names.values()}
+
+
 def gather_tensors(named: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
     """Gather whole tensors on the CPU of rank 0, each tied weight once; other ranks get {}. A
     collective: all ranks must call it."""
-    names = {id(tensor): name for name, tensor in reversed(named.items())}
     gathered = {}
-    for name in names.values():
-        tensor = whole(named[name].detach())
+    for name, tensor in without_ties(named).items():
+        tensor = whole(tensor.detach())
         if ranks.rank == 0:
             gathered[name] = tensor.cpu()
     return gathered

@@ -35,6 +35,7 @@ from batches import (
     pair_logps,
     stop_if_not_finite,
 )
+from checkpoint import without_ties
 from dpo import SequenceLogps, concatenated_forward, preference_loss
 from errors import UserError
 from log import bar_interval
@@ -84,9 +85,12 @@ def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: s
     return reference
 
 
-def fingerprint(policy: SequenceLogps, reference: Callable | None, ranks: Ranks) -> str:
+def fingerprint(policy: SequenceLogps, reference: Callable | None, dtype: str,
+                ranks: Ranks) -> str:
     """A hash of the weights that no step changes: the reference's, and those below an adapter.
 
+    In a bfloat16 run it is of weights rounded to bfloat16, because `load_weights` keeps a frozen
+    reference in float32 under ddp and in bfloat16 under fsdp, and a run may change between them.
     A collective: all ranks must call it.
     """
     fixed = {}
@@ -99,8 +103,7 @@ def fingerprint(policy: SequenceLogps, reference: Callable | None, ranks: Ranks)
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(fixed.items()):
         tensor = whole(tensor)
-        # A frozen model may be float32 or bfloat16: see load_weights.
-        if tensor.is_floating_point():
+        if dtype == "bfloat16" and tensor.is_floating_point():
             tensor = tensor.bfloat16()
         if ranks.rank == 0:
             digest.update(name.encode())
@@ -120,10 +123,8 @@ def moving_tensors(args: Namespace, policy: SequenceLogps, reference: Callable |
         return {}
     if args.ref == "adapter":
         return adapter_tensors(policy.model, "reference")
-    # state_dict has a tied weight under each of its names: moved twice, it would go too far.
-    named = reference.state_dict(keep_vars=True)
-    names = {id(tensor): name for name, tensor in reversed(named.items())}
-    return {name: named[name] for name in names.values()}
+    # A tied weight once: moved under each of its names, it would go too far.
+    return without_ties(reference.state_dict(keep_vars=True))
 
 
 @torch.no_grad()

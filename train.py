@@ -572,7 +572,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     """Everything before the first step, in the order in which the parts need each other."""
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
-    weights = fingerprint(model, reference, ranks)
+    weights = fingerprint(model, reference, dtype, ranks)
 
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     fixed = {"rows": data.digest(rows), "weights": weights}

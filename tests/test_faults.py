@@ -177,6 +177,20 @@ def test_another_reference_is_refused_by_name(fit, tokenizer, tmp_path):
         resume(out)
 
 
+def test_a_float32_run_sees_a_reference_that_changed_by_less_than_bfloat16_shows(fit, tmp_path, tokenizer):
+    model = tiny_model("llama", tokenizer)
+    models.save_model(model, tokenizer, tmp_path / "reference")
+    flags = dict(ref_model=tmp_path / "reference", max_steps=4, save_every=2)
+    unfinished(fit(**flags)[0])
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight[0, 0] *= 1 + 1e-5
+    models.save_model(model, tokenizer, tmp_path / "reference")
+    with pytest.raises(ValueError, match="has other weights than when this run began"):
+        fit("--resume", **flags)
+
+
+
 def test_a_gradient_that_is_not_finite_stops_with_step_weight_and_rows_and_spoils_nothing(fit, monkeypatch, tmp_path):
     load = train.load_policy
 

@@ -20,7 +20,9 @@ ARROWS = {  # file: what of ours it may import
 ARROWS["flags"] = {"checkpoint", "data", "dpo", "errors", "losses", "lora", "world"}
 ARROWS["batches"] = {"data", "dpo", "packing", "parallel"}
 ARROWS["log"] = {"batches", "checkpoint", "dpo", "lora", "parallel"}
-ARROWS["reference"] = {"batches", "data", "dpo", "errors", "log", "lora", "model", "parallel"}
+ARROWS["reference"] = {
+    "batches", "checkpoint", "data", "dpo", "errors", "log", "lora", "model", "parallel",
+}
 ARROWS["train"] = set(ARROWS)
 ARROWS["bench"] = {"data", "errors", "model", "parallel", "train"}
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py") if not path.name.startswith("test_")}
