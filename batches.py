@@ -2,7 +2,7 @@
 
 Training, evaluation and the cache of the reference share these parts:
 
-    cut             divides the pairs of one step among ranks and micro-batches: [Piece]
+    split_step      divides the pairs of one step among ranks and micro-batches: [Piece]
     collate         makes a batch of rows, padded or packed, on the device
     load_batches    collates many lists of rows, one batch ahead of the GPU
     pair_logps      computes the log-probs of one batch, with the options of the `Task`
@@ -32,11 +32,11 @@ from parallel import Ranks, gather, shard, sum_over_ranks
 
 class Piece(NamedTuple):
     """A micro-batch of this rank, as a slice of the pairs of an optimizer step."""
-    places: slice
+    pairs: slice
     weight: float  # 1; or 0 for a filler pair, so that all ranks run as many forwards
 
 
-def cut(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
+def split_step(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
         size: int | None = None) -> list[Piece]:
     """This rank's micro-batches of the `count` pairs of a step -> [Piece].
 
@@ -56,14 +56,14 @@ def cut(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
 def collate_on_cpu(rows, tokenizer, packed):
     """{column: list} -> a batch of dpo.py."""
     if packed:
-        return data.known(rows) | packing.collate(rows)
+        return data.ids_and_scores(rows) | packing.collate(rows)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id  # masked either way
     return data.collate(rows, pad)
 
 
-def to_device(batch, device):
+def batch_to_device(batch, device):
     """Copy a batch to the device without waiting for the GPU. Labels and predictors stay on the
     CPU, where dpo.find_targets reads them."""
     moved = {}
@@ -74,7 +74,7 @@ def to_device(batch, device):
 
 
 def collate(rows: dict, tokenizer: Any, device: torch.device, packed: bool = False) -> dict:
-    return to_device(collate_on_cpu(rows, tokenizer, packed), device)
+    return batch_to_device(collate_on_cpu(rows, tokenizer, packed), device)
 
 
 def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
@@ -115,7 +115,7 @@ def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, packed: b
 
     with contextlib.closing(one_ahead(index_lists, make, threaded=on_gpu)) as batches:
         for batch in batches:
-            yield to_device(batch, device)
+            yield batch_to_device(batch, device)
 
 
 # --- Micro-batches to log-probs -------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Task(NamedTuple):
     loss: Callable
     hyper: dict
     options: dict  # of dpo.preference_logps: reference_free, wpo, ld_alpha
-    link: dict  # the f-divergence score between log-ratios and loss: f_divergence, f_alpha
+    divergence: dict  # f-DPO: f_divergence, f_alpha
     dtype: str
     device: torch.device
     packed: bool = False
@@ -133,7 +133,7 @@ class Task(NamedTuple):
     @property
     def compares_pairs(self):
         """Whether the loss needs all pairs of a step at once."""
-        return "batch" in self.loss.marks
+        return "batch" in self.loss.tags
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:

@@ -57,7 +57,7 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def spared(folder: pathlib.Path):
+def cleanup_on_write_error(folder: pathlib.Path):
     """On a write error, delete partial files, keep existing ones, and raise one line."""
     try:
         yield

@@ -1008,7 +1008,7 @@ def split_by_tokens(indices, tokens, most):
 def collate(rows: dict, pad_token_id: int) -> dict:
     """{column: list of lists} -> a batch for dpo.py, both sides right-padded to the longest row of
     either side."""
-    batch = known(rows)
+    batch = ids_and_scores(rows)
     sides = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
     width = 0
     for side in sides:
@@ -1026,7 +1026,7 @@ def collate(rows: dict, pad_token_id: int) -> dict:
     return batch
 
 
-def known(rows: dict) -> dict:
+def ids_and_scores(rows: dict) -> dict:
     """The part of a batch that is not tokens: id and, where the rows have them, scores and the
     reference's log-probs."""
     batch = {"id": rows["id"]}

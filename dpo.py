@@ -236,12 +236,12 @@ def check_variants(loss, hyper, *, reference_free=False, f_divergence=None, f_al
         if value:
             check_margin(flag, name, reading)
     if f_divergence:
-        check_link(name, parts, reading, reference_free)
+        check_f_divergence(name, parts, reading, reference_free)
     if f_alpha is not None and not 0 < f_alpha <= 1:
         raise ValueError(f"f_alpha must be in (0, 1], got {f_alpha}")
     if f_alpha is not None and f_divergence != "alpha":
         raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
-    if wpo and ("batch" in loss.marks or not needs_rejected(loss)):
+    if wpo and ("batch" in loss.tags or not needs_rejected(loss)):
         raise ValueError(f"wpo: a weight belongs to a pair; the losses of {name} do not")
     if wpo and any(has_likelihood(part, hyper) for part in parts):
         raise ValueError(f"wpo: {name} has a likelihood term, which is not a preference and must "
@@ -258,21 +258,21 @@ def check_margin(flag, name, reading):
     """Both variants add a constant per prompt to the log-ratios, which only a margin cancels."""
     if not reading:
         raise ValueError(f"{flag}: {name} has no reference as it is")
-    if not all("margin" in part.marks for part in reading):
-        margins = ", ".join(each for each in LOSSES if "margin" in LOSSES[each].marks)
+    if not all("margin" in part.tags for part in reading):
+        margins = ", ".join(each for each in LOSSES if "margin" in LOSSES[each].tags)
         raise ValueError(f"{flag}: {name} reads more than a margin, so the constant per prompt "
                          f"that {flag} adds to the log-ratios would not cancel; valid losses are "
                          f"{margins}")
 
 
-def check_link(name, parts, reading, reference_free):
+def check_f_divergence(name, parts, reading, reference_free):
     """Check that an f-divergence score may replace the log-ratios of this loss."""
     if len(reading) < len(parts):
         raise ValueError(f"f_divergence: a part of {name} has no reference, and would be given "
                          "scores for log-probs")
-    if any("average" in part.marks for part in reading):
-        raise ValueError(f"f_divergence: {name} averages over tokens, but the link is of the "
-                         "probabilities of whole answers")
+    if any("average" in part.tags for part in reading):
+        raise ValueError(f"f_divergence: {name} averages over tokens, but an f-divergence takes "
+                         "the probabilities of whole answers")
     if reference_free:
         raise ValueError("f_divergence: no divergence from a reference with reference_free")
 
@@ -363,12 +363,12 @@ def preference_step(policy, reference, batch, loss, hyper=None, batch_state=None
     return preference_loss(tensors, loss, hyper, f_divergence=f_divergence, f_alpha=f_alpha)
 
 
-def logp_gradients(tensors, loss, hyper=None, **link):
+def logp_gradients(tensors, loss, hyper=None, **divergence):
     """dL/dlogp for a loss that compares pairs -> {policy_{side}_logps: (B,)}, {metric: (B,)}.
 
     L is the sum of the losses of all pairs, and `tensors` are those of all pairs. The loss needs
     all pairs at once, but only their log-probs. The sum of a micro-batch's log-probs, each times
-    its dL/dlogp, has the gradient that this micro-batch adds to dL/dθ. `link` has f_divergence
+    its dL/dlogp, has the gradient that this micro-batch adds to dL/dθ. `divergence` has f_divergence
     and f_alpha, as in `preference_loss`.
     """
     leaves = {}
@@ -376,7 +376,7 @@ def logp_gradients(tensors, loss, hyper=None, **link):
         if name.startswith("policy_"):
             leaves[name] = value.detach().requires_grad_()
     with torch.enable_grad():
-        losses, metrics = preference_loss(tensors | leaves, loss, hyper, **link)
+        losses, metrics = preference_loss(tensors | leaves, loss, hyper, **divergence)
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
     return dict(zip(leaves, gradients)), metrics
 
@@ -386,7 +386,7 @@ def rewards(loss, tensors, beta) -> dict:
     loss averages over tokens. A tie does not count as accurate."""
     chosen = beta * (tensors["policy_chosen_logps"] - tensors["ref_chosen_logps"])
     rejected = beta * (tensors["policy_rejected_logps"] - tensors["ref_rejected_logps"])
-    if "average" in loss.marks:
+    if "average" in loss.tags:
         chosen = chosen / tensors["chosen_lengths"]
         rejected = rejected / tensors["rejected_lengths"]
     return {

@@ -170,7 +170,7 @@ def add_variant_flags(add):
     add("--reference_free", action="store_true",
         help="zeros in place of the reference's log-probs")
     add("--f_divergence", choices=("reverse_kl", "forward_kl", "js", "alpha"),
-        help="f-DPO: losses.f_divergence_score as the link")
+        help="f-DPO: losses.f_divergence_score replaces the log-ratios")
     add("--f_alpha", type=float, help="the alpha of --f_divergence alpha, in (0, 1] (default 0.5)")
     add("--wpo", action="store_true",
         help="WPO: weigh a pair by how probable its answers are under the policy")
@@ -278,7 +278,7 @@ def settle_adapter(args, loss):
     if args.adapter and args.lora_rank:
         raise UserError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of "
                         "its own; give one of them")
-    if args.lora_dropout and "batch" in loss.marks:
+    if args.lora_dropout and "batch" in loss.tags:
         raise UserError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its "
                         "log-probs twice, and they must be the same")
     if args.lora_dropout >= 1:
@@ -381,20 +381,20 @@ def check_args(args, saved):
 
 
 def variants(args: argparse.Namespace) -> tuple[dict, dict]:
-    """Arguments of dpo.preference_step -> those of its log-probs, those of its link."""
+    """The options of dpo.preference_logps, and those of the f-divergence."""
     options = {name: getattr(args, name) for name in ("reference_free", "wpo", "ld_alpha")}
-    link = {name: getattr(args, name) for name in ("f_divergence", "f_alpha")}
-    return options, link
+    divergence = {name: getattr(args, name) for name in ("f_divergence", "f_alpha")}
+    return options, divergence
 
 
 def check_loss(args, loss, hyper):
     """Check the hyper-parameters' ranges and the variants, by calling the loss on one pair."""
-    options, link = variants(args)
+    options, divergence = variants(args)
     tensors = {}
     for name in tensor_arguments(loss):
         tensors[name] = torch.full((1,), 2.0 if "chosen" in name else 1.0)
-    with naming_flags([*hyper, *options, *link]):
-        check_variants(loss, hyper, **options, **link)
+    with naming_flags([*hyper, *options, *divergence]):
+        check_variants(loss, hyper, **options, **divergence)
         loss(**tensors, **hyper)
 
 

@@ -153,7 +153,7 @@ def lora_layers(model) -> dict:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Lora)}
 
 
-def find_targets(model, target: str | None) -> list:
+def target_modules(model, target: str | None) -> list:
     """Names of the layers to adapt.
 
     target      None: all linear layers but the head; else names separated by commas, which match

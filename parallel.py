@@ -45,7 +45,7 @@ def init_distributed() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def place(make, ranks: Ranks, parallel: str, dtype: str):
+def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
     """make(device) -> the module that computes on this rank.
 
     ddp     each rank makes a whole module on its device, the ranks of a machine one after another
@@ -141,7 +141,7 @@ def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
     return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def bare(module: torch.nn.Module) -> torch.nn.Module:
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside DDP's wrapper, if it has one."""
     return module.module if isinstance(module, DDP) else module
 

@@ -29,10 +29,10 @@ import data
 from batches import (
     Task,
     autocast,
-    cut,
     load_batches,
     of_all_pairs,
     pair_logps,
+    split_step,
     stop_if_not_finite,
 )
 from checkpoint import without_ties
@@ -41,7 +41,7 @@ from errors import UserError
 from log import bar_interval
 from lora import adapter_tensors, lora_layers, use_adapter
 from model import load_model
-from parallel import Ranks, barrier, broadcast, place, whole
+from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
 
 # --- The models -----------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: s
             model = load_weights(args, args.ref_model or source, dtype, device, frozen)
             return SequenceLogps(model).requires_grad_(False)
 
-        return place(make, ranks, args.parallel, dtype)
+        return build_on_ranks(make, ranks, args.parallel, dtype)
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
 
     def reference(**inputs):
@@ -171,8 +171,8 @@ def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, b
     tensors = pair_logps(task, policy, reference, batch)
     names = [name for name in tensors if name.startswith("policy_")]
     equal = {name.replace("policy_", "ref_"): tensors[name] for name in names}
-    found, metrics = preference_loss(tensors, task.loss, task.hyper, **task.link)
-    expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, **task.link)
+    found, metrics = preference_loss(tensors, task.loss, task.hyper, **task.divergence)
+    expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, **task.divergence)
     stop_if_not_finite(0, {"loss": found.sum().item(), "grad_norm": 0.0}, [(batch["id"], metrics)])
     excess = (found - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: unequal
     if cached:
@@ -213,8 +213,8 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
         return {side: out[f"{side}_logps"] for side in ("chosen", "rejected")}
 
     tokens = data.column(rows, "tokens")[indices]
-    pieces = cut(args, len(indices), tokens, ranks, args.ref_batch_size)
-    index_lists = [indices[piece.places] for piece in pieces]
+    pieces = split_step(args, len(indices), tokens, ranks, args.ref_batch_size)
+    index_lists = [indices[piece.pairs] for piece in pieces]
     hidden = title is None or ranks.rank > 0
     bar = tqdm.tqdm(pieces, title, disable=hidden, mininterval=bar_interval())
     batches = load_batches(rows, index_lists, tokenizer, task.packed, ranks.device)

@@ -26,10 +26,10 @@ COMPARE = {">": operator.gt, ">=": operator.ge, "!=": operator.ne}
 
 # --- @loss ----------------------------------------------------------------------------------------
 
-def loss(*marks: str, **ranges: str) -> Callable:
+def loss(*tags: str, **ranges: str) -> Callable:
     """Register a loss under its own name, and check its arguments at every call.
 
-    Args   marks    properties that the signature cannot express: see losses.py
+    Args   tags     properties that the signature cannot express: see losses.py
            ranges   for every hyper-parameter its range, as `in_range` reads it. A tensor argument
                     may have one too: chosen_scores="> rejected_scores".
 
@@ -50,7 +50,7 @@ def loss(*marks: str, **ranges: str) -> Callable:
             check_ranges(ranges, given)
             return function(*tensors, **named)
 
-        checked.marks = set(marks)
+        checked.tags = set(tags)
         checked.ranges = ranges
         checked.parts = {function.__name__: 1.0}  # of a sum: its losses and their weights
         LOSSES[function.__name__] = checked
@@ -199,7 +199,7 @@ def combine(weights: dict[str, float]) -> Callable:
     weighted_sum.__name__ = sum_name
     weighted_sum.__signature__ = merge_signatures(functions.values())
     weighted_sum.parts = weights
-    weighted_sum.marks = merge_marks(functions.values())
+    weighted_sum.tags = merge_tags(functions.values())
     return weighted_sum
 
 
@@ -212,20 +212,20 @@ def merge_signatures(functions: Iterable[Callable]) -> inspect.Signature:
                 parameter = parameter.replace(default=...)
             merged[name] = parameter
 
-    def place(parameter):
+    def position(parameter):
         if parameter.kind is parameter.KEYWORD_ONLY:
             return 2
         return 0 if parameter.default is parameter.empty else 1
 
-    return inspect.Signature(sorted(merged.values(), key=place))
+    return inspect.Signature(sorted(merged.values(), key=position))
 
 
-def merge_marks(functions):
+def merge_tags(functions):
     """A sum depends on the batch if one part does. It has any other mark only if all of its parts
     that compare two answers have the mark."""
-    pairwise = [function.marks - {"batch"} for function in functions if needs_rejected(function)]
+    pairwise = [function.tags - {"batch"} for function in functions if needs_rejected(function)]
     merged = set.intersection(*pairwise) if pairwise else set()
-    if any("batch" in function.marks for function in functions):
+    if any("batch" in function.tags for function in functions):
         merged.add("batch")
     return merged
 
@@ -252,7 +252,7 @@ def curve(function: Callable, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     have 30 and 20 tokens (1 and 1 where the loss averages), and scores that differ by e."""
     h = h.clone().requires_grad_()
     zeros, ones = torch.zeros_like(h), torch.ones_like(h)
-    averages = "average" in function.marks
+    averages = "average" in function.tags
     given = {
         "policy_chosen_logps": h,
         "chosen_lengths": ones if averages else 30 * ones,
@@ -271,7 +271,7 @@ def plot(path):
     scale, because the default β of the losses differ by a factor of 100."""
     from matplotlib.figure import Figure
 
-    functions = [function for function in LOSSES.values() if "margin" in function.marks]
+    functions = [function for function in LOSSES.values() if "margin" in function.tags]
     rows = math.ceil(len(functions) / 3)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
     z = torch.linspace(-6, 6, 601, dtype=torch.float64)  # βh
@@ -284,7 +284,7 @@ def plot(path):
         panel.grid(color="0.9")
         settings = [f"{name} {value:g}" for name, value in defaults.items()]
         panel.set_title(", ".join([function.__name__, *settings]), fontsize=9)
-        panel.set_xlabel("βh̄" if "average" in function.marks else "βh")
+        panel.set_xlabel("βh̄" if "average" in function.tags else "βh")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
 

@@ -52,7 +52,7 @@ from losses import (
 NAMES = [name for name, function in LOSSES.items() if name == function.__name__]
 PAIRWISE = [name for name in NAMES if needs_rejected(LOSSES[name])]
 WITH_REFERENCE = [name for name in NAMES if needs_reference(LOSSES[name])]
-MARGIN = [name for name in NAMES if "margin" in LOSSES[name].marks]
+MARGIN = [name for name in NAMES if "margin" in LOSSES[name].tags]
 BATCH_COUPLED = {"aot", "aot_unpaired", "kto_pair"}  # the loss of a pair depends on the others
 TOKEN_MEAN = {"cpo", "orpo", "sft"}  # it does, unless they are given mean_chosen_length
 
@@ -1116,9 +1116,9 @@ def test_a_sum_needs_what_its_parts_need():
 
 
 def test_a_sum_has_a_mark_if_all_pairwise_parts_have_it_and_batch_if_one_part_has_it():
-    assert find("sigmoid,aot").marks == {"batch"}
-    assert find("sigmoid,sft").marks == {"margin"}
-    assert find("ipo,simpo").marks == {"average"}
+    assert find("sigmoid,aot").tags == {"batch"}
+    assert find("sigmoid,sft").tags == {"margin"}
+    assert find("ipo,simpo").tags == {"average"}
 
 
 @pytest.mark.parametrize("spec, message", [
@@ -1144,7 +1144,7 @@ def test_a_wrong_sum_is_refused_by_name(spec, message):
 def test_a_margin_loss_only_sees_the_difference_of_rewards(name):
     pairs = random_pairs()
     n_w = n_l = 1
-    if "average" in LOSSES[name].marks:
+    if "average" in LOSSES[name].tags:
         n_w, n_l = pairs["chosen_lengths"], pairs["rejected_lengths"]
     shifted = pairs | {
         "policy_chosen_logps": pairs["policy_chosen_logps"] + 3.7 * n_w,
@@ -1206,7 +1206,7 @@ def test_a_batch_has_the_weighted_mean_loss_of_its_parts_unless_its_pairs_are_co
     whole = call(name, pairs).mean()
     assert torch.allclose(whole, pooled) == (name not in BATCH_COUPLED | TOKEN_MEAN)
     assert torch.allclose(whole, with_mean_length) == (name not in BATCH_COUPLED)
-    assert ("batch" in LOSSES[name].marks) == (name in BATCH_COUPLED)
+    assert ("batch" in LOSSES[name].tags) == (name in BATCH_COUPLED)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -43,14 +43,15 @@ from batches import (
     Task,
     autocast,
     collate,
-    cut,
     load_batches,
     of_all_pairs,
     pair_logps,
+    split_step,
     stop_if_not_finite,
 )
 from checkpoint import (
     claim,
+    cleanup_on_write_error,
     gather_tensors,
     is_complete,
     load_checkpoint,
@@ -58,7 +59,6 @@ from checkpoint import (
     optimizer_tensors,
     plan_checkpoints,
     save_checkpoint,
-    spared,
     tensor_bytes,
 )
 from dpo import (
@@ -75,27 +75,27 @@ from lora import (
     LoraSettings,
     adapter_tensors,
     add_adapter,
-    find_targets,
     load_adapter,
     lora_layers,
     save_adapter,
+    target_modules,
     use_adapter,
 )
 from losses import needs_rejected, tensor_arguments, update_delta
 from model import compile_blocks, load_model, load_tokenizer, new_model, save_model
 from parallel import (
     Ranks,
-    bare,
     barrier,
     broadcast,
+    build_on_ranks,
     clip_gradients,
     first_reason,
     init_distributed,
     leave_distributed,
-    place,
     reset_shards,
     sum_over_ranks,
     sync_gradients,
+    unwrap,
     wrap,
 )
 from reference import (
@@ -161,7 +161,7 @@ def answer_logps(model, home, tokenizer, device):
 def world_metrics(model, home, tokenizer, loss, hyper, device):
     """Compare the policy with the exact optimum: see world.metrics."""
     # Only in a margin loss of sums is beta the weight of the KL divergence that sets the optimum.
-    beta = hyper["beta"] if loss.marks == {"margin"} else world.BETA
+    beta = hyper["beta"] if loss.tags == {"margin"} else world.BETA
     truth = torch.from_numpy(np.load(home / "reference.npy"))
     return world.metrics(answer_logps(model, home, tokenizer, device), truth, beta)
 
@@ -221,7 +221,7 @@ def load_policy(args, source, newest, dtype: str, device):
     elif adapted:
         settings = LoraSettings(
             args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
-        add_adapter(model, "policy", find_targets(model, args.lora_target), settings, args.seed)
+        add_adapter(model, "policy", target_modules(model, args.lora_target), settings, args.seed)
     if args.adapter and args.ref in ("adapter", "cache") and not args.ref_model:
         load_adapter(model, args.adapter, "reference", trainable=False)
     if args.gradient_checkpointing:
@@ -364,7 +364,7 @@ def pair_losses(task, policy, reference, batch, state):
     """-> losses (B,) with a graph, {metric: (B,)} without."""
     with autocast(task.dtype, task.device):
         return preference_step(policy, reference, batch, task.loss, task.hyper, state,
-                               **task.options, **task.link)
+                               **task.options, **task.divergence)
 
 
 def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
@@ -377,7 +377,7 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
-    model, pieces = bare(policy), step.pieces
+    model, pieces = unwrap(policy), step.pieces
     # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
     # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
     if task.compares_pairs:
@@ -386,7 +386,7 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
         tensors = of_all_pairs(logps, batches, pieces, step.count, ranks)
         logp_grads, all_metrics = logp_gradients(tensors | step.state, task.loss, task.hyper,
-                                                 **task.link)
+                                                 **task.divergence)
 
     # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
@@ -396,8 +396,8 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
         if task.compares_pairs:
             # dL/dlogp already contains the reference, so this forward does not need one.
             out = pair_logps(task, policy, None, batch, reference_free=True)
-            losses = sum(logp_grads[name][piece.places] * out[name] for name in logp_grads)  # (B,)
-            metrics = {name: values[piece.places] for name, values in all_metrics.items()}
+            losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
+            metrics = {name: values[piece.pairs] for name, values in all_metrics.items()}
         else:
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
@@ -438,14 +438,14 @@ def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
         return pair_logps(task, model, reference, batch)
 
     indices = np.arange(len(rows))
-    pieces = cut(args, len(rows), data.column(rows, "tokens"), ranks)
-    index_lists = [indices[piece.places] for piece in pieces]
+    pieces = split_step(args, len(rows), data.column(rows, "tokens"), ranks)
+    index_lists = [indices[piece.pairs] for piece in pieces]
     batches = load_batches(rows, index_lists, tokenizer, task.packed, task.device)
     with contextlib.closing(batches):
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
     tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
     tensors["delta"] = delta
-    _, metrics = preference_loss(tensors, task.loss, task.hyper, **task.link)
+    _, metrics = preference_loss(tensors, task.loss, task.hyper, **task.divergence)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
     return dict(zip(metrics, means))
 
@@ -463,8 +463,8 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
         for number in range(start + 1, steps + 1):
             window = row_window(args, number, len(rows))
             for _ in range(2 if task.compares_pairs else 1):
-                for piece in cut(args, len(window), tokens[window], ranks):
-                    yield window[piece.places]
+                for piece in split_step(args, len(window), tokens[window], ranks):
+                    yield window[piece.pairs]
 
     return load_batches(rows, index_lists(), tokenizer, task.packed, task.device)
 
@@ -550,7 +550,7 @@ def load_models(args, home, newest, ranks):
     def make_policy(device):
         return load_policy(args, source, newest, dtype, device)
 
-    model = place(make_policy, ranks, args.parallel, dtype)
+    model = build_on_ranks(make_policy, ranks, args.parallel, dtype)
     check_model(args, model.model, tokenizer)
     reference = load_reference(args, model, source, dtype, ranks)
     return source, tokenizer, model, reference, dtype
@@ -593,8 +593,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention = settle_attention(args, model, reference, rows, dtype, ranks)
-    options, link = variants(args)
-    task = Task(loss, hyper, options, link, dtype, ranks.device, attention == "packed")
+    options, divergence = variants(args)
+    task = Task(loss, hyper, options, divergence, dtype, ranks.device, attention == "packed")
     if args.ref == "cache":
         splits = rows, held_out
         rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
@@ -626,7 +626,7 @@ def check_first_rows(args, run, ranks) -> str:
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
 
 
-def look(args, run, log, number, delta, ranks) -> dict:
+def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
     """Evaluate on held-out rows and, in the world, against the optimum -> {split: metrics}."""
     splits = {}
     if len(run.held_out):
@@ -652,7 +652,7 @@ def write_checkpoint(args, run, number, delta, ranks):
     save_checkpoint(run.folder, number, save_model_in, tensors, run.fixed | state, run.keep, ranks)
 
 
-def training_step(args, run, number, batches, delta, stopping, ranks):
+def advance(args, run, number, batches, delta, stopping, ranks):
     """`train_step`, then the learning rate, BCO's delta and a moving reference -> metrics, delta
     for the next step, tokens of this step."""
     # The pairs of this step, and this rank's share of them in micro-batches.
@@ -660,7 +660,7 @@ def training_step(args, run, number, batches, delta, stopping, ranks):
     tokens = run.tokens[window]
     mean_length = float(run.chosen_lengths[window].mean())
     state = {"mean_chosen_length": mean_length, "delta": delta}
-    step = Step(number, len(window), cut(args, len(window), tokens, ranks), state)
+    step = Step(number, len(window), split_step(args, len(window), tokens, ranks), state)
 
     # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
     torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
@@ -698,12 +698,12 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
 
     delta, steps = run.delta, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
-    with (claim(folder, args.resume, ranks), spared(folder), caught_signals() as stopped,
-          contextlib.closing(batches)):
+    with (claim(folder, args.resume, ranks), cleanup_on_write_error(folder),
+          caught_signals() as stopped, contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
-            values, delta, tokens = training_step(args, run, number, batches, delta,
+            values, delta, tokens = advance(args, run, number, batches, delta,
                                                   bool(stopped), ranks)
 
             # The bar, and a row of metrics.jsonl.
@@ -718,7 +718,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
             # Evaluation and checkpoint. Their time does not count in tokens_per_second.
             pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
-                splits = look(args, run, log, number, delta, ranks)
+                splits = evaluate_and_log(args, run, log, number, delta, ranks)
             due = args.save_every and number % args.save_every == 0
             if not last and (stopping or due):
                 write_checkpoint(args, run, number, delta, ranks)

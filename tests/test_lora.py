@@ -31,7 +31,6 @@ from lora import (
     NF4Linear,
     adapter_tensors,
     add_adapter,
-    find_targets,
     load_adapter,
     lora_layers,
     merge,
@@ -41,6 +40,7 @@ from lora import (
     nf4_unpack,
     quantize,
     save_adapter,
+    target_modules,
     use_adapter,
 )
 
@@ -52,7 +52,7 @@ def adapted(tokenizer, settings=KINDS["lora"], kind="llama", name="policy", targ
     """A tiny model with an update that does something, in fp64 but for the adapter's own fp32."""
     model = tiny_model(kind, tokenizer).eval()
     models.turn_off_dropout(model)
-    add_adapter(model, name, find_targets(model, target), settings)
+    add_adapter(model, name, target_modules(model, target), settings)
     stir(model, name)
     return model
 
@@ -77,7 +77,7 @@ def logits(model):
 def test_a_new_adapter_changes_nothing(tokenizer, kind):
     model = tiny_model("llama", tokenizer).eval()
     before = logits(model)
-    add_adapter(model, "policy", find_targets(model, None), KINDS[kind])
+    add_adapter(model, "policy", target_modules(model, None), KINDS[kind])
     assert torch.allclose(logits(model), before, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_an_adapter_follows_from_the_seed_alone_in_every_dtype_and_leaves_the_ra
         model = tiny_model("llama", tokenizer).to(dtype)
         torch.manual_seed(int(torch.rand(()) * 1000))
         before = torch.random.get_rng_state()
-        add_adapter(model, "policy", find_targets(model, None), KINDS[kind], seed=7)
+        add_adapter(model, "policy", target_modules(model, None), KINDS[kind], seed=7)
         assert torch.equal(torch.random.get_rng_state(), before)
         drawn.append({key: tensor for key, tensor in adapter_tensors(model, "policy").items() if "lora_A" in key})
     assert len({tensor.sum().item() for tensor in drawn[0].values()}) == 14  # each layer has its own
@@ -248,7 +248,7 @@ def test_lora_in_fp32_has_the_bits_of_the_formula_in_its_values_and_gradients(ki
 
 def test_only_the_adapter_is_trained_and_is_fp32_on_a_bf16_base(tokenizer):
     model = tiny_model("llama", tokenizer).bfloat16()
-    add_adapter(model, "policy", find_targets(model, None), KINDS["dora"])
+    add_adapter(model, "policy", target_modules(model, None), KINDS["dora"])
     model(IDS).logits.float().sum().backward()
     for name, parameter in model.named_parameters():
         ours = name.endswith(".policy")
@@ -268,7 +268,7 @@ def test_dropout_falls_where_a_gradient_is_taken_and_nowhere_else():
 def test_the_reference_is_the_bare_base_and_the_adapter_comes_back_whatever_happens(tokenizer):
     model = tiny_model("llama", tokenizer).eval()
     bare = logits(model)
-    add_adapter(model, "policy", find_targets(model, None), KINDS["lora"])
+    add_adapter(model, "policy", target_modules(model, None), KINDS["lora"])
     stir(model, "policy")
     on = logits(model)
     with contextlib.suppress(RuntimeError), use_adapter(model, None):
@@ -280,7 +280,7 @@ def test_the_reference_is_the_bare_base_and_the_adapter_comes_back_whatever_happ
 def test_two_adapters_on_one_base_do_not_touch_each_other(tokenizer):
     model = adapted(tokenizer)
     first = logits(model)
-    add_adapter(model, "reference", find_targets(model, "q_proj"), KINDS["dora"])
+    add_adapter(model, "reference", target_modules(model, "q_proj"), KINDS["dora"])
     stir(model, "reference", seed=9)
     assert torch.equal(logits(model), first)
     with use_adapter(model, "reference"):
@@ -292,18 +292,18 @@ def test_two_adapters_on_one_base_do_not_touch_each_other(tokenizer):
 
 def test_every_linear_layer_but_the_head_is_adapted_unless_named(tokenizer):
     for kind, count, head in (("llama", 14, "lm_head"), ("gpt2", 8, "lm_head")):
-        targets = find_targets(tiny_model(kind, tokenizer), None)
+        targets = target_modules(tiny_model(kind, tokenizer), None)
         assert len(targets) == count and head not in targets
     model = tiny_model("llama", tokenizer)
-    assert find_targets(model, "q_proj,v_proj") == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
-    assert find_targets(model, r".*\.1\..*down_proj") == ["model.layers.1.mlp.down_proj"]
+    assert target_modules(model, "q_proj,v_proj") == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+    assert target_modules(model, r".*\.1\..*down_proj") == ["model.layers.1.mlp.down_proj"]
 
 
 @pytest.mark.parametrize("target, message", [("c_attn", "no linear layer has such a name; there are down_proj, gate_proj"),
                                              ("q_proj(", "is no regular expression"), ("lm_head", "no linear layer has such a name")])
 def test_a_target_that_matches_nothing_is_refused(tokenizer, target, message):
     with pytest.raises(ValueError, match=message):
-        find_targets(tiny_model("llama", tokenizer), target)
+        target_modules(tiny_model("llama", tokenizer), target)
 
 
 def test_experts_that_are_no_linear_layers_are_refused_with_a_reason_unless_others_are_named(tokenizer):
@@ -313,8 +313,8 @@ def test_experts_that_are_no_linear_layers_are_refused_with_a_reason_unless_othe
     if not any(p.ndim == 3 for p in model.parameters()):
         pytest.skip("this transformers has experts of linear layers")
     with pytest.raises(ValueError, match="--lora_target: the experts of this model are not linear layers"):
-        find_targets(model, None)
-    assert find_targets(model, "q_proj,o_proj")
+        target_modules(model, None)
+    assert target_modules(model, "q_proj,o_proj")
 
 
 # --- files
@@ -397,7 +397,7 @@ def test_a_merged_model_is_plain_and_does_what_the_adapted_one_did(tokenizer, ki
     plain = set(model.state_dict())
     if four_bits:
         quantize(model)
-    add_adapter(model, "policy", find_targets(model, None), KINDS[kind])
+    add_adapter(model, "policy", target_modules(model, None), KINDS[kind])
     stir(model, "policy")
     before = logits(model)
     merge(model)
@@ -417,7 +417,7 @@ def test_python_model_py_merge_says_how_far_the_saved_model_is_from_the_adapted_
 
 def test_an_adapter_that_names_no_base_is_merged_into_the_model_that_is_given(tokenizer, folder, tmp_path):
     model = tiny_model("llama", tokenizer)
-    add_adapter(model, "policy", find_targets(model, None), KINDS["lora"])
+    add_adapter(model, "policy", target_modules(model, None), KINDS["lora"])
     save_adapter(model, tokenizer, tmp_path / "adapter", None)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))

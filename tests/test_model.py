@@ -299,7 +299,7 @@ def place(kind, folder, ranks):
     args = train.parse_args([*FLAGS[kind], f"--model={folder}"])[0]
     sources, scatter = [], parallel.scatter
     parallel.scatter = lambda source, *given: (source and sources.append(list({p.dtype for p in source.parameters()})), scatter(source, *given))
-    policy = parallel.place(lambda device: train.load_policy(args, folder, None, "bfloat16", device), ranks, "fsdp", "bfloat16")
+    policy = parallel.build_on_ranks(lambda device: train.load_policy(args, folder, None, "bfloat16", device), ranks, "fsdp", "bfloat16")
     reference = train.load_reference(args, policy, folder, "bfloat16", ranks)
     parallel.scatter = scatter
     seen = {"sources": sources, "adapter": {name: parallel.whole(tensor.detach()) for name, tensor in lora.adapter_tensors(policy.model, "policy").items()}}
@@ -323,7 +323,7 @@ if __name__ == "__main__":
         time.sleep(0.2)
         return start, time.monotonic()
 
-    found = {"turns": parallel.gather(parallel.place(lambda device: slow(), ranks, "ddp", "float32"), ranks)}
+    found = {"turns": parallel.gather(parallel.build_on_ranks(lambda device: slow(), ranks, "ddp", "float32"), ranks)}
     for kind in FLAGS:
         found[kind] = place(kind, folder, ranks)
     args = train.parse_args([*FLAGS["full"], f"--model={folder}", "--sync_ref_every=1"])[0]

@@ -165,7 +165,7 @@ def test_an_adapter_on_and_off_and_a_frozen_base(tokenizer):
     model = tiny_model("llama", tokenizer).double()
     bare = SequenceLogps(model)
     reference = concatenated_forward(bare, PADDED)["rejected_logps"]
-    lora.add_adapter(model, "policy", lora.find_targets(model, None), lora.LoraSettings(4, 8.0))
+    lora.add_adapter(model, "policy", lora.target_modules(model, None), lora.LoraSettings(4, 8.0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".B." in name:

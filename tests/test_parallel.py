@@ -258,11 +258,11 @@ def test_aot_sorts_the_whole_batch_and_not_a_part_of_it(world, tmp_path):
     """What is computed from micro-batches that each sort for themselves is another gradient: the equality above is no accident."""
     flags = flags_of(world, "aot", micro_batch_size=2)
     right = record(flags, tmp_path / "right", ALONE)
-    marks, find("aot").marks = find("aot").marks, frozenset()
+    tags, find("aot").tags = find("aot").tags, frozenset()
     try:
         wrong = record(flags, tmp_path / "wrong", ALONE)
     finally:
-        find("aot").marks = marks
+        find("aot").tags = tags
     with pytest.raises(AssertionError):
         same(right, wrong, 1e-3)
 
