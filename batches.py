@@ -6,6 +6,7 @@ Training, evaluation and the cache of the reference share these parts:
     collate         makes a batch of rows, padded or packed, on the device
     load_batches    collates many lists of rows, one batch ahead of the GPU
     pair_logps      computes the log-probs of one batch, with the options of the `Task`
+    logp_gradients  dL/dlogp of all pairs, for a loss that compares pairs
     of_all_pairs    gathers a value of every pair on every rank
 
 For example, 8 pairs on 2 ranks with --micro_batch_size 2: rank 0 gets the pieces of pairs 0-1 and
@@ -14,7 +15,6 @@ For example, 8 pairs on 2 ranks with --micro_batch_size 2: rank 0 gets the piece
 import collections
 import concurrent.futures
 import contextlib
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -25,8 +25,12 @@ from datasets import Dataset
 
 import data
 import packing
-from dpo import preference_logps
+from dpo import SIDES, concatenated_inputs, preference_logps, preference_loss
 from parallel import Ranks, gather, shard, sum_over_ranks
+from variants import Variants, with_wpo
+
+# Padded rows with at most this many logits have them computed in full, 64 MiB in fp32.
+FULL_LOGITS = 2**24
 
 # --- Rows to micro-batches ------------------------------------------------------------------------
 
@@ -53,28 +57,57 @@ def split_step(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
     return [Piece(slice(places[0], places[-1] + 1), weight) for places, weight in pieces]
 
 
-def collate_on_cpu(rows, tokenizer, packed):
-    """{column: list} -> a batch of dpo.py."""
-    if packed:
-        return data.ids_and_scores(rows) | packing.collate(rows)
+class RowFormat(NamedTuple):
+    """How the rows of a micro-batch are given to the model."""
+    packed: bool = False  # all rows in one, see packing.py
+    masked: bool = True  # padded rows with an attention mask, see verify.can_drop_mask
+    weigh: Callable | None = None  # labels -> weights of the tokens, see variants.Variants
+    alignment: bool = False  # for WPO
+
+
+def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
+    """{column: list} -> a batch of dpo.py, whose "inputs" are concatenated already.
+
+    A padded batch with few logits gets labels, so that dpo.get_batch_logps computes its log-probs
+    from full logits. Every other batch gets Targets: see logps.FastLogps.
+    """
+    batch = data.ids_and_scores(rows)
+    if row_format.packed:
+        return batch | {"inputs": packing.collate(rows, row_format.weigh)}
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id  # masked either way
-    return data.collate(rows, pad)
+    sides = SIDES if "rejected_ids" in rows else SIDES[:1]
+    inputs = concatenated_inputs(data.collate(rows, pad), sides)
+    if not row_format.masked:
+        inputs["attention_mask"] = packing.no_mask()
+    logits = inputs["input_ids"].numel() * len(tokenizer)
+    if row_format.weigh or row_format.alignment or logits > FULL_LOGITS:
+        labels = inputs.pop("labels")
+        weights = row_format.weigh(labels) if row_format.weigh else None
+        inputs["targets"] = packing.find_targets(labels, token_weights=weights)
+    return batch | {"inputs": inputs}
 
 
-def batch_to_device(batch, device):
-    """Copy a batch to the device without waiting for the GPU. Labels and predictors stay on the
-    CPU, where dpo.find_targets reads them."""
-    moved = {}
-    for name, value in batch.items():
-        stays = not torch.is_tensor(value) or name.endswith(("labels", "predictors"))
-        moved[name] = value if stays else packing.to_device(value, device)
-    return moved
+def map_tensors(function: Callable, value: Any) -> Any:
+    """The value with function(tensor) in place of each tensor in its dictionaries and Targets."""
+    if torch.is_tensor(value):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, each) for name, each in value.items()}
+    if isinstance(value, packing.Targets):
+        return packing.Targets(*(map_tensors(function, each) for each in value))
+    return value
 
 
-def collate(rows: dict, tokenizer: Any, device: torch.device, packed: bool = False) -> dict:
-    return batch_to_device(collate_on_cpu(rows, tokenizer, packed), device)
+def batch_to_device(batch: dict, device: torch.device) -> dict:
+    """Copy a batch to the device without waiting for the GPU."""
+    return map_tensors(lambda tensor: packing.to_device(tensor, device), batch)
+
+
+def collate(rows: dict, tokenizer: Any, device: torch.device,
+            row_format: RowFormat = RowFormat()) -> dict:
+    return batch_to_device(collate_on_cpu(rows, tokenizer, row_format), device)
 
 
 def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
@@ -97,7 +130,7 @@ def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
             yield future.result()
 
 
-def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, packed: bool,
+def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, row_format: RowFormat,
                  device: torch.device) -> Iterator[dict]:
     """The batch of each list of row indices, in order.
 
@@ -107,11 +140,8 @@ def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, packed: b
     on_gpu = device.type == "cuda"
 
     def make(indices):
-        batch = collate_on_cpu(rows[indices], tokenizer, packed)
-        if on_gpu:
-            for name, value in batch.items():
-                batch[name] = value.pin_memory() if torch.is_tensor(value) else value
-        return batch
+        batch = collate_on_cpu(rows[indices], tokenizer, row_format)
+        return map_tensors(torch.Tensor.pin_memory, batch) if on_gpu else batch
 
     with contextlib.closing(one_ahead(index_lists, make, threaded=on_gpu)) as batches:
         for batch in batches:
@@ -124,11 +154,12 @@ class Task(NamedTuple):
     """The loss and its options: the same in training, evaluation and the step-0 check."""
     loss: Callable
     hyper: dict
-    options: dict  # of dpo.preference_logps: reference_free, wpo, ld_alpha
-    divergence: dict  # f-DPO: f_divergence, f_alpha
+    options: dict  # of dpo.preference_logps
+    score: Callable | None  # of dpo.preference_loss
     dtype: str
+    autocast: dict  # arguments of torch.autocast
     device: torch.device
-    packed: bool = False
+    row_format: RowFormat
 
     @property
     def compares_pairs(self):
@@ -136,16 +167,46 @@ class Task(NamedTuple):
         return "batch" in self.loss.tags
 
 
-def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
+              packed: bool = False, masked: bool = True) -> Task:
+    """The Task of a loss with its variants."""
+    options = {"reference_free": variants.reference_free}
+    if variants.wpo:
+        loss = with_wpo(loss)
+        options["alignment"] = True
+    row_format = RowFormat(packed, masked, variants.weigh, variants.wpo)
+    autocast = autocast_options(dtype, device)
+    return Task(loss, hyper, options, variants.score, dtype, autocast, device, row_format)
+
+
+def autocast_options(dtype: str, device: torch.device) -> dict:
+    enabled = dtype == "bfloat16"
+    return {"device_type": device.type, "dtype": torch.bfloat16, "enabled": enabled}
 
 
 def pair_logps(task: Task, policy: torch.nn.Module, reference: Callable | None, batch: dict,
                **more: Any) -> dict[str, torch.Tensor]:
     """dpo.preference_logps with the options of the task -> {name: (B,)}."""
     options = task.options | more
-    with autocast(task.dtype, task.device):
+    with torch.autocast(**task.autocast):
         return preference_logps(policy, reference, batch, task.loss, **options)
+
+
+def logp_gradients(task: Task, tensors: dict) -> tuple[dict, dict]:
+    """dL/dlogp for a loss that compares pairs -> {policy_{side}_logps: (B,)}, {metric: (B,)}.
+
+    L is the sum of the losses of all pairs, and `tensors` are those of all pairs. The loss needs
+    all pairs at once, but only their log-probs. The sum of a micro-batch's log-probs, each times
+    its dL/dlogp, has the gradient that this micro-batch adds to dL/dθ.
+    """
+    leaves = {}
+    for name, value in tensors.items():
+        if name.startswith("policy_"):
+            leaves[name] = value.detach().requires_grad_()
+    with torch.enable_grad():
+        losses, metrics = preference_loss(tensors | leaves, task.loss, task.hyper, task.score)
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+    return dict(zip(leaves, gradients)), metrics
 
 
 @torch.no_grad()
@@ -166,14 +227,10 @@ def of_all_pairs(compute: Callable, batches: Iterable[dict], pieces: Iterable[Pi
     return dict(zip(tables, sums))
 
 
-def stop_if_not_finite(number: int, values: dict, seen: list, ranks: Ranks | None = None,
-                       policy: torch.nn.Module | None = None):
-    """Raise if the loss or the gradient is not finite, and name the rows or weights that cause it.
-
-    The next update would spread the NaN or inf to every weight.
-    """
-    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-        return
+def raise_not_finite(number: int, values: dict, seen: list, ranks: Ranks | None = None,
+                     policy: torch.nn.Module | None = None):
+    """Raise because the loss or the gradient is not finite, and name the rows or weights that cause
+    it. The next update would spread the NaN or inf to every weight."""
     rows, ids, spoiled = [], [], []
     for batch_ids, metrics in seen:
         ids += batch_ids

@@ -22,7 +22,6 @@ import data
 import world
 from checkpoint import read_flags
 from data import at_least
-from dpo import check_variants
 from errors import UserError
 from lora import read_adapter
 from losses import (
@@ -33,6 +32,7 @@ from losses import (
     needs_rejected,
     tensor_arguments,
 )
+from variants import Variants, check_variants
 
 # our name: transformers' name
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -380,21 +380,17 @@ def check_args(args, saved):
         raise UserError(f"--eval_share {args.eval_share}: the held-out rows are {held_out}")
 
 
-def variants(args: argparse.Namespace) -> tuple[dict, dict]:
-    """The options of dpo.preference_logps, and those of the f-divergence."""
-    options = {name: getattr(args, name) for name in ("reference_free", "wpo", "ld_alpha")}
-    divergence = {name: getattr(args, name) for name in ("f_divergence", "f_alpha")}
-    return options, divergence
+def read_variants(args: argparse.Namespace) -> Variants:
+    return Variants(**{name: getattr(args, name) for name in Variants._fields})
 
 
 def check_loss(args, loss, hyper):
     """Check the hyper-parameters' ranges and the variants, by calling the loss on one pair."""
-    options, divergence = variants(args)
     tensors = {}
     for name in tensor_arguments(loss):
         tensors[name] = torch.full((1,), 2.0 if "chosen" in name else 1.0)
-    with naming_flags([*hyper, *options, *divergence]):
-        check_variants(loss, hyper, **options, **divergence)
+    with naming_flags([*hyper, *Variants._fields]):
+        check_variants(loss, hyper, read_variants(args))
         loss(**tensors, **hyper)
 
 
@@ -402,8 +398,8 @@ def check_loss(args, loss, hyper):
 def naming_flags(names):
     """Inside, a ValueError that begins with one of these names becomes a UserError about that flag.
 
-    losses.py, registry.py and dpo.py refuse values of parameters and know no flags. A ValueError
-    that begins otherwise is a bug.
+    losses.py, registry.py and variants.py refuse values of parameters and know no flags. Every
+    other ValueError is a bug.
     """
     try:
         yield

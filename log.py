@@ -1,8 +1,7 @@
 """What a run prints and writes: the lines before the first step, the bar, metrics.jsonl.
 
 `introduce` prints what the run will do. `Log` then writes config.json once, one row of
-metrics.jsonl for each logged step, and draws the bar. `brief` shortens metrics to one line, and
-`sum_up` prints the last lines of a run in the world. Only rank 0 writes.
+metrics.jsonl for each logged step, and draws the bar. Only rank 0 writes.
 """
 import json
 import sys
@@ -15,9 +14,10 @@ import tqdm
 
 from batches import Task
 from checkpoint import write
-from dpo import SequenceLogps
+from logps import FastLogps
 from lora import NF4Linear, lora_layers
 from parallel import Ranks, shard
+from world import brief
 
 
 def bar_interval() -> float:
@@ -57,20 +57,7 @@ class Log:
             self.bar.write(text)
 
 
-BRIEF = {
-    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
-    "world/reward": "reward", "world/kl": "KL", "world/objective": "J", "world/optimum": "J*",
-    "world/share": "share", "world/correlation": "correlation", "world/mass": "mass",
-}
-
-
-def brief(values: dict, more: dict | None = None) -> str:
-    shorts = BRIEF | (more or {})
-    names = {name: short for name, short in shorts.items() if name in values}
-    return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items())
-
-
-def introduce(args: Namespace, task: Task, model: SequenceLogps, reference: Callable | None,
+def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable | None,
               splits: tuple, steps: int, folder: Path, plan: str, ranks: Ranks):
     """Print what the run will do, before its first step."""
     if ranks.rank > 0:
@@ -114,13 +101,3 @@ def memory_line(policy, reference):
     sizes = ", ".join(f"{name} {part / 2**20:,.1f} MiB" for name, part in parts.items())
     return (f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them trained; "
             f"on each rank {sizes}")
-
-
-def sum_up(values: dict) -> str:
-    """The last lines of a run in the world."""
-    v = {name.removeprefix("world/"): value for name, value in values.items()}
-    return (f"\nexpected true reward {v['reward']:.3f}, KL to the reference {v['kl']:.3f} nats, "
-            f"J = {v['objective']:.3f} of at most {v['optimum']:.3f}\n"
-            f"probability on well-formed answers         {v['mass']:.3f}\n"
-            f"share of the achievable                    {v['share']:.3f}\n"
-            f"correlation of implicit and true reward    {v['correlation']:.3f}")

@@ -174,18 +174,6 @@ def reset_shards(module: torch.nn.Module) -> None:
     state._root_post_backward_final_callback()
 
 
-def clip_gradients(module: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale the gradients to at most max_norm, over all ranks -> their norm before, shape ().
-
-    The norm stays on the device, so that the CPU does not wait for the GPU here.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in trained]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
-    torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-    return norm
-
-
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sum a tensor over the ranks, in place. It must be on ranks.device: NCCL takes no others."""
     if ranks.size > 1:

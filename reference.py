@@ -28,17 +28,17 @@ from transformers import PreTrainedModel
 import data
 from batches import (
     Task,
-    autocast,
     load_batches,
     of_all_pairs,
     pair_logps,
+    raise_not_finite,
     split_step,
-    stop_if_not_finite,
 )
 from checkpoint import without_ties
-from dpo import SequenceLogps, concatenated_forward, preference_loss
+from dpo import concatenated_forward, preference_loss
 from errors import UserError
 from log import bar_interval
+from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
 from model import load_model
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
@@ -63,9 +63,9 @@ def load_weights(args: Namespace, name: str | pathlib.Path, dtype: str, device: 
     return load_model(str(name), weights, device, bool(args.quantize), upcast)
 
 
-def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: str,
+def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
                    ranks: Ranks) -> Callable | None:
-    """-> the callable that preference_step takes as its reference, or None without a reference."""
+    """-> the reference of dpo.preference_logps, or None without a reference."""
     if args.ref == "none":
         return None
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
@@ -73,7 +73,7 @@ def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: s
 
         def make(device):
             model = load_weights(args, args.ref_model or source, dtype, device, frozen)
-            return SequenceLogps(model).requires_grad_(False)
+            return FastLogps(model).requires_grad_(False)
 
         return build_on_ranks(make, ranks, args.parallel, dtype)
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
@@ -85,7 +85,7 @@ def load_reference(args: Namespace, policy: SequenceLogps, source: str, dtype: s
     return reference
 
 
-def fingerprint(policy: SequenceLogps, reference: Callable | None, dtype: str,
+def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,
                 ranks: Ranks) -> str:
     """A hash of the weights that no step changes: the reference's, and those below an adapter.
 
@@ -113,7 +113,7 @@ def fingerprint(policy: SequenceLogps, reference: Callable | None, dtype: str,
 
 # --- A reference that moves -----------------------------------------------------------------------
 
-def moving_tensors(args: Namespace, policy: SequenceLogps, reference: Callable | None) -> dict:
+def moving_tensors(args: Namespace, policy: FastLogps, reference: Callable | None) -> dict:
     """{name: tensor} of a reference that moves.
 
     Call this every time instead of keeping the result: FSDP may replace the shards at the first
@@ -128,7 +128,7 @@ def moving_tensors(args: Namespace, policy: SequenceLogps, reference: Callable |
 
 
 @torch.no_grad()
-def move_reference(args: Namespace, policy: SequenceLogps, reference: Callable | None):
+def move_reference(args: Namespace, policy: FastLogps, reference: Callable | None):
     """TR-DPO (arXiv:2404.09656): θ_ref <- α θ + (1 − α) θ_ref, buffers too."""
     source = policy.state_dict()
     if args.ref == "adapter":
@@ -160,7 +160,7 @@ def rounding(dtype, lengths, device):
 
 
 @torch.no_grad()
-def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, batch: dict,
+def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch: dict,
                 cached: bool) -> float:
     """Check that policy and reference are equal before the first update -> the loss at zero margin.
 
@@ -171,9 +171,11 @@ def check_start(task: Task, policy: SequenceLogps, reference: Callable | None, b
     tensors = pair_logps(task, policy, reference, batch)
     names = [name for name in tensors if name.startswith("policy_")]
     equal = {name.replace("policy_", "ref_"): tensors[name] for name in names}
-    found, metrics = preference_loss(tensors, task.loss, task.hyper, **task.divergence)
-    expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, **task.divergence)
-    stop_if_not_finite(0, {"loss": found.sum().item(), "grad_norm": 0.0}, [(batch["id"], metrics)])
+    found, metrics = preference_loss(tensors, task.loss, task.hyper, task.score)
+    expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, task.score)
+    if not found.isfinite().all():
+        values = {"loss": found.sum().item(), "grad_norm": 0.0}
+        raise_not_finite(0, values, [(batch["id"], metrics)])
     excess = (found - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: unequal
     if cached:
         excess = torch.zeros_like(found)
@@ -208,8 +210,8 @@ def cache_key(args, weights, splits, dtype):
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
     """(len(indices), 2) log-probs of chosen and rejected. A progress bar if there is a title."""
     def compute(batch):
-        with autocast(task.dtype, ranks.device):
-            out = concatenated_forward(reference, batch, ld_alpha=args.ld_alpha)
+        with torch.autocast(**task.autocast):
+            out = concatenated_forward(reference, batch)
         return {side: out[f"{side}_logps"] for side in ("chosen", "rejected")}
 
     tokens = data.column(rows, "tokens")[indices]
@@ -217,7 +219,7 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
     index_lists = [indices[piece.pairs] for piece in pieces]
     hidden = title is None or ranks.rank > 0
     bar = tqdm.tqdm(pieces, title, disable=hidden, mininterval=bar_interval())
-    batches = load_batches(rows, index_lists, tokenizer, task.packed, ranks.device)
+    batches = load_batches(rows, index_lists, tokenizer, task.row_format, ranks.device)
     with contextlib.closing(batches):
         table = of_all_pairs(compute, batches, bar, len(indices), ranks)
     return torch.stack([table["chosen"], table["rejected"]], 1).cpu()

@@ -20,7 +20,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import signal
 import sys
 import time
@@ -41,13 +40,15 @@ import world
 from batches import (
     Piece,
     Task,
-    autocast,
+    autocast_options,
     collate,
     load_batches,
+    logp_gradients,
+    make_task,
     of_all_pairs,
     pair_logps,
+    raise_not_finite,
     split_step,
-    stop_if_not_finite,
 )
 from checkpoint import (
     claim,
@@ -61,16 +62,11 @@ from checkpoint import (
     save_checkpoint,
     tensor_bytes,
 )
-from dpo import (
-    SequenceLogps,
-    concatenated_inputs,
-    logp_gradients,
-    preference_loss,
-    preference_step,
-)
+from dpo import preference_logps, preference_loss, train_sft
 from errors import UserError
-from flags import SCHEDULES, parse_args, variants
-from log import Log, brief, introduce, sum_up
+from flags import SCHEDULES, parse_args, read_variants
+from log import Log, introduce
+from logps import FastLogps
 from lora import (
     LoraSettings,
     adapter_tensors,
@@ -82,13 +78,12 @@ from lora import (
     use_adapter,
 )
 from losses import needs_rejected, tensor_arguments, update_delta
-from model import compile_blocks, load_model, load_tokenizer, new_model, save_model
+from model import compile_blocks, load_tokenizer, save_model
 from parallel import (
     Ranks,
     barrier,
     broadcast,
     build_on_ranks,
-    clip_gradients,
     first_reason,
     init_distributed,
     leave_distributed,
@@ -96,6 +91,7 @@ from parallel import (
     sum_over_ranks,
     sync_gradients,
     unwrap,
+    whole,
     wrap,
 )
 from reference import (
@@ -107,6 +103,7 @@ from reference import (
     move_reference,
     moving_tensors,
 )
+from verify import can_drop_mask, can_pack
 
 # torch.distributed.checkpoint warns when a single process saves.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -115,55 +112,11 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 # --- The embedded world ---------------------------------------------------------------------------
 
 def make_world(ranks: Ranks) -> pathlib.Path:
-    """Return the folder of the embedded world. If it does not exist, rank 0 makes it, and trains
-    its reference policy with this same loop."""
-    home = world.folder()
-    if ranks.rank == 0 and not home.exists():
-        print(f"world: the reference policy is trained first, only once, and kept in {home}")
-        aside, threads = home.with_name(f"{home.name}.{os.getpid()}"), torch.get_num_threads()
-        # One thread sums in one order, so the world is the same for any number of threads or ranks.
-        torch.set_num_threads(1)
-        try:
-            build_world(aside, ranks.device)
-            os.replace(aside, home)
-        finally:
-            torch.set_num_threads(threads)
-            shutil.rmtree(aside, ignore_errors=True)
+    """Return the folder of the embedded world. Rank 0 makes it if it does not exist."""
+    if ranks.rank == 0:
+        world.make(train_sft, ranks.device)
     barrier(ranks)
-    return home
-
-
-def build_world(home, device):
-    tokenizer, alone = world.make_tokenizer(), Ranks(0, 1, device)
-    save_model(new_model(tokenizer, **world.MODEL), tokenizer, home / "start")
-    world.write_texts(home)
-    flags = world.SFT_FLAGS | {
-        "model": home / "start", "dataset": home / "sft.jsonl", "output_dir": home / "reference",
-    }
-    args, loss, hyper = parse_args([f"--{name}={value}" for name, value in flags.items()])
-    if train_policy(args, loss, hyper, None, alone):
-        raise KeyboardInterrupt
-    reference = SequenceLogps(load_model(str(home / "reference"), device=device))
-    world.write_pairs(home, answer_logps(reference, home, tokenizer, device))
-
-
-@torch.no_grad()
-def answer_logps(model, home, tokenizer, device):
-    """(X, A) log-probs of all answers of the world."""
-    every = data.load_tokens(str(home / "every.jsonl"), tokenizer, ("chosen",), data.Limits())[0]
-    logps = []
-    for i in range(0, len(every), 1024):
-        batch = collate(every[i:i + 1024], tokenizer, device)
-        logps.append(model(**concatenated_inputs(batch, ("chosen",)))[0])
-    return torch.cat(logps).view(len(world.THINGS), -1).cpu()
-
-
-def world_metrics(model, home, tokenizer, loss, hyper, device):
-    """Compare the policy with the exact optimum: see world.metrics."""
-    # Only in a margin loss of sums is beta the weight of the KL divergence that sets the optimum.
-    beta = hyper["beta"] if loss.tags == {"margin"} else world.BETA
-    truth = torch.from_numpy(np.load(home / "reference.npy"))
-    return world.metrics(answer_logps(model, home, tokenizer, device), truth, beta)
+    return world.folder()
 
 
 # --- Rows -----------------------------------------------------------------------------------------
@@ -227,7 +180,7 @@ def load_policy(args, source, newest, dtype: str, device):
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return SequenceLogps(model)
+    return FastLogps(model)
 
 
 def check_model(args, model, tokenizer):
@@ -244,47 +197,48 @@ def check_model(args, model, tokenizer):
 
 
 def choose_attention(args, models, rows, dtype, ranks):
-    """Resolve --attention -> "packed" or "padded", and a line that says which and why.
+    """Resolve --attention -> "packed" or "padded", whether padded rows need their mask, and a line
+    that says which and why.
 
-    Every rank tries the model on packed rows; if it fails on one rank, all ranks use padded rows.
-    Padded rows lose their mask if the model does not need it.
+    Every rank tries the models on packed rows; if one fails on one rank, all ranks use padded rows.
     """
-    reason = None
+    line = "attention: padded rows"
     if args.attention != "padded":
         reason = reason_to_pad(args, models, rows, dtype, ranks)
         if reason is None:
-            return "packed", "attention: packed rows"
+            return "packed", True, "attention: packed rows"
         if args.attention == "packed":
             raise UserError(f"--attention packed: {reason}")
+        line += f"; {reason}"
+    reasons = [try_rows(can_drop_mask, module, dtype, ranks) for module in models]
+    masked = any(reasons)
     for module in models:
-        module.needs_mask = try_rows(packing.can_drop_mask, module, dtype, ranks) is not None
-    line = "attention: padded rows"
-    return "padded", line if reason is None else f"{line}; {reason}"
+        if not masked:
+            packing.enable(module.model)
+    return "padded", masked, line
 
 
 def reason_to_pad(args, models, rows, dtype, ranks):
     """None if rows can be packed and, with --attention auto, gain from it."""
-    lengths = [data.column(rows, name) for name in ("prompt_length", "chosen_length", "tokens")]
-    size = args.micro_batch_size
-    if not size:
-        size = max(1, args.tokens_per_micro_batch // int(lengths[2].mean()))
+    tokens = data.column(rows, "tokens")
     hidden = models[0].model.get_input_embeddings().embedding_dim
-    if args.attention == "auto" and not packing.is_faster(*lengths, size, hidden):
+    if args.attention == "auto" and not packing.is_faster(tokens, hidden):
         return "packed, rows as short as these would be slower"
     for module in models:
-        reason = try_rows(packing.can_pack, module, dtype, ranks)
+        reason = try_rows(can_pack, module, dtype, ranks)
         if reason is not None:
             return reason
     return None
 
 
 def try_rows(verdict, module, dtype, ranks):
-    """packing.can_pack or can_drop_mask on all ranks -> None, or the first rank's reason."""
+    """can_pack or can_drop_mask on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
         guard = failing_together(ranks)
     # The adapter is off, because its dropout would add noise to the comparison.
-    with autocast(dtype, ranks.device), use_adapter(module.model, None), guard:
+    options = autocast_options(dtype, ranks.device)
+    with torch.autocast(**options), use_adapter(module.model, None), guard:
         reason = verdict(module)
     # An exception may have left FSDP in the middle of a forward.
     reset_shards(module)
@@ -362,9 +316,9 @@ class Step(NamedTuple):
 
 def pair_losses(task, policy, reference, batch, state):
     """-> losses (B,) with a graph, {metric: (B,)} without."""
-    with autocast(task.dtype, task.device):
-        return preference_step(policy, reference, batch, task.loss, task.hyper, state,
-                               **task.options, **task.divergence)
+    with torch.autocast(**task.autocast):
+        tensors = preference_logps(policy, reference, batch, task.loss, **task.options)
+        return preference_loss(tensors | state, task.loss, task.hyper, task.score)
 
 
 def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
@@ -377,23 +331,19 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
-    model, pieces = unwrap(policy), step.pieces
     # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
     # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
+    logp_grads, all_metrics = None, None
     if task.compares_pairs:
-        def logps(batch):
-            return pair_logps(task, model, reference, batch)
-
-        tensors = of_all_pairs(logps, batches, pieces, step.count, ranks)
-        logp_grads, all_metrics = logp_gradients(tensors | step.state, task.loss, task.hyper,
-                                                 **task.divergence)
+        logp_grads, all_metrics = first_pass(task, policy, reference, batches, step, ranks)
 
     # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
     seen = []  # ids and metrics of each micro-batch, for the error about a loss that is not finite
-    for piece, batch in zip(pieces, batches):
-        sync_gradients(policy, on=piece is pieces[-1])
-        if task.compares_pairs:
+    for piece, batch in zip(step.pieces, batches):
+        if ranks.size > 1:
+            sync_gradients(policy, on=piece is step.pieces[-1])
+        if logp_grads:
             # dL/dlogp already contains the reference, so this forward does not need one.
             out = pair_logps(task, policy, None, batch, reference_free=True)
             losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
@@ -406,12 +356,37 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
         seen.append((batch["id"], metrics))
 
     # Clip, read the metrics, and update.
-    norm = clip_gradients(policy, max_grad_norm)
+    norm = clip_gradients(policy, max_grad_norm, ranks)
     values = mean_over_ranks(totals, norm, step.count, ranks)
-    stop_if_not_finite(step.number, values, seen, ranks, policy)
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        raise_not_finite(step.number, values, seen, ranks, policy)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def first_pass(task, policy, reference, batches, step, ranks):
+    """-> dL/dlogp of all pairs of the step, and their metrics: see batches.logp_gradients."""
+    model = unwrap(policy)
+
+    def logps(batch):
+        return pair_logps(task, model, reference, batch)
+
+    tensors = of_all_pairs(logps, batches, step.pieces, step.count, ranks)
+    return logp_gradients(task, tensors | step.state)
+
+
+def clip_gradients(policy, max_norm, ranks):
+    """Scale the gradients to at most max_norm, over all ranks -> their norm before, shape ().
+
+    The norm stays on the device, so that the CPU does not wait for the GPU here.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    if ranks.size > 1:
+        norm = whole(norm)
+    torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
 
 
 def add(totals, metrics, weight=1.0):
@@ -425,7 +400,9 @@ def mean_over_ranks(totals, norm, count, ranks):
 
     One all-reduce, one division, and one copy from the GPU.
     """
-    sums = sum_over_ranks(torch.stack(list(totals.values())), ranks)
+    sums = torch.stack(list(totals.values()))
+    if ranks.size > 1:
+        sums = sum_over_ranks(sums, ranks)
     *means, norm = torch.cat([sums / count, norm.double()[None]]).cpu().tolist()
     return dict(zip(totals, means)) | {"grad_norm": norm}
 
@@ -440,12 +417,12 @@ def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
     indices = np.arange(len(rows))
     pieces = split_step(args, len(rows), data.column(rows, "tokens"), ranks)
     index_lists = [indices[piece.pairs] for piece in pieces]
-    batches = load_batches(rows, index_lists, tokenizer, task.packed, task.device)
+    batches = load_batches(rows, index_lists, tokenizer, task.row_format, task.device)
     with contextlib.closing(batches):
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
     tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
     tensors["delta"] = delta
-    _, metrics = preference_loss(tensors, task.loss, task.hyper, **task.divergence)
+    _, metrics = preference_loss(tensors, task.loss, task.hyper, task.score)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
     return dict(zip(metrics, means))
 
@@ -466,7 +443,7 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
                 for piece in split_step(args, len(window), tokens[window], ranks):
                     yield window[piece.pairs]
 
-    return load_batches(rows, index_lists(), tokenizer, task.packed, task.device)
+    return load_batches(rows, index_lists(), tokenizer, task.row_format, task.device)
 
 
 @contextlib.contextmanager
@@ -557,15 +534,15 @@ def load_models(args, home, newest, ranks):
 
 
 def settle_attention(args, model, reference, rows, dtype, ranks):
-    """choose_attention, and then --compile -> "packed" or "padded"."""
-    modules = [module for module in (model, reference) if isinstance(module, SequenceLogps)]
-    attention, line = choose_attention(args, modules, rows, dtype, ranks)
+    """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
+    modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
+    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
     if ranks.rank == 0:
         print(line)
     if args.compile:  # policy and reference, so that they round alike
         for module in modules:
             compile_blocks(module.model)
-    return attention
+    return attention, masked
 
 
 def prepare(args, loss, hyper, home, folder, ranks) -> Run:
@@ -592,9 +569,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
                                   args.keep_checkpoints, ranks)
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
-    attention = settle_attention(args, model, reference, rows, dtype, ranks)
-    options, divergence = variants(args)
-    task = Task(loss, hyper, options, divergence, dtype, ranks.device, attention == "packed")
+    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
+    task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
+                     masked)
     if args.ref == "cache":
         splits = rows, held_out
         rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
@@ -621,7 +598,7 @@ def check_first_rows(args, run, ranks) -> str:
     # Only the two shortest rows of the first step: an error shows in any row, long rows are slow.
     first = data.window(0, len(run.rows), args.batch_size, args.seed, args.shuffle)
     first = first[np.argsort(run.tokens[first], kind="stable")[:2]]
-    batch = collate(run.rows[first], run.tokenizer, ranks.device, run.task.packed)
+    batch = collate(run.rows[first], run.tokenizer, ranks.device, run.task.row_format)
     value = check_start(run.task, run.model, run.reference, batch, args.ref == "cache")
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
 
@@ -633,11 +610,13 @@ def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
         splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, delta,
                                   run.tokenizer, ranks)
     if run.home:
-        splits["world"] = world_metrics(run.model, run.home, run.tokenizer, run.task.loss,
-                                        run.task.hyper, ranks.device)
+        # Only in a margin loss of sums is beta the weight of the KL that sets the optimum.
+        is_margin = run.task.loss.tags == {"margin"}
+        beta = run.task.hyper["beta"] if is_margin else world.BETA
+        splits["world"] = world.evaluate(run.model, run.home, run.tokenizer, beta, ranks.device)
     for split, metrics in splits.items():
         log.row(number, split, metrics)
-        log.say(f"step {number} {split}: {brief(metrics)}")
+        log.say(f"step {number} {split}: {world.brief(metrics)}")
     return splits
 
 
@@ -731,7 +710,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
 
         log.bar.close()
         save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
-        say(f"saved in {folder}" + (sum_up(splits["world"]) if home else ""))
+        say(f"saved in {folder}" + (world.sum_up(splits["world"]) if home else ""))
     return False
 
 
@@ -745,7 +724,7 @@ def main(argv: list[str], ranks: Ranks) -> bool:
 def explain(error):
     """The message for an error of the user or of the machine; None for a bug.
 
-    FloatingPointError comes from `stop_if_not_finite`, which names the rows.
+    FloatingPointError comes from `raise_not_finite`, which names the rows.
     """
     if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
         return str(error)

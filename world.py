@@ -4,7 +4,7 @@ A prompt names a thing ("the sea is"), an answer is three words (" cold dark wil
 prompts and 512 answers to each. A true reward says how good an answer is for its thing. It depends
 on neighboring words too, so it is not a sum over words.
 
-`train.py --loss sft` trains a reference policy on samples of a Markov chain. Pairs are sampled from
+dpo.train_sft trains a reference policy on samples of a Markov chain. Pairs are sampled from
 that reference and labeled by Bradley-Terry on the true reward, P(y beats y') = σ(r(y) - r(y')). The
 DPO paper (arXiv:2305.18290v3, Sec. 4) makes its claims in this setting; here they are measured
 instead of estimated.
@@ -14,12 +14,18 @@ Tables are (X, A): X things by A answers, in the order of THINGS and of `answers
 import hashlib
 import itertools
 import json
+import os
 import pathlib
+import shutil
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+import data
+from model import new_model, save_model
 
 THINGS = ("sea", "city", "night", "road", "wind", "house", "winter", "river")
 WORDS = ("cold", "dark", "wild", "calm", "old", "bright", "loud", "wide")
@@ -45,7 +51,7 @@ COMMON = {
     "max_length": 16,
     "dtype": "float32",
 }
-SFT_FLAGS = COMMON | {"loss": "sft", "lr": 3e-3, "epochs": 4, "eval_share": 0.0}
+SFT = COMMON | {"lr": 3e-3, "epochs": 4}  # of the reference policy
 # The defaults of train.py in the world.
 FLAGS = COMMON | {"lr": 2e-3, "epochs": 2, "beta": BETA, "eval_every": 64}
 # The defaults of single losses: some average over the 4 tokens of an answer, and the beta of some
@@ -218,6 +224,52 @@ def expectation(logps, values):
     return (logps.exp() * values).sum(-1).mean()
 
 
+@torch.no_grad()
+def answer_logps(policy: Callable, home: pathlib.Path, tokenizer, device) -> torch.Tensor:
+    """(X, A) log-probs of all answers under a dpo.SequenceLogps."""
+    every, _ = data.load_tokens(str(home / "every.jsonl"), tokenizer, ("chosen",), data.Limits())
+    logps = []
+    for i in range(0, len(every), 1024):
+        batch = data.collate(every[i:i + 1024], tokenizer.pad_token_id)
+        inputs = {}
+        for name in ("input_ids", "attention_mask", "labels"):
+            inputs[name] = batch[f"chosen_{name}"].to(device)  # (1024, T)
+        logps.append(policy(**inputs)[0])
+    return torch.cat(logps).view(len(THINGS), -1).cpu()
+
+
+def evaluate(policy: Callable, home: pathlib.Path, tokenizer, beta: float, device) -> dict:
+    """The `metrics` of a dpo.SequenceLogps."""
+    reference = torch.from_numpy(np.load(home / "reference.npy"))
+    return metrics(answer_logps(policy, home, tokenizer, device), reference, beta)
+
+
+# --- Metrics in words -----------------------------------------------------------------------------
+
+BRIEF = {
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+    "world/reward": "reward", "world/kl": "KL", "world/objective": "J", "world/optimum": "J*",
+    "world/share": "share", "world/correlation": "correlation", "world/mass": "mass",
+}
+
+
+def brief(values: dict, more: dict | None = None) -> str:
+    """The metrics of a step on one line."""
+    shorts = BRIEF | (more or {})
+    names = {name: short for name, short in shorts.items() if name in values}
+    return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items())
+
+
+def sum_up(values: dict) -> str:
+    """The last lines of a run in the world."""
+    v = {name.removeprefix("world/"): value for name, value in values.items()}
+    return (f"\nexpected true reward {v['reward']:.3f}, KL to the reference {v['kl']:.3f} nats, "
+            f"J = {v['objective']:.3f} of at most {v['optimum']:.3f}\n"
+            f"probability on well-formed answers         {v['mass']:.3f}\n"
+            f"share of the achievable                    {v['share']:.3f}\n"
+            f"correlation of implicit and true reward    {v['correlation']:.3f}")
+
+
 # --- The folder of the world ----------------------------------------------------------------------
 # sft.jsonl, every.jsonl (all prompts and answers), reference/ (a model), reference.npy, pairs.jsonl
 # and eval.jsonl.
@@ -226,6 +278,32 @@ def folder() -> pathlib.Path:
     """The name has a hash of this file, so a world made by other code is another folder."""
     digest = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
     return pathlib.Path("runs") / f"world-{digest[:8]}"
+
+
+def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
+    """Return the folder. If it does not exist, make it: train_sft(model, rows, tokenizer) trains
+    the reference policy -> a dpo.SequenceLogps, and pairs are sampled from it."""
+    home = folder()
+    if home.exists():
+        return home
+    print(f"world: the reference policy is trained first, only once, and kept in {home}")
+    aside, threads = home.with_name(f"{home.name}.{os.getpid()}"), torch.get_num_threads()
+    # One thread sums in one order, so the world is the same for any number of threads or ranks.
+    torch.set_num_threads(1)
+    try:
+        tokenizer = make_tokenizer()
+        model = new_model(tokenizer, **MODEL).to(device)
+        (aside / "reference").mkdir(parents=True)
+        write_texts(aside)
+        rows, _ = data.load_tokens(str(aside / "sft.jsonl"), tokenizer, ("chosen",), data.Limits())
+        reference = train_sft(model, rows, tokenizer)
+        save_model(model, tokenizer, aside / "reference")
+        write_pairs(aside, answer_logps(reference, aside, tokenizer, device))
+        os.replace(aside, home)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(aside, ignore_errors=True)
+    return home
 
 
 def write_rows(path, things, scores=None, **sides):

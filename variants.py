@@ -1,0 +1,169 @@
+"""Variants that go with many losses: options of a run, not losses of their own.
+
+    reference_free   zeros for the reference's log-probs
+    f_divergence     f-DPO: a score of the log-ratio replaces it (losses.f_divergence_score)
+    wpo              WPO: weigh each pair by the probability of its answers under the policy
+    ld_alpha         LD-DPO: weigh the tokens by which one answer is longer than the other
+
+`check_variants` refuses a loss for which a variant is not valid.
+"""
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from dpo import IGNORE
+from losses import (
+    LOSSES,
+    f_divergence_score,
+    hyperparameters,
+    needs_reference,
+    needs_rejected,
+    tensor_arguments,
+)
+
+# Weights of a likelihood term: a loss has this term if the weight is not 0.
+LIKELIHOOD_WEIGHTS = ("cpo_alpha", "nll_weight", "slic_lambda")
+
+
+class Variants(NamedTuple):
+    """The flags of these names."""
+    reference_free: bool = False
+    f_divergence: str | None = None
+    f_alpha: float | None = None  # read if f_divergence is "alpha"; its default there is 0.5
+    wpo: bool = False
+    ld_alpha: float = 1.0
+
+    @property
+    def score(self) -> Callable | None:
+        """The `score` of dpo.preference_loss."""
+        if not self.f_divergence:
+            return None
+        alpha = self.f_alpha or 0.5
+        return functools.partial(with_scores, f_divergence=self.f_divergence, alpha=alpha)
+
+    @property
+    def weigh(self) -> Callable | None:
+        """labels (2B, T) -> weights of the tokens (2B, T)."""
+        if self.ld_alpha == 1:
+            return None
+        return functools.partial(length_weights, ld_alpha=self.ld_alpha)
+
+
+# --- f-DPO ----------------------------------------------------------------------------------------
+
+def with_scores(tensors: dict, f_divergence: str, alpha: float) -> dict:
+    """Tensors of dpo.preference_logps, where the score of the log-ratio replaces the policy's
+    log-probs, and zeros the reference's."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.startswith("policy_")]:
+        reference_name = name.replace("policy_", "ref_")
+        logratio = tensors[name] - tensors[reference_name]
+        tensors[name] = f_divergence_score(logratio, f_divergence, alpha)
+        tensors[reference_name] = torch.zeros_like(logratio)
+    return tensors
+
+
+# --- WPO ------------------------------------------------------------------------------------------
+
+def with_wpo(loss: Callable) -> Callable:
+    """The loss with each pair multiplied by a detached weight: the probability of its answers under
+    the policy, relative to answers that the policy samples (WPO, arXiv:2406.11827v2, eqs. 1 and 2).
+
+    The new loss takes two more tensors, chosen_alignment and rejected_alignment, (B,) each: see
+    logps.FastLogps. The authors' code clamps the weight at 1, the paper does not.
+    """
+    names = ("chosen_alignment", "rejected_alignment")
+
+    @functools.wraps(loss)
+    def weighted(*tensors, chosen_alignment, rejected_alignment, **named):
+        weight = (chosen_alignment + rejected_alignment).exp()  # (B,)
+        return loss(*tensors, **named) * weight
+
+    parameters = [*inspect.signature(loss).parameters.values()]
+    position = len(tensor_arguments(loss))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    alignments = [inspect.Parameter(name, kind, default=None) for name in names]
+    parameters[position:position] = alignments
+    weighted.__signature__ = inspect.Signature(parameters)
+    return weighted
+
+
+# --- LD-DPO ---------------------------------------------------------------------------------------
+
+def length_weights(labels, ld_alpha):
+    """LD-DPO (arXiv:2409.06411): the longer answer's tokens beyond the length of the shorter one
+    count ld_alpha each.
+
+    labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after
+    it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to
+    0.28 and LLaMA-Factory weight the policy's tokens only, and begin at another token.
+    """
+    rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
+    lengths = rank[:, -1].view(2, -1)  # (2, B)
+    shorter = lengths.amin(0)  # (B,)
+    common = shorter.repeat(2)[:, None]  # (2B, 1)
+    return torch.where(rank <= common, 1.0, ld_alpha)
+
+
+# --- Which losses they are valid for --------------------------------------------------------------
+
+def has_likelihood(loss, hyper) -> bool:
+    """Whether the loss has a likelihood term whose weight is not 0."""
+    names = [name for name in hyperparameters(loss) if name in LIKELIHOOD_WEIGHTS]
+    if names:
+        return any(hyper[name] for name in names)
+    return "mean_chosen_length" in tensor_arguments(loss)
+
+
+def check_variants(loss: Callable, hyper: dict, variants: Variants):
+    """Raise a ValueError with the reason if the loss cannot be combined with these variants."""
+    reference_free, f_divergence, f_alpha, wpo, ld_alpha = variants
+    name = loss.__name__
+    parts = [LOSSES[part] for part in loss.parts]
+    reading = [part for part in parts if needs_reference(part)]
+    for flag, value in (("reference_free", reference_free), ("f_divergence", f_divergence)):
+        if value:
+            check_margin(flag, name, reading)
+    if f_divergence:
+        check_f_divergence(name, parts, reading, reference_free)
+    if f_alpha is not None and not 0 < f_alpha <= 1:
+        raise ValueError(f"f_alpha must be in (0, 1], got {f_alpha}")
+    if f_alpha is not None and f_divergence != "alpha":
+        raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
+    if wpo and ("batch" in loss.tags or not needs_rejected(loss)):
+        raise ValueError(f"wpo: a weight belongs to a pair; the losses of {name} do not")
+    if wpo and any(has_likelihood(part, hyper) for part in parts):
+        raise ValueError(f"wpo: {name} has a likelihood term, which is not a preference and must "
+                         "not be weighted as one")
+    if not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
+    if ld_alpha != 1 and not needs_rejected(loss):
+        raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {name} has no pairs")
+    if ld_alpha != 1 and any("lengths" in each for each in tensor_arguments(loss)):
+        raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {name} counts them")
+
+
+def check_margin(flag, name, reading):
+    """Both variants add a constant per prompt to the log-ratios, which only a margin cancels."""
+    if not reading:
+        raise ValueError(f"{flag}: {name} has no reference as it is")
+    if not all("margin" in part.tags for part in reading):
+        margins = ", ".join(each for each in LOSSES if "margin" in LOSSES[each].tags)
+        raise ValueError(f"{flag}: {name} reads more than a margin, so the constant per prompt "
+                         f"that {flag} adds to the log-ratios would not cancel; valid losses are "
+                         f"{margins}")
+
+
+def check_f_divergence(name, parts, reading, reference_free):
+    """Check that an f-divergence score may replace the log-ratios of this loss."""
+    if len(reading) < len(parts):
+        raise ValueError(f"f_divergence: a part of {name} has no reference, and would be given "
+                         "scores for log-probs")
+    if any("average" in part.tags for part in reading):
+        raise ValueError(f"f_divergence: {name} averages over tokens, but an f-divergence takes "
+                         "the probabilities of whole answers")
+    if reference_free:
+        raise ValueError("f_divergence: no divergence from a reference with reference_free")
