@@ -160,11 +160,7 @@ class Task(NamedTuple):
     autocast: dict  # arguments of torch.autocast
     device: torch.device
     row_format: RowFormat
-
-    @property
-    def compares_pairs(self):
-        """Whether the loss needs all pairs of a step at once."""
-        return "batch" in self.loss.tags
+    compares_pairs: bool  # the loss needs all pairs of a step at once
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
@@ -175,8 +171,17 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         loss = with_wpo(loss)
         options["alignment"] = True
     row_format = RowFormat(packed, masked, variants.weigh, variants.wpo)
-    autocast = autocast_options(dtype, device)
-    return Task(loss, hyper, options, variants.score, dtype, autocast, device, row_format)
+    return Task(
+        loss=loss,
+        hyper=hyper,
+        options=options,
+        score=variants.score,
+        dtype=dtype,
+        autocast=autocast_options(dtype, device),
+        device=device,
+        row_format=row_format,
+        compares_pairs="batch" in loss.tags,
+    )
 
 
 def autocast_options(dtype: str, device: torch.device) -> dict:

@@ -94,8 +94,7 @@ def concatenated_forward(model, batch, sides=SIDES, **options):
     outputs = model(**concatenated_inputs(batch, sides), **options)
     tensors = {}
     for name, values in zip(("logps", "lengths", "alignment"), outputs):
-        parts = values.chunk(len(sides))
-        for side, part in zip(sides, parts):
+        for side, part in zip(sides, values.chunk(len(sides))):
             tensors[f"{side}_{name}"] = part
     return tensors
 
@@ -144,9 +143,7 @@ def preference_loss(tensors, loss, hyper, score=None):
         tensors = score(tensors)
     arguments = hyperparameters(loss) | hyper
     beta = arguments.get("beta", 1.0)
-    for name in tensor_arguments(loss):
-        if name in tensors:
-            arguments[name] = tensors[name]
+    arguments |= {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
     losses = loss(**arguments)  # (B,)
     metrics = {"loss": losses} | logps
     if needs_rejected(loss):

@@ -21,7 +21,10 @@ import torch
 
 LOSSES = {}  # name: function; losses.py fills it when it is imported
 
-COMPARE = {">": operator.gt, ">=": operator.ge, "!=": operator.ne}
+COMPARE = {
+    ">": operator.gt, ">=": operator.ge, "!=": operator.ne,
+    "(": operator.gt, "[": operator.ge, ")": operator.lt, "]": operator.le,
+}
 
 
 # --- @loss ----------------------------------------------------------------------------------------
@@ -42,6 +45,8 @@ def loss(*tags: str, **ranges: str) -> Callable:
         if unchecked:
             raise TypeError(f"@loss of {function.__name__}: no range for {', '.join(unchecked)}")
         names = tensor_arguments(function)
+        for name in hyperparameters(function):
+            read_range(ranges[name])  # a wrong range fails here, not at the first call
 
         @functools.wraps(function)
         def checked(*tensors, **named):
@@ -65,8 +70,7 @@ def check_shapes(loss_name, given):
     for name, value in given.items():
         if name.endswith(("_logps", "_lengths", "_scores")) and value is not None:
             shapes[name] = tuple(value.shape)
-    different = len(set(shapes.values())) > 1
-    if different or any(len(shape) != 1 for shape in shapes.values()):
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(
             f"{loss_name} takes one number per pair, all tensors of one shape (B,), got {shapes}")
 
@@ -94,17 +98,20 @@ def check_above(name, value, bound_name, bound):
 def in_range(value: float, text: str) -> bool:
     """Whether a finite number is in the range "> 0", ">= 0", "!= 0", "finite", "[0, 0.5)" or the
     like. Infinity and NaN are in no range."""
-    if not math.isfinite(value):
-        return False
+    compare_low, low, compare_high, high = read_range(text)
+    return math.isfinite(value) and compare_low(value, low) and compare_high(value, high)
+
+
+@functools.cache
+def read_range(text):
+    """-> two comparisons and their bounds: "[0, 0.5)" -> >=, 0.0, <, 0.5."""
     if text == "finite":
-        return True
+        return operator.gt, -math.inf, operator.lt, math.inf
     if text.startswith(("[", "(")):
         low, high = text[1:-1].split(",")
-        above = value >= float(low) if text[0] == "[" else value > float(low)
-        below = value <= float(high) if text[-1] == "]" else value < float(high)
-        return above and below
+        return COMPARE[text[0]], float(low), COMPARE[text[-1]], float(high)
     sign, bound = text.split()
-    return COMPARE[sign](value, float(bound))
+    return COMPARE[sign], float(bound), operator.lt, math.inf
 
 
 def describe_range(text):

@@ -347,12 +347,13 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
             # dL/dlogp already contains the reference, so this forward does not need one.
             out = pair_logps(task, policy, None, batch, reference_free=True)
             losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
-            metrics = {name: values[piece.pairs] for name, values in all_metrics.items()}
+            metrics = {name: every[piece.pairs] for name, every in all_metrics.items()}
         else:
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
         (piece.weight * losses.sum() * ranks.size / step.count).backward()
-        add(totals, metrics, piece.weight)
+        for name, numbers in metrics.items():
+            totals[name] = totals.get(name, 0) + piece.weight * numbers.double().sum()
         seen.append((batch["id"], metrics))
 
     # Clip, read the metrics, and update.
@@ -387,12 +388,6 @@ def clip_gradients(policy, max_norm, ranks):
         norm = whole(norm)
     torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
-
-
-def add(totals, metrics, weight=1.0):
-    """Add the pairs of a micro-batch to the sums of its step."""
-    for name, values in metrics.items():
-        totals[name] = totals.get(name, 0) + weight * values.double().sum()
 
 
 def mean_over_ranks(totals, norm, count, ranks):

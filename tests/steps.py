@@ -3,7 +3,7 @@ import types
 
 import torch
 
-from batches import collate_on_cpu, make_task
+from batches import RowFormat, collate_on_cpu, make_task
 from dpo import preference_logps, preference_loss
 from variants import Variants
 
@@ -19,8 +19,9 @@ def make_batch(columns, packed=False, pad=0, full_logits=True, **variants):
     """{column: list} -> a batch of batches.py. With full_logits=False, or a variant that needs
     them, a padded batch has Targets, so that logps.FastLogps computes its log-probs."""
     size = 97 if full_logits else 2**40
-    task = make_task(None, {}, Variants(**variants), "float64", torch.device("cpu"), packed)
-    return collate_on_cpu(columns, Words(pad_token_id=pad, size=size), task.row_format)
+    options = Variants(**variants)
+    row_format = RowFormat(packed, weigh=options.weigh, alignment=options.wpo)
+    return collate_on_cpu(columns, Words(pad_token_id=pad, size=size), row_format)
 
 
 def preference_step(policy, reference, batch, loss, hyper=None, **variants):

@@ -11,17 +11,27 @@ import flags
 import losses
 import registry
 
-ARROWS = {  # file: what of ours it may import
-    "errors": set(), "registry": set(), "losses": {"registry"}, "data": {"errors"}, "world": set(),
-    "packing": set(), "parallel": {"errors"},
-    "checkpoint": {"errors", "parallel"}, "lora": {"checkpoint", "errors"}, "model": {"checkpoint", "errors", "lora"},
-    "dpo": {"losses", "packing"},
-}
-ARROWS["flags"] = {"checkpoint", "data", "dpo", "errors", "losses", "lora", "world"}
-ARROWS["batches"] = {"data", "dpo", "packing", "parallel"}
-ARROWS["log"] = {"batches", "checkpoint", "dpo", "lora", "parallel"}
-ARROWS["reference"] = {
-    "batches", "checkpoint", "data", "dpo", "errors", "log", "lora", "model", "parallel",
+ARROWS = {  # file: the files of this project that it may import
+    "errors": set(),
+    "registry": set(),
+    "losses": {"registry"},
+    "data": {"errors"},
+    "parallel": {"errors"},
+    "checkpoint": {"errors", "parallel"},
+    "lora": {"checkpoint", "errors"},
+    "model": {"checkpoint", "errors", "lora"},
+    "world": {"data", "model"},
+    "dpo": {"data", "errors", "losses", "model", "world"},
+    "packing": {"dpo"},
+    "logps": {"dpo", "packing"},
+    "verify": {"dpo", "packing"},
+    "variants": {"dpo", "losses"},
+    "flags": {"checkpoint", "data", "errors", "losses", "lora", "variants", "world"},
+    "batches": {"data", "dpo", "packing", "parallel", "variants"},
+    "log": {"batches", "checkpoint", "logps", "lora", "parallel", "world"},
+    "reference": {
+        "batches", "checkpoint", "data", "dpo", "errors", "log", "logps", "lora", "model", "parallel",
+    },
 }
 ARROWS["train"] = set(ARROWS)
 ARROWS["bench"] = {"data", "errors", "model", "parallel", "train"}
