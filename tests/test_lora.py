@@ -704,6 +704,19 @@ def test_a_4_bit_model_is_loaded_with_at_most_one_linear_weight_in_fp32_at_a_tim
         assert torch.equal(tensor, expected.state_dict()[name]), name
 
 
+def test_a_4_bit_model_is_quantized_first_so_no_dense_linear_weight_is_moved_to_the_device(
+        biased, monkeypatch):
+    """load_model reads no values for "meta", so the device is replaced when the model is moved."""
+    move = models.move
+    monkeypatch.setattr(
+        models, "move", lambda model, _, dtype: move(model, torch.device("meta"), dtype))
+    plain = AutoModelForCausalLM.from_pretrained(biased, dtype=torch.bfloat16)
+    with WeightCopies(linear_shapes(plain), "meta", torch.bfloat16) as copies:
+        model = models.load_model(biased, four_bits=True)
+    assert copies.count == 0
+    assert model.model.layers[0].mlp.up_proj.codes.is_meta
+
+
 def test_the_gradient_of_a_4_bit_layer_is_that_of_its_dense_weight():
     layer = NF4Linear(torch.randn(40, 24), torch.nn.Parameter(torch.randn(40)))
     x = torch.randn(3, 24, requires_grad=True)
