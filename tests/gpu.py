@@ -34,10 +34,13 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
+import batches
 import data
 import packing
 import train
-from dpo import SequenceLogps, concatenated_forward
+import verify
+from dpo import concatenated_forward
+from logps import FastLogps
 from model import save_model
 from parallel import Ranks
 
@@ -172,7 +175,7 @@ def try_heads(heads, key_heads, size, window):
         vocab_size=WORDS + 2, hidden_size=heads * size, intermediate_size=2 * heads * size,
         num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=key_heads,
         head_dim=size, sliding_window=window, initializer_range=0.05, max_position_embeddings=4096)
-    module = SequenceLogps(AutoModelForCausalLM.from_config(config)).to(DEVICE)
+    module = FastLogps(AutoModelForCausalLM.from_config(config)).to(DEVICE)
     random = np.random.default_rng(0)
     lengths = {"prompt_ids": (90, 3, 40), "chosen_ids": (70, 20, 1), "rejected_ids": (10, 60, 33)}
     rows = {"id": ["a", "b", "c"]}
@@ -181,15 +184,15 @@ def try_heads(heads, key_heads, size, window):
 
     exact = logps_and_gradient(module, data.collate(rows, 1), torch.float32)
     padded = logps_and_gradient(module, data.collate(rows, 1), torch.bfloat16)
-    packed = logps_and_gradient(module, packing.collate(rows), torch.bfloat16)
+    packed = logps_and_gradient(module, {"inputs": packing.collate(rows)}, torch.bfloat16)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        verdict = packing.can_pack(module)
+        verdict = verify.can_pack(module)
     return relative_errors(packed, exact), relative_errors(padded, exact), verdict
 
 
 def logps_and_gradient(module, batch, dtype):
     """-> log-probs of all answers, and the gradient of their sum by all weights, as one vector."""
-    batch = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in batch.items()}
+    batch = batches.batch_to_device(batch, DEVICE)
     module.zero_grad()
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = concatenated_forward(module, batch)
