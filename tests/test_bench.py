@@ -22,8 +22,8 @@ def test_the_floor_of_one_pair_equals_a_count_by_hand():
 
 
 def test_the_padded_tokens_of_a_step_equal_a_count_by_hand():
-    """The micro-batches have 2 pairs and 1 pair, with longest rows of 2 + 3 and 1 + 6 tokens. A pair
-    is two rows."""
+    """The micro-batches have 2 pairs and 1 pair, with longest rows of 2 + 3 and 1 + 6 tokens. Each
+    pair is two rows."""
     lengths = np.array([[[2, 3, 1], [1, 1, 2], [1, 1, 6]]])
     assert bench.count_padded(lengths, 2) == 2 * (2 * 5) + 2 * (1 * 7)
 
