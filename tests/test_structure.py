@@ -1,5 +1,6 @@
-"""What the reader is promised of the code as a whole."""
+"""Properties of the source as a whole: imports, lengths of functions, documented tables."""
 import ast
+import graphlib
 import re
 import statistics
 import sys
@@ -11,50 +12,77 @@ import flags
 import losses
 import registry
 
-ARROWS = {  # file: what of ours it may import
-    "errors": set(), "registry": set(), "losses": {"registry"}, "data": {"errors"}, "world": set(),
-    "packing": set(), "parallel": {"errors"},
-    "checkpoint": {"errors", "parallel"}, "lora": {"checkpoint", "errors"}, "model": {"checkpoint", "errors", "lora"},
+# File: the product files that it may import.
+ALLOWED_IMPORTS = {
+    "errors": set(),
+    "registry": set(),
+    "losses": {"registry"},
+    "data": {"errors"},
+    "world": set(),
+    "packing": set(),
+    "parallel": {"errors"},
+    "checkpoint": {"errors", "parallel"},
+    "lora": {"checkpoint", "errors"},
+    "model": {"checkpoint", "errors", "lora"},
     "dpo": {"losses", "packing"},
+    "flags": {"checkpoint", "data", "dpo", "errors", "losses", "lora", "world"},
+    "batches": {"data", "dpo", "packing", "parallel"},
+    "log": {"batches", "checkpoint", "dpo", "lora", "parallel"},
+    "reference": {
+        "batches", "checkpoint", "data", "dpo", "errors", "log", "lora", "model", "parallel",
+    },
 }
-ARROWS["flags"] = {"checkpoint", "data", "dpo", "errors", "losses", "lora", "world"}
-ARROWS["batches"] = {"data", "dpo", "packing", "parallel"}
-ARROWS["log"] = {"batches", "checkpoint", "dpo", "lora", "parallel"}
-ARROWS["reference"] = {
-    "batches", "checkpoint", "data", "dpo", "errors", "log", "lora", "model", "parallel",
-}
-ARROWS["train"] = set(ARROWS)
-ARROWS["bench"] = {"data", "errors", "model", "parallel", "train"}
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py") if not path.name.startswith("test_")}
+ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["bench"] = {"data", "errors", "model", "parallel", "train"}
+
+OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}
+
+# File: its syntax tree.
+SOURCES = {}
+for source_path in ROOT.glob("*.py"):
+    if not source_path.name.startswith("test_"):
+        SOURCES[source_path.stem] = ast.parse(source_path.read_text())
 
 
 def imported(tree):
+    """Top-level names of the modules that this code imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            for alias in node.names:
+                yield alias.name.split(".")[0]
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0]
 
 
-def lengths(tree):
-    """Lines of each function without its docstring."""
+def function_lengths(tree):
+    """(name, lines without the docstring) of each function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            page = ast.get_docstring(node, clean=False)
-            yield node.name, node.end_lineno - node.lineno + 1 - (page.count("\n") + 1 if page else 0)
+            docstring = ast.get_docstring(node, clean=False)
+            docstring_lines = docstring.count("\n") + 1 if docstring else 0
+            yield node.name, node.end_lineno - node.lineno + 1 - docstring_lines
 
 
-def test_imports_run_one_way():
-    assert set(SOURCES) == set(ARROWS)
+def all_function_lengths():
+    """(name, lines without the docstring) of each function of the product."""
+    lengths = []
+    for tree in SOURCES.values():
+        lengths.extend(function_lengths(tree))
+    return lengths
+
+
+def test_each_product_file_imports_only_the_files_allowed_for_it_and_none_in_a_cycle():
+    assert set(SOURCES) == set(ALLOWED_IMPORTS)
+    graphlib.TopologicalSorter(ALLOWED_IMPORTS).prepare()  # raises CycleError for a cycle
     for name, tree in SOURCES.items():
-        assert set(imported(tree)) & set(ARROWS) <= ARROWS[name], name
+        assert set(imported(tree)) & set(ALLOWED_IMPORTS) <= ALLOWED_IMPORTS[name], name
 
 
-def test_losses_imports_torch_and_registry_alone():
+def test_losses_imports_only_torch_and_registry():
     assert set(imported(SOURCES["losses"])) == {"torch", "registry"}
 
 
-def test_matplotlib_is_imported_only_to_draw():
+def test_matplotlib_is_imported_only_inside_functions():
     for name, tree in SOURCES.items():
         at_import = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
         assert "matplotlib" not in set(imported(ast.Module(at_import, []))), name
@@ -62,27 +90,31 @@ def test_matplotlib_is_imported_only_to_draw():
 
 def test_no_product_file_imports_another_trainer():
     for name, tree in SOURCES.items():
-        assert not set(imported(tree)) & {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}, name
+        assert not set(imported(tree)) & OTHER_TRAINERS, name
 
 
-def test_requirements_name_every_package_that_is_imported():
+def test_requirements_list_every_imported_package():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    named = {re.match(r"[\w.-]+", line).group() for line in lines}
+    packages = {re.match(r"[\w.-]+", line).group() for line in lines}
+    available = packages | set(SOURCES) | set(sys.stdlib_module_names)
     for name, tree in SOURCES.items():
-        assert set(imported(tree)) <= named | set(SOURCES) | set(sys.stdlib_module_names), name
+        assert set(imported(tree)) <= available, name
 
 
-def test_functions_are_short():
-    found = [pair for tree in SOURCES.values() for pair in lengths(tree)]
-    assert not [pair for pair in found if pair[1] > 60]
-    assert statistics.median(lines for _, lines in found) <= 12
+def test_a_function_has_at_most_60_lines_and_the_median_function_at_most_12():
+    lengths = all_function_lengths()
+    assert [pair for pair in lengths if pair[1] > 60] == []
+    assert statistics.median(lines for _, lines in lengths) <= 12
+
+
+def test_the_body_of_a_function_in_losses_has_at_most_15_lines():
     for node in SOURCES["losses"].body:
         if isinstance(node, ast.FunctionDef):
             body = node.body[1 if ast.get_docstring(node) else 0:]
             assert node.end_lineno - body[0].lineno < 15, node.name
 
 
-def test_only_the_script_itself_calls_main_of_train():
+def test_in_train_only_run_calls_main():
     callers = set()
     for function in SOURCES["train"].body:
         for node in ast.walk(function):
@@ -91,12 +123,14 @@ def test_only_the_script_itself_calls_main_of_train():
     assert callers == {"run"}
 
 
-def test_the_readme_has_the_table_of_losses_as_the_code_prints_it():
+def test_the_readme_contains_the_table_of_losses_that_registry_generates():
     assert "\n".join(registry.table()) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-def test_every_keyword_of_a_loss_is_a_flag_and_shadows_none_of_the_trainer(name):
-    known = vars(flags.build_parser(losses.LOSSES[name]).parse_args([]))  # argparse refuses a flag that is there already
-    assert losses.hyperparameters(losses.LOSSES[name]).items() <= known.items()
-    assert ("ref_model" in known) == losses.needs_reference(losses.LOSSES[name])
+def test_every_hyperparameter_of_a_loss_is_a_flag_that_replaces_no_flag_of_the_trainer(name):
+    loss = losses.LOSSES[name]
+    # argparse raises an error if a flag of this name exists already.
+    defaults = vars(flags.build_parser(loss).parse_args([]))
+    assert losses.hyperparameters(loss).items() <= defaults.items()
+    assert ("ref_model" in defaults) == losses.needs_reference(loss)

@@ -1,4 +1,7 @@
-"""Agreement with TRL, where it is installed: its trainers' own methods, on the same logits. Known differences are stated as such."""
+"""Agreement with TRL, where TRL is installed: its trainers' methods, on the same logits.
+
+Known differences are claims of their own: label smoothing, and the end of a prompt.
+"""
 import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -16,120 +19,190 @@ from losses import LOSSES, find, hyperparameters, orpo, sigmoid, simpo
 trl = pytest.importorskip("trl", minversion="1.0")
 
 VOCABULARY = 13
-ROWS = {"id": ["a", "b", "c"], "prompt_ids": [[1, 2, 3], [4], [5, 6]],
-        "chosen_ids": [[7, 8, 0], [9, 10, 11, 12, 0], [1, 0]], "rejected_ids": [[2, 0], [3, 4, 5, 0], [6, 7, 8, 9, 10, 0]]}
+ROWS = {
+    "id": ["a", "b", "c"],
+    "prompt_ids": [[1, 2, 3], [4], [5, 6]],
+    "chosen_ids": [[7, 8, 0], [9, 10, 11, 12, 0], [1, 0]],
+    "rejected_ids": [[2, 0], [3, 4, 5, 0], [6, 7, 8, 9, 10, 0]],
+}
 
 
 class Table(torch.nn.Module):
-    """A "model" that answers with fixed logits, the leaves that gradients are compared on."""
+    """A model with fixed logits (2B, T, V). Gradients are compared at these logits."""
 
     def __init__(self, seed, shape, requires_grad):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.nn.Parameter(torch.randn(*shape, VOCABULARY, generator=generator) * 2, requires_grad=requires_grad)
+        logits = 2 * torch.randn(*shape, VOCABULARY, generator=generator)
+        self.logits = torch.nn.Parameter(logits, requires_grad=requires_grad)
         self.is_gradient_checkpointing = False
 
     def get_output_embeddings(self):
-        return None  # so that the whole model is asked for its logits
+        """No head, so that dpo.py uses the logits of forward()."""
+        return None
 
     def forward(self, input_ids, labels=None, **others):
-        """What dpo.py reads, and what TRL's fused head returns: per position the log-prob of the next label, 0 where it has none."""
-        logits = self.logits[:len(input_ids)]  # the chosen rows alone, for a loss that has no pairs
-        logp, target = logits[:, :-1].log_softmax(-1), input_ids[:, 1:]
-        scored = torch.ones_like(target) if labels is None else labels[:, 1:] != -100
-        zero = torch.zeros(target.shape)
-        return SimpleNamespace(logits=logits, log_probs=logp.gather(-1, target[..., None])[..., 0] * scored, entropy=zero,
-                               mean_logits=zero, is_top1=zero.bool(), log_sum_sq_probs=(2 * logp).logsumexp(-1))
+        """The logits for dpo.py, and the outputs of TRL's fused head: at each position the log-prob
+        of the next label, 0 where a token is not scored."""
+        logits = self.logits[:len(input_ids)]  # (B, T, V) of the chosen rows for loss sft
+        logps = logits[:, :-1].log_softmax(-1)  # (2B, T-1, V)
+        targets = input_ids[:, 1:]
+        scored = torch.ones_like(targets) if labels is None else labels[:, 1:] != -100
+        zeros = torch.zeros(targets.shape)
+        return SimpleNamespace(
+            logits=logits,
+            log_probs=logps.gather(-1, targets[..., None])[..., 0] * scored,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
+            log_sum_sq_probs=(2 * logps).logsumexp(-1),
+        )
 
 
 BATCH = data.collate(ROWS, 0)
 INPUTS = dpo.concatenated_inputs(BATCH)
-POLICY, REFERENCE = Table(0, INPUTS["input_ids"].shape, True), Table(1, INPUTS["input_ids"].shape, False)
+POLICY = Table(0, INPUTS["input_ids"].shape, True)
+REFERENCE = Table(1, INPUTS["input_ids"].shape, False)
 
 
-def theirs(losses, weights=None, **settings):
+def trl_loss_and_gradient(loss_types, weights=None, discopop_tau=None, **settings):
+    """DPOTrainer's loss (), and its gradient at the policy's logits."""
     trainer = MagicMock()
     trainer.accelerator.device = torch.device("cpu")
-    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
-    defaults = dict(beta=0.1, label_smoothing=0.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, ld_alpha=None,
-                    use_weighting=False, aux_loss_enabled=False, precompute_ref_logps=False, model=POLICY, ref_model=REFERENCE,
-                    loss_types=losses, loss_weights=weights or [1.0] * len(losses), _total_train_tokens=0, _tp_size=1)
-    trainer.args.discopop_tau = settings.pop("discopop_tau", None)
+    trainer.accelerator.gather = lambda x: x
+    trainer.accelerator.gather_for_metrics = lambda x: x
+    trainer.args.discopop_tau = discopop_tau
+    defaults = dict(
+        beta=0.1, label_smoothing=0.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5,
+        ld_alpha=None, use_weighting=False, aux_loss_enabled=False, precompute_ref_logps=False,
+        model=POLICY, ref_model=REFERENCE, loss_types=loss_types,
+        loss_weights=weights or [1.0] * len(loss_types), _total_train_tokens=0, _tp_size=1)
     for name, value in (defaults | settings).items():
         setattr(trainer, name, value)
-    inputs = {"input_ids": INPUTS["input_ids"], "attention_mask": INPUTS["attention_mask"], "completion_mask": (INPUTS["labels"] != -100).long()}
+    inputs = {
+        "input_ids": INPUTS["input_ids"],
+        "attention_mask": INPUTS["attention_mask"],
+        "completion_mask": (INPUTS["labels"] != -100).long(),
+    }
     loss = trl.DPOTrainer._compute_loss(trainer, POLICY, inputs, False)
     return loss, torch.autograd.grad(loss, POLICY.logits)[0]
 
 
-def ours(spec, hyper=None, **variants):
+def our_loss_and_gradient(spec, hyper=None, **variants):
+    """The mean loss () of preference_step, and its gradient at the policy's logits."""
     policy, reference = dpo.SequenceLogps(POLICY), dpo.SequenceLogps(REFERENCE)
-    loss = dpo.preference_step(policy, reference, BATCH, find(spec), hyper or {}, **variants)[0].mean()
+    losses, _ = dpo.preference_step(policy, reference, BATCH, find(spec), hyper or {}, **variants)
+    loss = losses.mean()
     return loss, torch.autograd.grad(loss, POLICY.logits)[0]
 
 
-def agree(a, b):
-    return all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in zip(a, b))
+def agree(left, right):
+    """Whether two pairs of loss and gradient are equal up to fp32 rounding."""
+    return all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in zip(left, right))
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-                                  "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"])
+@pytest.mark.parametrize("name", [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+])
 def test_loss_and_gradient_on_logits_equal_trl(name):
     settings = hyperparameters(LOSSES[name])
-    assert agree(ours(name), theirs([name], **settings))
+    assert agree(our_loss_and_gradient(name), trl_loss_and_gradient([name], **settings))
 
 
 def test_mpo_equals_trl():
-    assert agree(ours("sigmoid:0.8,bco_pair:0.2,sft:1"), theirs(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]))
+    ours = our_loss_and_gradient("sigmoid:0.8,bco_pair:0.2,sft:1")
+    theirs = trl_loss_and_gradient(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
+    assert agree(ours, theirs)
 
 
-@pytest.mark.parametrize("ours_is, theirs_is", [
-    (dict(f_divergence="js"), dict(f_divergence_type="js_divergence")),
-    (dict(f_divergence="forward_kl"), dict(f_divergence_type="forward_kl")),
-    (dict(f_divergence="alpha", f_alpha=0.3), dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7)),  # 1 − α
-    (dict(ld_alpha=0.4), dict(ld_alpha=0.4)), (dict(wpo=True), dict(use_weighting=True))])
-def test_variants_equal_trl(ours_is, theirs_is):
-    assert agree(ours("sigmoid", **ours_is), theirs(["sigmoid"], **theirs_is))
-    assert not agree(ours("sigmoid", **ours_is), ours("sigmoid"))
+ALPHA_OF_TRL = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}  # 1 − α
 
 
-def test_trl_ignores_label_smoothing_for_sigmoid_and_we_do_not():
-    assert agree(theirs(["sigmoid"], label_smoothing=0.3), theirs(["sigmoid"]))
-    assert not agree(ours("sigmoid", {"label_smoothing": 0.3}), ours("sigmoid"))
+@pytest.mark.parametrize("our_settings, trl_settings", [
+    ({"f_divergence": "js"}, {"f_divergence_type": "js_divergence"}),
+    ({"f_divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+    ({"f_divergence": "alpha", "f_alpha": 0.3}, ALPHA_OF_TRL),
+    ({"ld_alpha": 0.4}, {"ld_alpha": 0.4}),
+    ({"wpo": True}, {"use_weighting": True}),
+], ids=["js", "forward_kl", "alpha", "ld_alpha", "wpo"])
+def test_a_variant_equals_trl_and_differs_from_plain_dpo(our_settings, trl_settings):
+    ours = our_loss_and_gradient("sigmoid", **our_settings)
+    assert agree(ours, trl_loss_and_gradient(["sigmoid"], **trl_settings))
+    assert not agree(ours, our_loss_and_gradient("sigmoid"))
 
 
-def test_cpo_simpo_and_orpo_equal_trl():
+def test_label_smoothing_changes_the_sigmoid_loss_here_but_trl_does_not_apply_it():
+    smoothed = trl_loss_and_gradient(["sigmoid"], label_smoothing=0.3)
+    assert agree(smoothed, trl_loss_and_gradient(["sigmoid"]))
+    ours = our_loss_and_gradient("sigmoid", {"label_smoothing": 0.3})
+    assert not agree(ours, our_loss_and_gradient("sigmoid"))
+
+
+CHOSEN_LOGPS = torch.tensor([-9.0, -4.0, -30.0])
+REJECTED_LOGPS = torch.tensor([-7.0, -20.0, -33.0])
+CHOSEN_LENGTHS = torch.tensor([4, 2, 9])
+REJECTED_LENGTHS = torch.tensor([3, 8, 9])
+SUMS = CHOSEN_LOGPS, REJECTED_LOGPS
+MEANS = CHOSEN_LOGPS / CHOSEN_LENGTHS, REJECTED_LOGPS / REJECTED_LENGTHS
+
+
+def cpo_trainer(loss_type):
+    """The attributes that the methods of TRL's CPO and ORPO trainers read."""
+    accelerator = SimpleNamespace(device="cpu")
+    return SimpleNamespace(alpha=0.0, beta=2.0, simpo_gamma=0.7, label_smoothing=0.1,
+                           loss_type=loss_type, accelerator=accelerator)
+
+
+def test_simpo_equals_trl():
     from trl.experimental.cpo import CPOTrainer
+    expected = CPOTrainer.cpo_loss(cpo_trainer("simpo"), *MEANS)[0]
+    found = simpo(*SUMS, CHOSEN_LENGTHS, REJECTED_LENGTHS, beta=2.0, gamma=0.7, label_smoothing=0.1)
+    assert torch.allclose(found, expected)
+
+
+def test_cpo_equals_trl_as_the_sigmoid_loss_with_a_zero_reference():
+    from trl.experimental.cpo import CPOTrainer
+    expected = CPOTrainer.cpo_loss(cpo_trainer("sigmoid"), *SUMS)[0]
+    zeros = torch.zeros(3)
+    found = sigmoid(*SUMS, zeros, zeros, beta=2.0, label_smoothing=0.1)
+    assert torch.allclose(found, expected)
+
+
+def test_orpo_equals_trl():
     from trl.experimental.orpo import ORPOTrainer
-    chosen, rejected, n_w, n_l = torch.tensor([-9.0, -4.0, -30.0]), torch.tensor([-7.0, -20.0, -33.0]), torch.tensor([4, 2, 9]), torch.tensor([3, 8, 9])
-    trainer = SimpleNamespace(alpha=0.0, beta=2.0, simpo_gamma=0.7, label_smoothing=0.1, loss_type="simpo",
-                              accelerator=SimpleNamespace(device="cpu"))
-    expected = CPOTrainer.cpo_loss(trainer, chosen / n_w, rejected / n_l)[0]
-    assert torch.allclose(simpo(chosen, rejected, n_w, n_l, beta=2.0, gamma=0.7, label_smoothing=0.1), expected)
-    trainer.loss_type = "sigmoid"
-    zero = torch.zeros(3)
-    assert torch.allclose(sigmoid(chosen, rejected, zero, zero, beta=2.0, label_smoothing=0.1), CPOTrainer.cpo_loss(trainer, chosen, rejected)[0])
-    expected = -ORPOTrainer.odds_ratio_loss(trainer, chosen / n_w, rejected / n_l)[0]  # theirs is to be subtracted
-    assert torch.allclose(orpo(chosen, rejected, n_w, n_l, beta=2.0, nll_weight=0.0), expected, rtol=1e-5)
+    # TRL subtracts this term from the loss.
+    expected = -ORPOTrainer.odds_ratio_loss(cpo_trainer("sigmoid"), *MEANS)[0]
+    found = orpo(*SUMS, CHOSEN_LENGTHS, REJECTED_LENGTHS, beta=2.0, nll_weight=0.0)
+    assert torch.allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the project's shared data is not here")
 @pytest.mark.parametrize("name", ["hh_harmless_512", "instructions_600"])
-def test_prompt_and_answer_ids_equal_those_of_trl_except_where_it_moves_the_beginning_of_answers_into_the_prompt(name):
-    """Real rows, GPT-2's tokenizer. Where a prompt inside both answers must be found, TRL takes all that the two share, so answers that
-    begin alike lose their beginning; we cut back to the turn. These rows are counted, and as whole sequences they are equal too."""
+def test_token_ids_equal_trl_except_that_trl_moves_the_common_start_of_two_answers_into_the_prompt(
+        name):
+    """Real rows with GPT-2's tokenizer.
+
+    The rows of one file have no prompt column, so the prompt is what both conversations share. TRL
+    takes all common text, so two answers that begin alike lose their beginning; this project ends
+    the prompt at the last turn. The test counts these rows. Prompt and answer together are equal.
+    """
+    path = SHARED / "data" / f"{name}.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
-    rows, _ = data.load_tokens(str(SHARED / "data" / f"{name}.jsonl"), tokenizer, ("chosen", "rejected"), data.Limits(max_length=4096))
-    texts = datasets.Dataset.from_list([json.loads(line) for line in open(SHARED / "data" / f"{name}.jsonl")])
+    limits = data.Limits(max_length=4096)
+    rows, _ = data.load_tokens(str(path), tokenizer, ("chosen", "rejected"), limits)
+    texts = datasets.Dataset.from_list([json.loads(line) for line in open(path)])
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_end")
-    theirs = trl.DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), texts, tokenizer, settings, "train")
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    trl_rows = trl.DPOTrainer._prepare_dataset(trainer, texts, tokenizer, settings, "train")
+
     differing = 0
     for row in rows:
-        other = theirs[int(row["id"].split("row ")[1]) - 1]
-        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
-        if any(row[part] != other[part] for part in parts):
+        trl_row = trl_rows[int(row["id"].split("row ")[1]) - 1]
+        if any(row[part] != trl_row[part] for part in ("prompt_ids", "chosen_ids", "rejected_ids")):
             differing += 1
-            assert len(other["prompt_ids"]) > len(row["prompt_ids"])
-        assert all(row["prompt_ids"] + row[part] == other["prompt_ids"] + other[part] for part in parts[1:])
+            assert len(trl_row["prompt_ids"]) > len(row["prompt_ids"])
+        for side in ("chosen_ids", "rejected_ids"):
+            assert row["prompt_ids"] + row[side] == trl_row["prompt_ids"] + trl_row[side]
     begin_alike = sum(row["chosen_ids"][0] == row["rejected_ids"][0] for row in rows)
     assert differing == (0 if "prompt" in texts.column_names else begin_alike)
