@@ -199,20 +199,23 @@ def weights(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
 
 
-def differences(left, right, tolerance=0.0):
+def differences(left, right, tolerance=0.0, absolute=None):
     """Compare two runs -> sentences about the differences; an empty list if there are none.
 
     left, right  output folders, of which metrics and weights are compared, or only the rows of
                  two metrics.jsonl. tokens_per_second, a time, is left out
-    tolerance    relative and absolute; at 0, the runs must agree in every bit
+    tolerance    relative, and absolute where `absolute` is None; at 0, the runs must agree in
+                 every bit
     """
+    if absolute is None:
+        absolute = tolerance
     if isinstance(left, list):
-        return metric_differences(left, right, tolerance)
-    found = metric_differences(read_metrics(left), read_metrics(right), tolerance)
-    return found + weight_differences(weights(left), weights(right), tolerance)
+        return metric_differences(left, right, tolerance, absolute)
+    found = metric_differences(read_metrics(left), read_metrics(right), tolerance, absolute)
+    return found + weight_differences(weights(left), weights(right), tolerance, absolute)
 
 
-def metric_differences(left, right, tolerance):
+def metric_differences(left, right, tolerance, absolute):
     steps = [[(row["step"], row["split"]) for row in rows] for rows in (left, right)]
     if steps[0] != steps[1]:
         return [f"steps and splits {steps[0]}, {steps[1]}"]
@@ -222,12 +225,12 @@ def metric_differences(left, right, tolerance):
         if one.keys() != two.keys():
             found.append(f"{where}: metrics {sorted(one)}, {sorted(two)}")
         for name in one.keys() & two.keys() - {"split", "tokens_per_second"}:
-            if not math.isclose(one[name], two[name], rel_tol=tolerance, abs_tol=tolerance):
+            if not math.isclose(one[name], two[name], rel_tol=tolerance, abs_tol=absolute):
                 found.append(f"{where}: {name} {one[name]}, {two[name]}")
     return found
 
 
-def weight_differences(left, right, tolerance):
+def weight_differences(left, right, tolerance, absolute):
     if left.keys() != right.keys():
         return [f"weights {sorted(left)}, {sorted(right)}"]
     found = []
@@ -235,10 +238,6 @@ def weight_differences(left, right, tolerance):
         other = right[name]
         if value.dtype != other.dtype or value.shape != other.shape:
             found.append(f"{name}: {value.dtype} {value.shape}, {other.dtype} {other.shape}")
-        elif not torch.allclose(value, other, rtol=tolerance, atol=tolerance):
+        elif not torch.allclose(value, other, rtol=tolerance, atol=absolute):
             found.append(f"{name}: {(value - other).abs().max()} apart")
     return found
-
-
-def same_metrics(left, right, tolerance):
-    assert not differences(left, right, tolerance)

@@ -12,21 +12,19 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
-import torch
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from conftest import (
-    command,
+    TINY_RUN,
+    differences,
     make_rows,
     make_tokenizer,
     read_metrics,
+    start_training,
     tiny_model,
-    weights,
     write_jsonl,
 )
 
@@ -34,9 +32,7 @@ import model as models
 
 
 def launch(flags, processes):
-    return subprocess.Popen(command(*(f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()),
-                            torchrun=processes if processes > 1 else 0), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return start_training(flags, torchrun=processes if processes > 1 else 0)
 
 
 def last_step(out):
@@ -64,12 +60,6 @@ def kill_at(process, out, while_saving, moment):
     return last_step(out), (out / ".checkpoint").exists()
 
 
-def equal(left, right):
-    a, b = weights(left), weights(right)
-    rows = [[{name: value for name, value in row.items() if name != "tokens_per_second"} for row in read_metrics(path)] for path in (left, right)]
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items()) and rows[0] == rows[1]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
@@ -81,10 +71,11 @@ def main():
     tokenizer = make_tokenizer()
     models.save_model(tiny_model("llama", tokenizer), tokenizer, home / "model")
     rows = write_jsonl(home / "rows.jsonl", make_rows(22))
-    flags = {"model": home / "model", "dataset": rows, "loss": "bco_pair", "batch_size": 8, "micro_batch_size": 3, "max_length": 64, "lr": 1e-2,
-             "eval_share": 0.1, "log_every": 1, "epochs": 60, "save_every": 7, "eval_every": 50, "sync_ref_every": 5, "parallel": args.parallel}
+    flags = TINY_RUN | {"model": home / "model", "dataset": rows, "loss": "bco_pair", "epochs": 60, "save_every": 7, "eval_every": 50,
+                        "sync_ref_every": 5, "parallel": args.parallel}
     process = launch(flags | {"output_dir": home / "whole"}, args.processes)
-    assert process.wait() == 0, process.stderr.read()
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
     print(f"uninterrupted: {last_step(home / 'whole')} steps, a checkpoint every 7; {args.processes} process(es), {args.parallel}")
     print("| run | killed after step (* while writing a checkpoint) | end |\n|---|---|---|")
     same = 0
@@ -96,7 +87,7 @@ def main():
             kills.append(f"{step}{'*' if saving else ''}")
             process = launch({"output_dir": out, "resume": True}, args.processes)
         _, stderr = process.communicate()
-        good = process.returncode == 0 and equal(home / "whole", out)
+        good = process.returncode == 0 and not differences(home / "whole", out)
         same += good
         print(f"| {run} | {', '.join(kills)} | {'equal' if good else 'DIFFERS ' + stderr[-300:]} |", flush=True)
     print(f"{same} of {args.runs} ends equal the uninterrupted one bit for bit")
