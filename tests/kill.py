@@ -1,10 +1,11 @@
-"""Kill runs at random moments, resume them, and compare their ends bit for bit with that of a run that was left alone.
+"""Kill runs at random moments, resume them, and compare them bit for bit with an uninterrupted run.
 
     python tests/kill.py --runs 20                   # one process
-    python tests/kill.py --runs 20 --processes 2     # DDP (--parallel fsdp: shards)
+    python tests/kill.py --runs 20 --processes 2     # DDP; --parallel fsdp: FSDP2
 
-Each run is killed with SIGKILL, every second one while a checkpoint is being written, and resumed; one in three is killed once more
-after that. Prints a table, and exits with status 1 if any end differs in a bit of any weight or of any metric.
+Each run is killed with SIGKILL and resumed. Every second run is killed while it writes a
+checkpoint. Every third run is killed and resumed twice. Prints a table. Exits with status 1 if any
+weight or metric of a resumed run differs in a bit.
 """
 import argparse
 import json
@@ -30,68 +31,101 @@ from conftest import (
 
 import model as models
 
+FLAGS = TINY_RUN | {
+    "loss": "bco_pair", "epochs": 60, "save_every": 7, "eval_every": 50, "sync_ref_every": 5,
+}
+
 
 def launch(flags, processes):
+    """Start a run in a process group of its own."""
     return start_training(flags, torchrun=processes if processes > 1 else 0)
 
 
 def last_step(out):
+    """The last step in metrics.jsonl; 0 if there is none yet or its line is incomplete."""
     try:
         return read_metrics(out)[-1]["step"]
     except (OSError, IndexError, json.JSONDecodeError):
         return 0
 
 
-def kill_at(process, out, while_saving, moment):
-    """SIGKILL to the whole process group after so many seconds of steps -> (step reached, whether a checkpoint was half written)."""
+def kill_at(process, out, while_saving, seconds):
+    """Send SIGKILL to the process group `seconds` after the next step, or at the next write of a
+    checkpoint after that -> the last step, and whether a checkpoint was partly written."""
+    partial_checkpoint = out / ".checkpoint"
     start = last_step(out)
     while process.poll() is None and last_step(out) <= start:
         time.sleep(0.005)
-    until = time.time() + moment
+    until = time.time() + seconds
     while process.poll() is None and time.time() < until:
         time.sleep(0.001)
-    while while_saving and process.poll() is None and not (out / ".checkpoint").exists():
+    # Without a pause, because a small checkpoint takes milliseconds.
+    while while_saving and process.poll() is None and not partial_checkpoint.exists():
         pass
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.wait()
-    return last_step(out), (out / ".checkpoint").exists()
+    return last_step(out), partial_checkpoint.exists()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def prepare(parallel):
+    """Make a model and rows in a new folder -> the folder, the flags of a run."""
+    home = pathlib.Path(tempfile.mkdtemp(prefix="kill-"))
+    tokenizer = make_tokenizer()
+    models.save_model(tiny_model("llama", tokenizer), tokenizer, home / "model")
+    rows = write_jsonl(home / "rows.jsonl", make_rows(22))
+    return home, FLAGS | {"model": home / "model", "dataset": rows, "parallel": parallel}
+
+
+def killed_run(flags, out, processes, kills, while_saving, choose):
+    """Start a run, kill and resume it `kills` times -> the last process, a list of the kills."""
+    killed_after = []
+    process = launch(flags | {"output_dir": out}, processes)
+    for _ in range(kills):
+        step, saving = kill_at(process, out, while_saving, choose.uniform(0, 2.5))
+        killed_after.append(f"{step}{'*' if saving else ''}")
+        process = launch({"output_dir": out, "resume": True}, processes)
+    return process, killed_after
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    choose, home = random.Random(args.seed), pathlib.Path(tempfile.mkdtemp(prefix="kill-"))
-    tokenizer = make_tokenizer()
-    models.save_model(tiny_model("llama", tokenizer), tokenizer, home / "model")
-    rows = write_jsonl(home / "rows.jsonl", make_rows(22))
-    flags = TINY_RUN | {"model": home / "model", "dataset": rows, "loss": "bco_pair", "epochs": 60, "save_every": 7, "eval_every": 50,
-                        "sync_ref_every": 5, "parallel": args.parallel}
-    process = launch(flags | {"output_dir": home / "whole"}, args.processes)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    choose = random.Random(args.seed)
+    home, flags = prepare(args.parallel)
+    whole = home / "whole"
+    process = launch(flags | {"output_dir": whole}, args.processes)
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    print(f"uninterrupted: {last_step(home / 'whole')} steps, a checkpoint every 7; {args.processes} process(es), {args.parallel}")
+    print(f"uninterrupted: {last_step(whole)} steps, a checkpoint every {FLAGS['save_every']}; "
+          f"{args.processes} process(es), {args.parallel}")
     print("| run | killed after step (* while writing a checkpoint) | end |\n|---|---|---|")
-    same = 0
+
+    equal_runs = 0
     for run in range(1, args.runs + 1):
-        out, kills = home / f"run{run}", []
-        process = launch(flags | {"output_dir": out}, args.processes)
-        for _ in range(2 if run % 3 == 0 else 1):
-            step, saving = kill_at(process, out, run % 2 == 0, choose.uniform(0, 2.5))
-            kills.append(f"{step}{'*' if saving else ''}")
-            process = launch({"output_dir": out, "resume": True}, args.processes)
+        out = home / f"run{run}"
+        kills = 2 if run % 3 == 0 else 1
+        while_saving = run % 2 == 0
+        process, killed_after = killed_run(
+            flags, out, args.processes, kills, while_saving, choose)
         _, stderr = process.communicate()
-        good = process.returncode == 0 and not differences(home / "whole", out)
-        same += good
-        print(f"| {run} | {', '.join(kills)} | {'equal' if good else 'DIFFERS ' + stderr[-300:]} |", flush=True)
-    print(f"{same} of {args.runs} ends equal the uninterrupted one bit for bit")
-    sys.exit(same < args.runs)
+        is_equal = process.returncode == 0 and not differences(whole, out)
+        equal_runs += is_equal
+        end = "equal" if is_equal else f"DIFFERS {stderr[-300:]}"
+        print(f"| {run} | {', '.join(killed_after)} | {end} |", flush=True)
+    print(f"{equal_runs} of {args.runs} ends equal the uninterrupted one bit for bit")
+    sys.exit(equal_runs < args.runs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""One batch is one update, whatever the number of micro-batches, processes and shards it is cut into.
+"""One batch gives one update for any number of micro-batches, processes and shards.
 
-`torchrun tests/test_parallel.py CASES OUT` runs the cases (JSON: name -> flags) on its processes; pytest compares them with one process.
+`torchrun tests/test_parallel.py CASES OUT` trains with the flags of each case (JSON: name -> flags)
+on its processes and writes the gradients into the folder OUT; the tests compare them with those of
+one process.
 """
 import contextlib
 import json
@@ -12,6 +14,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     ALONE,
     ROOT,
@@ -24,6 +27,8 @@ from conftest import (
     write_jsonl,
 )
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM
 
 import lora
 import model as models
@@ -33,31 +38,37 @@ import train
 from losses import LOSSES, find, hyperparameters, needs_reference
 
 SUMS = ["sigmoid:0.8,bco_pair:0.2,sft:1", "aot,sft"]
-CUTS = {"whole": 8, "halves": 4, "uneven": 3, "quarters": 2}  # name: micro_batch_size; windows of 8 pairs and of 3
-COMMON = TINY_RUN | {"eval_share": None, "dtype": "float64", "lr": 1e-30, "epochs": 1, "max_grad_norm": 1e-3}
+# Name: micro_batch_size. The two steps have 8 and 3 pairs.
+SPLITS = {"whole": 8, "halves": 4, "uneven": 3, "quarters": 2}
+COMMON = TINY_RUN | {
+    "eval_share": None, "dtype": "float64", "lr": 1e-30, "epochs": 1, "max_grad_norm": 1e-3,
+}
 
 
 def record(flags, out, ranks):
-    """The gradients that the optimizer of each step is given, after clipping; and metrics.jsonl. The weights stay as they are."""
-    gradients, clip = [], train.clip_gradients
+    """Train -> for each step, the gradients that the optimizer receives: {index: tensor}.
 
-    def clipped(module, max_norm):
-        norm = clip(module, max_norm)
-        gradients.append({name.removeprefix("module."): parallel.whole(parameter.grad).clone() for name, parameter in module.named_parameters()
-                          if parameter.requires_grad})
-        return norm
+    At the learning rate of COMMON the weights do not change.
+    """
+    gradients = []
 
-    train.clip_gradients = clipped
+    def before_step(optimizer, args, kwargs):
+        step = {}
+        for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            step[index] = parallel.whole(parameter.grad).clone()
+        gradients.append(step)
+
+    hook = register_optimizer_step_pre_hook(before_step)
     try:
         train.main(to_arguments(flags | {"output_dir": out}), ranks)
     finally:
-        train.clip_gradients = clip
+        hook.remove()
     return gradients
 
 
 @pytest.fixture(scope="module")
 def world(tokenizer, tmp_path_factory):
-    """The flags of every case, on 11 rows and 5 held out, with a reference that is another model than the policy."""
+    """A folder with 11 training rows, 5 held-out rows, a policy and another model as reference."""
     home = tmp_path_factory.mktemp("parallel")
     for name, seed in (("policy", 0), ("reference", 1)):
         model = tiny_model("llama", tokenizer)
@@ -66,27 +77,42 @@ def world(tokenizer, tmp_path_factory):
             parameter.data += 0.05 * torch.randn_like(parameter)
         models.save_model(model, tokenizer, home / name)
     for name, count in (("rows", 11), ("held_out", 5)):
-        write_jsonl(home / f"{name}.jsonl", [row | {"chosen_score": 2.0 + i % 3, "rejected_score": 1.0 + 0.1 * i}
-                                            for i, row in enumerate(make_rows(count, seed=len(name)))])
+        rows = []
+        for i, row in enumerate(make_rows(count, seed=len(name))):
+            scores = {"chosen_score": 2.0 + i % 3, "rejected_score": 1.0 + 0.1 * i}
+            rows.append(row | scores)
+        write_jsonl(home / f"{name}.jsonl", rows)
     return home
 
 
 def flags_of(world, loss, **more):
-    flags = COMMON | {"loss": loss, "model": world / "policy", "dataset": world / "rows.jsonl", "eval_dataset": world / "held_out.jsonl"}
-    names = hyperparameters(find(loss))
-    flags |= {"beta": 0.3} if "beta" in names else {}
-    flags |= {"ref_model": world / "reference"} if needs_reference(find(loss)) and more.get("ref") != "adapter_off" else {}
-    return {name: value if value in (True, None) else str(value) for name, value in (flags | more).items()}
+    """The flags of a run with this loss on the files of `world`."""
+    flags = COMMON | {
+        "loss": loss, "model": world / "policy", "dataset": world / "rows.jsonl",
+        "eval_dataset": world / "held_out.jsonl",
+    }
+    if "beta" in hyperparameters(find(loss)):
+        flags["beta"] = 0.3
+    if needs_reference(find(loss)) and more.get("ref") != "adapter_off":
+        flags["ref_model"] = world / "reference"
+    flags |= more
+    # JSON has no paths.
+    for name, value in flags.items():
+        if isinstance(value, pathlib.Path):
+            flags[name] = str(value)
+    return flags
 
 
 def torchrun(cases, out):
     """Run the cases on two processes -> {case: gradients}."""
     out.mkdir(parents=True)
     (out / "cases.json").write_text(json.dumps(cases))
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__,
-                             str(out / "cases.json"), str(out)], capture_output=True, text=True, timeout=600,
-                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert (out / "gradients.pt").exists(), result.stdout[-2000:] + result.stderr[-5000:]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [sys.executable, *launcher, __file__, str(out / "cases.json"), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(script, capture_output=True, text=True, timeout=600, env=environment)
+    output = result.stdout[-2000:] + result.stderr[-5000:]
+    assert (out / "gradients.pt").exists(), output
     return torch.load(out / "gradients.pt")
 
 
@@ -97,103 +123,158 @@ def two_processes(world):
     return torchrun(cases, world / "ddp"), world / "ddp"
 
 
-def half_of(whole, half):
-    """What a run leaves that is killed after its checkpoint of step 2."""
+def copy_until_step_2(whole, half):
+    """Make the folder of a run that is killed after its checkpoint of step 2."""
     half.mkdir()
     shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", half)
     flags = json.loads((whole / "config.json").read_text())["flags"]
-    (half / "config.json").write_text(json.dumps({"flags": flags | {"output_dir": str(half)}}))
+    flags["output_dir"] = str(half)
+    (half / "config.json").write_text(json.dumps({"flags": flags}))
 
 
-def same(left, right, tolerance=1e-10):
+def differing_gradients(left, right, tolerance):
+    """(step, index) of the gradients that differ by more than `tolerance` times the step's largest
+    gradient."""
     assert len(left) == len(right) > 0
-    for a, b in zip(left, right):
-        assert a.keys() == b.keys()
-        scale = max(gradient.abs().max() for gradient in a.values())
-        for name in a:
-            assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
+    differing = []
+    for step, (left_step, right_step) in enumerate(zip(left, right)):
+        assert left_step.keys() == right_step.keys()
+        scale = max(gradient.abs().max() for gradient in left_step.values())
+        for index, gradient in left_step.items():
+            assert gradient.shape == right_step[index].shape
+            if not (gradient - right_step[index]).abs().max() <= tolerance * scale:
+                differing.append((step, index))
+    return differing
+
+
+def same_gradients(left, right, tolerance=1e-10):
+    assert differing_gradients(left, right, tolerance) == []
 
 
 def same_runs(left, right, tolerance=1e-9):
+    """The metrics of two folders are equal, and contain every evaluation."""
     left, right = read_metrics(left), read_metrics(right)
-    assert [row["split"] for row in left].count("eval") == (3 if len(left) > 3 else 1)
+    evaluations = [row["split"] for row in left].count("eval")
+    assert evaluations == (3 if len(left) > 3 else 1)
     assert not differences(left, right, tolerance)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, *SUMS])
-def test_gradients_and_metrics_are_those_of_the_whole_batch_however_it_is_cut(loss, world, two_processes, tmp_path):
-    found = {cut: record(flags_of(world, loss, micro_batch_size=size), tmp_path / cut, ALONE) for cut, size in CUTS.items()}
-    assert sum(gradient.abs().sum() for gradient in found["whole"][0].values()) > 0
-    for cut in ("halves", "uneven", "quarters"):
-        same(found["whole"], found[cut])
-        same_runs(tmp_path / "whole", tmp_path / cut)
-    gradients, out = two_processes
-    same(found["whole"], gradients[loss])
+def test_micro_batches_and_two_processes_give_the_gradients_and_metrics_of_the_whole_batch(
+        loss, world, two_processes, tmp_path):
+    gradients = {}
+    for name, size in SPLITS.items():
+        flags = flags_of(world, loss, micro_batch_size=size)
+        gradients[name] = record(flags, tmp_path / name, ALONE)
+    whole = gradients["whole"]
+    assert sum(gradient.abs().sum() for gradient in whole[0].values()) > 0
+    for name in ("halves", "uneven", "quarters"):
+        same_gradients(whole, gradients[name])
+        same_runs(tmp_path / "whole", tmp_path / name)
+    ddp_gradients, out = two_processes
+    same_gradients(whole, ddp_gradients[loss])
     same_runs(tmp_path / "whole", out / loss)
 
 
-SHARDED = {f"{loss}, {kind}{', checkpointing' if checkpointing else ''}": (loss, more | checkpointing)
-           for loss in ("sigmoid", "aot", "simpo", "sft") for checkpointing in ({}, {"gradient_checkpointing": True})
-           for kind, more in (("full", {}), ("LoRA", {"lora_rank": 4}))}
-SHARDED["sigmoid, DoRA with its base as the reference"] = "sigmoid", {"lora_rank": 4, "dora": True, "ref": "adapter_off"}
-SHARDED["sigmoid, a cached reference"] = "sigmoid", {"ref": "cache"}
-SHARDED["sigmoid, tied embeddings"] = "sigmoid", {}
-LONG = {"lr": 1e-2, "epochs": 3, "save_every": 2, "eval_every": 2, "keep_checkpoints": 9, "micro_batch_size": 2}
-MOVING = {"bco_pair, a model that moves": ("bco_pair", {"sync_ref_every": 1}), "aot, an adapter on its base": ("aot", {"lora_rank": 4, "ref": "adapter_off"})}
+# Case: loss, flags.
+SHARDED = {}
+for sharded_loss in ("sigmoid", "aot", "simpo", "sft"):
+    SHARDED |= {
+        f"{sharded_loss}, full": (sharded_loss, {}),
+        f"{sharded_loss}, LoRA": (sharded_loss, {"lora_rank": 4}),
+        f"{sharded_loss}, full, checkpointing": (
+            sharded_loss, {"gradient_checkpointing": True}),
+        f"{sharded_loss}, LoRA, checkpointing": (
+            sharded_loss, {"lora_rank": 4, "gradient_checkpointing": True}),
+    }
+SHARDED |= {
+    "sigmoid, DoRA with its base as the reference": (
+        "sigmoid", {"lora_rank": 4, "dora": True, "ref": "adapter_off"}),
+    "sigmoid, a cached reference": ("sigmoid", {"ref": "cache"}),
+    "sigmoid, tied embeddings": ("sigmoid", {}),
+}
+LONG = {
+    "lr": 1e-2, "epochs": 3, "save_every": 2, "eval_every": 2, "keep_checkpoints": 9,
+    "micro_batch_size": 2,
+}
+MOVING = {
+    "bco_pair, a moving reference": ("bco_pair", {"sync_ref_every": 1}),
+    "aot, an adapter with its base as the reference": (
+        "aot", {"lora_rank": 4, "ref": "adapter_off"}),
+}
 
 
 @pytest.fixture(scope="module")
 def shards(world, tokenizer):
-    """A few losses under FSDP2 and DDP, and the same flags for one process."""
+    """Gradients of some losses under FSDP2 and DDP, and {case: flags} for one process."""
     models.save_model(tiny_model("gpt2", tokenizer), tokenizer, world / "gpt2")
-    cases = {case: flags_of(world, loss, micro_batch_size=2, **more) for case, (loss, more) in SHARDED.items()}
-    cases["sigmoid, tied embeddings"]["model"] = str(world / "gpt2")
-    sharded = {f"fsdp, {case}": flags | {"parallel": "fsdp"} for case, flags in cases.items()}
-    replicated = {f"ddp, {case}": flags for case, flags in cases.items() if "LoRA" in case or "checkpointing" in case}
+    one_process, two_processes = {}, {}
+    for case, (loss, more) in SHARDED.items():
+        flags = flags_of(world, loss, micro_batch_size=2, **more)
+        if "tied embeddings" in case:
+            flags["model"] = str(world / "gpt2")
+        one_process[case] = flags
+        two_processes[f"fsdp, {case}"] = flags | {"parallel": "fsdp"}
     for case, (loss, more) in MOVING.items():
-        cases[case] = flags_of(world, loss, **LONG, **more)
-        sharded |= {f"fsdp, {case}": cases[case] | {"parallel": "fsdp"}, f"resumed, {case}": {"resume": True}}
-    return torchrun(sharded | replicated, world / "fsdp"), cases
+        flags = flags_of(world, loss, **LONG, **more)
+        one_process[case] = flags
+        two_processes[f"fsdp, {case}"] = flags | {"parallel": "fsdp"}
+        two_processes[f"resumed, {case}"] = {"resume": True}
+    for case in SHARDED:
+        if "LoRA" in case or "checkpointing" in case:
+            two_processes[f"ddp, {case}"] = one_process[case]
+    return torchrun(two_processes, world / "fsdp"), one_process
 
 
-# Where the check of packed rows fails: on these ranks, at this call of the attention function; "backward": in its gradient.
-FAILURES = {"both ranks, in the second block": ([0, 1], 2), "both ranks, after some rows": ([0, 1], 7),
-            "both ranks, in backward": ([0, 1], "backward"), "rank 1 alone": ([1], 2)}
-UNPACKED = {"lr": 1e-2, "epochs": 2, "micro_batch_size": 2, "eval_every": 2, "log_every": 1, "lora_rank": None}
+# Case: the ranks on which the check of packed rows fails, and the call of the attention function
+# that fails; "backward": its gradient.
+FAILURES = {
+    "both ranks, in the second block": ([0, 1], 2),
+    "both ranks, after some rows": ([0, 1], 7),
+    "both ranks, in backward": ([0, 1], "backward"),
+    "rank 1 alone": ([1], 2),
+}
+TWO_EPOCHS = {"lr": 1e-2, "epochs": 2, "micro_batch_size": 2, "eval_every": 2}
+
+
+class NoBackward(torch.autograd.Function):
+    """The identity, whose backward raises an error."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no kernel for this gradient")
 
 
 @contextlib.contextmanager
-def failing_check(ranks, rank, call):
-    """Packed rows fail in the check, as with a kernel that refuses the head size: an error inside the forward of some block."""
-    check, attend, calls = packing.can_pack, torch.nn.functional.scaled_dot_product_attention, []
+def failing_check(failing_ranks, rank, failing_call):
+    """Inside, attention raises an error in packing.can_pack, as a kernel does that does not support
+    a head size, and only there."""
+    check, attention = packing.can_pack, F.scaled_dot_product_attention
+    calls = []
 
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            raise RuntimeError("no kernel for this gradient")
-
-    def refuses(*given, **named):
+    def failing_attention(*inputs, **options):
         calls.append(1)
-        if call == "backward":
-            return Fails.apply(attend(*given, **named))
-        if len(calls) == call:
+        if failing_call == "backward":
+            return NoBackward.apply(attention(*inputs, **options))
+        if len(calls) == failing_call:
             raise RuntimeError("no kernel for this head size")
-        return attend(*given, **named)
+        return attention(*inputs, **options)
 
-    def checked(module):
+    def check_with_failing_attention(module):
         calls.clear()
-        torch.nn.functional.scaled_dot_product_attention = refuses if rank in ranks else attend
+        if rank in failing_ranks:
+            F.scaled_dot_product_attention = failing_attention
         try:
             return check(module)
         finally:
-            torch.nn.functional.scaled_dot_product_attention = attend
+            F.scaled_dot_product_attention = attention
 
-    packing.can_pack = checked
+    packing.can_pack = check_with_failing_attention
     try:
         yield
     finally:
@@ -202,21 +283,24 @@ def failing_check(ranks, rank, call):
 
 @pytest.fixture(scope="module")
 def failures(world):
-    flags = flags_of(world, "sigmoid", **UNPACKED)
-    cases = {"fsdp, padded": flags | {"parallel": "fsdp", "attention": "padded"}, "ddp, padded": flags | {"attention": "padded"}}
+    """Runs whose check of packed rows fails, and runs with padded rows: gradients and folder."""
+    flags = flags_of(world, "sigmoid", **TWO_EPOCHS)
+    cases = {}
     for kind in ("fsdp", "ddp"):
-        for name in FAILURES:
-            if kind == "fsdp" or "alone" in name:
-                cases[f"{kind}, {name}"] = flags | {"parallel": kind, "attention": "auto"}
+        cases[f"{kind}, padded"] = flags | {"parallel": kind, "attention": "padded"}
+    for name in FAILURES:
+        cases[f"fsdp, {name}"] = flags | {"parallel": "fsdp", "attention": "auto"}
+    cases["ddp, rank 1 alone"] = flags | {"parallel": "ddp", "attention": "auto"}
     return torchrun(cases, world / "failures"), world / "failures"
 
 
 @pytest.mark.parametrize("case", [*(f"fsdp, {name}" for name in FAILURES), "ddp, rank 1 alone"])
-def test_a_check_of_packed_rows_that_fails_in_the_middle_leaves_a_run_with_padded_rows_and_nothing_else(case, failures):
-    """Gradients, metrics and weights are bit for bit those of --attention padded, where no check was made."""
+def test_a_run_whose_check_of_packed_rows_fails_is_bit_identical_to_one_with_padded_rows(
+        case, failures):
+    """With --attention padded no check is made. Gradients, metrics and weights are compared."""
     gradients, out = failures
     padded = f"{case.split(',')[0]}, padded"
-    same(gradients[padded], gradients[case], 0)
+    same_gradients(gradients[padded], gradients[case], 0)
     assert not differences(out / padded, out / case)
     found = load_file(out / case / "model.safetensors")
     start = models.load_model(str(out.parent / "policy"), torch.float64).state_dict()
@@ -224,75 +308,116 @@ def test_a_check_of_packed_rows_that_fails_in_the_middle_leaves_a_run_with_padde
 
 
 @pytest.mark.parametrize("case", SHARDED)
-def test_sharded_weights_give_the_gradients_and_metrics_of_whole_ones(case, world, shards, tmp_path):
-    gradients, cases = shards
-    one = record(cases[case], tmp_path / "one", ALONE)
+def test_sharded_and_replicated_weights_give_the_gradients_and_metrics_of_one_process(
+        case, world, shards, tmp_path):
+    gradients, flags = shards
+    one_process = record(flags[case], tmp_path / "one", ALONE)
     for kind in ("fsdp", "ddp"):
-        if f"{kind}, {case}" in gradients:
-            same(one, gradients[f"{kind}, {case}"])
-            same_runs(tmp_path / "one", world / "fsdp" / f"{kind}, {case}")
+        name = f"{kind}, {case}"
+        if name in gradients:
+            same_gradients(one_process, gradients[name])
+            same_runs(tmp_path / "one", world / "fsdp" / name)
 
 
 @pytest.mark.parametrize("case", MOVING)
-def test_a_sharded_run_of_many_steps_is_that_of_one_process_and_goes_on_bit_for_bit(case, world, shards, tmp_path):
-    """Evaluated and saved at the same steps, its reference moved; the second was begun from the first's checkpoint of step 2."""
-    gradients, cases = shards
-    one = record(cases[case], tmp_path / "one", ALONE)
+def test_a_sharded_run_of_many_steps_equals_one_process_and_resumes_bit_for_bit(
+        case, world, shards, tmp_path):
+    """All runs evaluate and save at the same steps. The resumed run starts from the checkpoint of
+    step 2 of the sharded run."""
+    gradients, flags = shards
+    one_process = record(flags[case], tmp_path / "one", ALONE)
     whole, resumed = gradients[f"fsdp, {case}"], gradients[f"resumed, {case}"]
-    same(one, whole, 1e-6)
-    assert len(whole) == 6 and len(resumed) == 4
-    same(whole[2:], resumed, 0)
-    same_runs(tmp_path / "one", world / "fsdp" / f"fsdp, {case}", 1e-6)
-    same_runs(world / "fsdp" / f"fsdp, {case}", world / "fsdp" / f"resumed, {case}", 0)
+    same_gradients(one_process, whole, 1e-6)
+    assert len(whole) == 6
+    assert len(resumed) == 4
+    same_gradients(whole[2:], resumed, 0)
+    sharded_folder = world / "fsdp" / f"fsdp, {case}"
+    same_runs(tmp_path / "one", sharded_folder, 1e-6)
+    same_runs(sharded_folder, world / "fsdp" / f"resumed, {case}", 0)
 
 
-def test_a_sharded_run_leaves_one_folder_in_the_format_of_any_other(world, shards):
-    """At a learning rate of 1e-30 the weights are those of the start, and tied weights are stored once."""
-    for case, start in (("fsdp, sigmoid, full", "policy"), ("fsdp, sigmoid, tied embeddings", "gpt2")):
-        saved, before = (models.load_model(str(path), torch.float64).state_dict() for path in (world / "fsdp" / case, world / start))
-        assert all(torch.allclose(value, saved[name], rtol=0, atol=1e-20) for name, value in before.items())
+@pytest.mark.parametrize("case, start", [
+    ("fsdp, sigmoid, full", "policy"),
+    ("fsdp, sigmoid, tied embeddings", "gpt2"),
+])
+def test_a_sharded_run_saves_the_whole_model_in_one_folder(case, start, world, shards):
+    """At a learning rate of 1e-30 the saved weights are those of the start."""
+    saved = models.load_model(str(world / "fsdp" / case), torch.float64).state_dict()
+    before = models.load_model(str(world / start), torch.float64).state_dict()
+    for name, value in before.items():
+        assert torch.allclose(value, saved[name], rtol=0, atol=1e-20), name
+
+
+def test_a_sharded_run_saves_a_tied_weight_once_and_an_adapter_in_its_own_format(world, shards):
     stored = load_file(world / "fsdp" / "fsdp, sigmoid, tied embeddings" / "model.safetensors")
-    assert "lm_head.weight" not in stored and "transformer.wte.weight" in stored
+    assert "lm_head.weight" not in stored
+    assert "transformer.wte.weight" in stored
     assert lora.read_adapter(world / "fsdp" / "fsdp, sigmoid, LoRA")[0].rank == 4
 
 
-def test_under_fsdp_the_first_process_alone_reads_the_weights(shards):
-    """Policy and reference, once each: host memory holds one copy of a model, however many processes there are."""
-    reads = shards[0]["reads"]
-    assert reads["fsdp, sigmoid, full"] == [2, 0] and reads["fsdp, aot, LoRA"] == [2, 0] and reads["fsdp, sft, full"] == [1, 0]
+def test_under_fsdp_only_rank_0_reads_weights_and_reads_each_model_once(shards):
+    """Policy and reference: host memory contains one copy of a model for any number of ranks."""
+    reads = shards[0]["reads"]  # case: models read by each rank
+    assert reads["fsdp, sigmoid, full"] == [2, 0]
+    assert reads["fsdp, aot, LoRA"] == [2, 0]
+    assert reads["fsdp, sft, full"] == [1, 0]
     assert reads["ddp, aot, LoRA"] == [2, 2]
 
 
-def test_aot_sorts_the_whole_batch_and_not_a_part_of_it(world, tmp_path):
-    """What is computed from micro-batches that each sort for themselves is another gradient: the equality above is no accident."""
+def test_aot_without_its_batch_tag_sorts_each_micro_batch_and_gets_other_gradients(
+        world, tmp_path, monkeypatch):
+    """The equality of gradients above is therefore not trivial."""
     flags = flags_of(world, "aot", micro_batch_size=2)
-    right = record(flags, tmp_path / "right", ALONE)
-    tags, find("aot").tags = find("aot").tags, frozenset()
+    whole_batch = record(flags, tmp_path / "whole_batch", ALONE)
+    monkeypatch.setattr(find("aot"), "tags", frozenset())
+    micro_batches = record(flags, tmp_path / "micro_batches", ALONE)
+    assert differing_gradients(whole_batch, micro_batches, 1e-3) != []
+
+
+# --- the script that runs on two processes
+
+@contextlib.contextmanager
+def counted_reads():
+    """Yields a list of the models that from_pretrained reads inside."""
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+    names = []
+
+    def counting_from_pretrained(name, **options):
+        names.append(name)
+        return from_pretrained(name, **options)
+
+    AutoModelForCausalLM.from_pretrained = counting_from_pretrained
     try:
-        wrong = record(flags, tmp_path / "wrong", ALONE)
+        yield names
     finally:
-        find("aot").tags = tags
-    with pytest.raises(AssertionError):
-        same(right, wrong, 1e-3)
+        AutoModelForCausalLM.from_pretrained = from_pretrained
+
+
+def run_case(case, flags, out, ranks):
+    """Train with the flags of a case -> gradients, number of models that each rank reads."""
+    if "resume" in flags and ranks.rank == 0:
+        copy_until_step_2(out / case.replace("resumed", "fsdp"), out / case)
+    parallel.barrier(ranks)
+    fault = contextlib.nullcontext()
+    failure = FAILURES.get(case.split(", ", 1)[-1])
+    if failure:
+        packing.is_faster = lambda *inputs: True
+        failing_ranks, failing_call = failure
+        fault = failing_check(failing_ranks, ranks.rank, failing_call)
+    with fault, counted_reads() as reads:
+        gradients = record(flags, out / case, ranks)
+    return gradients, parallel.gather(len(reads), ranks)
+
+
+def main(cases_file, out):
+    ranks = parallel.init_distributed()
+    results = {"reads": {}}
+    for case, flags in json.loads(pathlib.Path(cases_file).read_text()).items():
+        results[case], results["reads"][case] = run_case(case, flags, pathlib.Path(out), ranks)
+    if ranks.rank == 0:
+        torch.save(results, pathlib.Path(out) / "gradients.pt")
+    parallel.leave_distributed(ranks)
 
 
 if __name__ == "__main__":
-    ranks = parallel.init_distributed()
-    found, calls, load = {"reads": {}}, [], models.load_pretrained
-    models.load_pretrained = lambda kind, *given, **named: calls.append(kind) or load(kind, *given, **named)
-    for case, flags in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
-        calls.clear()
-        if "resume" in flags and ranks.rank == 0:
-            half_of(pathlib.Path(sys.argv[2]) / case.replace("resumed", "fsdp"), pathlib.Path(sys.argv[2]) / case)
-        parallel.barrier(ranks)
-        inside = contextlib.nullcontext()
-        failure = FAILURES.get(case.split(", ", 1)[-1])
-        if failure:
-            packing.is_faster = lambda *given: True
-            inside = failing_check(failure[0], ranks.rank, failure[1])
-        with inside:
-            found[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
-        found["reads"][case] = parallel.gather(calls.count(models.AutoModelForCausalLM), ranks)
-    if ranks.rank == 0:
-        torch.save(found, pathlib.Path(sys.argv[2]) / "gradients.pt")
-    parallel.leave_distributed(ranks)
+    main(*sys.argv[1:])
