@@ -1,6 +1,18 @@
-"""Small things to train, made on the spot. Nothing here is downloaded, and no cache outside the test's own folder is touched."""
+"""Tiny models, rows and runs that the tests share.
+
+Nothing is downloaded, and the only cache that is written is a temporary folder.
+
+    fit(loss="ipo")                  trains in this process    -> output folder, its metrics
+    run_training(flags, torchrun=2)  trains in two processes   -> a finished process
+    start_training(flags)            starts a process that a test can kill
+    resume(out)                      continues a run in this process
+    differences(left, right)         compares two runs         -> a list that is empty if they agree
+
+TINY_RUN has the flags of a run of about a tenth of a second.
+"""
 import atexit
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -9,7 +21,8 @@ import sys
 import tempfile
 import time
 
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # before `datasets` is imported
+# `datasets` reads this variable when it is imported.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread, here and in the processes that tests start: for models this small, threads of several
@@ -18,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -31,29 +45,45 @@ ALONE = parallel.Ranks(0, 1, torch.device("cpu"))
 
 WORDS = "the cat sat on a mat and saw one more dog that ran far from home in rain or sun".split()
 
+# --model, --dataset and --output_dir are missing here, because they differ from test to test.
+TINY_RUN = {
+    "batch_size": 8, "micro_batch_size": 3, "max_length": 64, "lr": 1e-2, "eval_share": 0.1,
+    "log_every": 1,
+}
+
+
+# --- Rows and models ------------------------------------------------------------------------------
 
 def make_rows(count, seed=0):
-    """Rows whose prompts and answers differ in length, so that padding and cutting have something to do."""
+    """Make rows whose prompts and answers differ in length, so that batches need padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def phrase(low, high):
         length = int(torch.randint(low, high, (1,), generator=generator))
         return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator))
 
-    return [{"prompt": f"{i} {phrase(1, 8)}", "chosen": f" {phrase(1, 12)} good", "rejected": f" {phrase(1, 12)} bad"} for i in range(count)]
+    rows = []
+    for i in range(count):
+        prompt = f"{i} {phrase(1, 8)}"
+        chosen, rejected = f" {phrase(1, 12)} good", f" {phrase(1, 12)} bad"
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
 def make_tokenizer():
-    """Byte-level BPE, so that any text can be encoded."""
+    """Train a byte-level BPE, which can encode any text."""
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator([" ".join(row.values()) for row in make_rows(200)], vocab_size=320, special_tokens=["<eos>", "<pad>"],
-                                show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token="<eos>", pad_token="<pad>")
+    texts = [" ".join(row.values()) for row in make_rows(200)]
+    backend.train_from_iterator(
+        texts, vocab_size=320, special_tokens=["<eos>", "<pad>"], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend._tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
 @pytest.fixture(scope="session")
@@ -62,17 +92,21 @@ def tokenizer():
 
 
 def tiny_model(kind, tokenizer, **options):
+    """Make a model with random weights: "gpt2" or "llama"."""
     torch.manual_seed(0)
     if kind == "gpt2":  # learned absolute positions, tied head, dropout on by default
-        return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128, **options))
-    return AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.1, **options))
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2,
+                            n_positions=128, **options)
+    else:
+        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                             num_hidden_layers=2, num_attention_heads=2,
+                             max_position_embeddings=128, initializer_range=0.1, **options)
+    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.fixture(scope="session")
 def folder(tokenizer, tmp_path_factory):
-    """A model folder as users have them."""
+    """A folder with a model and its tokenizer."""
     path = tmp_path_factory.mktemp("model")
     models.save_model(tiny_model("llama", tokenizer), tokenizer, path)
     return str(path)
@@ -80,48 +114,58 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
+    """A file with 22 pairs."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows(22))
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+def to_arguments(flags):
+    """{"lr": 0.1, "dora": True, "epochs": None} -> ["--lr=0.1", "--dora"]"""
+    arguments = []
+    for name, value in flags.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def command(*arguments, torchrun=0):
+    """The command line that starts train.py, in `torchrun` processes if that is not 0."""
+    launcher = []
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def start_training(flags, torchrun=0):
+    """Start train.py in a process group of its own, which a test can interrupt or kill."""
+    return subprocess.Popen(command(*to_arguments(flags), torchrun=torchrun), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def run_training(flags, torchrun=0, cwd=None, timeout=300):
+    """Run train.py in another process and wait for its end."""
+    return subprocess.run(command(*to_arguments(flags), torchrun=torchrun), text=True, cwd=cwd,
+                          capture_output=True, timeout=timeout)
 
 
 @pytest.fixture
 def fit(folder, pairs, tmp_path):
-    """Run train.main in this process on the tiny model and rows -> output folder, rows of metrics.jsonl."""
-    def run(*flags, out="out", ranks=ALONE, **named):
-        defaults = {"model": folder, "dataset": pairs, "batch_size": 8, "micro_batch_size": 3,
-                    "max_length": 64, "lr": 1e-2, "eval_share": 0.1, "log_every": 1}
-        given = defaults | named | {"output_dir": tmp_path / out}
-        stopped = train.main([*flags, *(f"--{k}={v}" for k, v in given.items() if v is not None)], ranks)
+    """Run train.main in this process on the tiny model and rows -> output folder, its metrics."""
+    def run(*arguments, out="out", ranks=ALONE, **flags):
+        flags = TINY_RUN | {"model": folder, "dataset": pairs} | flags
+        flags |= {"output_dir": tmp_path / out}
+        stopped = train.main([*arguments, *to_arguments(flags)], ranks)
         assert not stopped
         return tmp_path / out, read_metrics(tmp_path / out)
     return run
 
 
-def read_metrics(path):
-    return [json.loads(line) for line in (pathlib.Path(path) / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_metrics(left, right, tolerance):
-    assert [(row["step"], row["split"]) for row in left] == [(row["step"], row["split"]) for row in right]
-    for a, b in zip(left, right):
-        for name in set(a) - {"tokens_per_second", "split"}:
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (name, a["step"], a["split"])
-
-
-def weights(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
-
-
-def command(*arguments, torchrun=0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
-    return [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
-
-
-def launch(folder, pairs, out, torchrun=0, **more):
-    """A run in a process of its own, or in several."""
-    flags = dict(model=folder, dataset=pairs, output_dir=out, batch_size=8, micro_batch_size=3, max_length=64, lr=1e-2, eval_share=0.1,
-                 log_every=1, save_every=5) | more
-    return subprocess.Popen(command(*(f"--{k}={v}" for k, v in flags.items()), torchrun=torchrun), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+def resume(out, *arguments):
+    """Continue the run in this process -> whether a signal stopped it."""
+    return train.main([f"--output_dir={out}", "--resume", *arguments], ALONE)
 
 
 def wait_for_checkpoint(process, out):
@@ -131,9 +175,69 @@ def wait_for_checkpoint(process, out):
 
 
 def unfinished(out):
-    """As a run is whose end was cut off: checkpoints, and no model beside them."""
-    (out / "config.json").write_text(json.dumps({"flags": json.loads((out / "config.json").read_text())["flags"]}))
+    """Delete the final model from the folder, as if the run had ended after its last checkpoint."""
+    flags = json.loads((out / "config.json").read_text())["flags"]
+    (out / "config.json").write_text(json.dumps({"flags": flags}))
     for path in out.iterdir():
         if path.is_file() and path.name not in ("config.json", "metrics.jsonl", ".lock"):
             path.unlink()
     return out
+
+
+# --- Comparing runs -------------------------------------------------------------------------------
+
+def read_metrics(path):
+    lines = (pathlib.Path(path) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(path):
+    """{name: tensor} of the model that a run saved, or of its adapter."""
+    adapter = pathlib.Path(path) / "adapter_model.safetensors"
+    if adapter.exists():
+        return load_file(adapter)
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
+
+
+def differences(left, right, tolerance=0.0, absolute=None):
+    """Compare two runs -> sentences about the differences; an empty list if there are none.
+
+    left, right  output folders, of which metrics and weights are compared, or only the rows of
+                 two metrics.jsonl. tokens_per_second, a time, is left out
+    tolerance    relative, and absolute where `absolute` is None; at 0, the runs must agree in
+                 every bit
+    """
+    if absolute is None:
+        absolute = tolerance
+    if isinstance(left, list):
+        return metric_differences(left, right, tolerance, absolute)
+    found = metric_differences(read_metrics(left), read_metrics(right), tolerance, absolute)
+    return found + weight_differences(weights(left), weights(right), tolerance, absolute)
+
+
+def metric_differences(left, right, tolerance, absolute):
+    steps = [[(row["step"], row["split"]) for row in rows] for rows in (left, right)]
+    if steps[0] != steps[1]:
+        return [f"steps and splits {steps[0]}, {steps[1]}"]
+    found = []
+    for one, two in zip(left, right):
+        where = f"step {one['step']} {one['split']}"
+        if one.keys() != two.keys():
+            found.append(f"{where}: metrics {sorted(one)}, {sorted(two)}")
+        for name in one.keys() & two.keys() - {"split", "tokens_per_second"}:
+            if not math.isclose(one[name], two[name], rel_tol=tolerance, abs_tol=absolute):
+                found.append(f"{where}: {name} {one[name]}, {two[name]}")
+    return found
+
+
+def weight_differences(left, right, tolerance, absolute):
+    if left.keys() != right.keys():
+        return [f"weights {sorted(left)}, {sorted(right)}"]
+    found = []
+    for name, value in left.items():
+        other = right[name]
+        if value.dtype != other.dtype or value.shape != other.shape:
+            found.append(f"{name}: {value.dtype} {value.shape}, {other.dtype} {other.shape}")
+        elif not torch.allclose(value, other, rtol=tolerance, atol=absolute):
+            found.append(f"{name}: {(value - other).abs().max()} apart")
+    return found

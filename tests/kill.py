@@ -13,42 +13,32 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
-import torch
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from conftest import (
-    command,
+    TINY_RUN,
+    differences,
     make_rows,
     make_tokenizer,
     read_metrics,
+    start_training,
     tiny_model,
-    weights,
     write_jsonl,
 )
 
 import model as models
 
-FLAGS = {
-    "loss": "bco_pair", "batch_size": 8, "micro_batch_size": 3, "max_length": 64, "lr": 1e-2,
-    "eval_share": 0.1, "log_every": 1, "epochs": 60, "save_every": 7, "eval_every": 50,
-    "sync_ref_every": 5,
+FLAGS = TINY_RUN | {
+    "loss": "bco_pair", "epochs": 60, "save_every": 7, "eval_every": 50, "sync_ref_every": 5,
 }
 
 
 def launch(flags, processes):
     """Start a run in a process group of its own."""
-    arguments = []
-    for name, value in flags.items():
-        arguments.append(f"--{name}" if value is True else f"--{name}={value}")
-    return subprocess.Popen(
-        command(*arguments, torchrun=processes if processes > 1 else 0),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return start_training(flags, torchrun=processes if processes > 1 else 0)
 
 
 def last_step(out):
@@ -78,24 +68,6 @@ def kill_at(process, out, while_saving, seconds):
         pass
     process.wait()
     return last_step(out), partial_checkpoint.exists()
-
-
-def metrics_without_speed(out):
-    rows = read_metrics(out)
-    for row in rows:
-        row.pop("tokens_per_second", None)
-    return rows
-
-
-def equal(left, right):
-    """Whether two runs have the same bits in all weights and metrics."""
-    left_weights, right_weights = weights(left), weights(right)
-    if left_weights.keys() != right_weights.keys():
-        return False
-    for name, value in left_weights.items():
-        if not torch.equal(value, right_weights[name]):
-            return False
-    return metrics_without_speed(left) == metrics_without_speed(right)
 
 
 def prepare(parallel):
@@ -134,7 +106,8 @@ def main():
     home, flags = prepare(args.parallel)
     whole = home / "whole"
     process = launch(flags | {"output_dir": whole}, args.processes)
-    assert process.wait() == 0, process.stderr.read()
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
     print(f"uninterrupted: {last_step(whole)} steps, a checkpoint every {FLAGS['save_every']}; "
           f"{args.processes} process(es), {args.parallel}")
     print("| run | killed after step (* while writing a checkpoint) | end |\n|---|---|---|")
@@ -147,7 +120,7 @@ def main():
         process, killed_after = killed_run(
             flags, out, args.processes, kills, while_saving, choose)
         _, stderr = process.communicate()
-        is_equal = process.returncode == 0 and equal(whole, out)
+        is_equal = process.returncode == 0 and not differences(whole, out)
         equal_runs += is_equal
         end = "equal" if is_equal else f"DIFFERS {stderr[-300:]}"
         print(f"| {run} | {', '.join(killed_after)} | {end} |", flush=True)

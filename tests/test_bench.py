@@ -1,4 +1,4 @@
-"""The numbers of bench.py can be checked by hand, and a comparison is of the same work."""
+"""The numbers of bench.py agree with counts by hand; a comparison requires the same work."""
 import json
 import shlex
 import sys
@@ -6,27 +6,29 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 
 import bench
 from errors import UserError
 
 
-def test_the_floor_of_one_pair_is_the_one_counted_by_hand():
-    """Prompt 2, chosen 3, rejected 1; body 10 weights, vocabulary 7, hidden 4, 5 layers. The
-    queries of the prompt see 1 + 2 keys, those of chosen 3 + 4 + 5, that of rejected 3."""
+def test_the_floor_of_one_pair_equals_a_count_by_hand():
+    """The pair has 2 prompt tokens, 3 chosen and 1 rejected; the model has 10 weights in its body,
+    a vocabulary of 7, a hidden size of 4 and 5 layers. The prompt's queries attend to 1 + 2 keys,
+    those of chosen to 3 + 4 + 5, and that of rejected to 3."""
     forward = 2 * 10 * 6 + 2 * 7 * 4 * (3 + 1) + 4 * 4 * 5 * (3 + 12 + 3)
     assert bench.floor(np.array([[2, 3, 1]]), 10, 7, 4, 5, passes=1) == forward
     assert bench.floor(np.array([[2, 3, 1]] * 3), 10, 7, 4, 5, passes=4) == 3 * 4 * forward
 
 
-def test_the_padded_tokens_of_a_step_are_those_counted_by_hand():
-    """Micro-batches of 2 and 1 pairs. The longest rows have 2 + 3 and 1 + 6 tokens, and a pair is
-    two rows."""
+def test_the_padded_tokens_of_a_step_equal_a_count_by_hand():
+    """The micro-batches have 2 pairs and 1 pair, with longest rows of 2 + 3 and 1 + 6 tokens. Each
+    pair is two rows."""
     lengths = np.array([[[2, 3, 1], [1, 1, 2], [1, 1, 6]]])
     assert bench.count_padded(lengths, 2) == 2 * (2 * 5) + 2 * (1 * 7)
 
 
-def test_the_peak_of_the_machine_is_a_plausible_rate():
+def test_the_measured_peak_of_the_machine_is_between_1e8_and_1e15_flops():
     peak = bench.matmul_peak(torch.float32, torch.device("cpu"), size=128, repeats=3)
     assert 1e8 < peak < 1e15
 
@@ -55,14 +57,15 @@ def test_a_run_prints_one_json_line(flags, more, capsys):
     assert 0 < line["unique_tokens_per_s"] < line["nonpad_tokens_per_s"]
     assert line["step_s_mean"] == pytest.approx(4 / line["pairs_per_s"], rel=1e-2)
     assert line["init_s"] > 0
-    assert line["peak_rss_mb"] >= line["rss_before_train_mb"] > 0 and 0 < line["share_of_peak"] < 1
+    assert line["peak_rss_mb"] >= line["rss_before_train_mb"] > 0
+    assert 0 < line["share_of_peak"] < 1
     assert line["trained_parameters"] == line["parameters"] or "--lora_r=2" in more
     moments = 8 * line["trained_parameters"] / 2**20
     assert line["optimizer_mb"] == pytest.approx(moments, abs=1e-3)
 
 
 def test_a_file_of_few_rows_is_repeated_to_fill_every_batch(flags, capsys):
-    """As other trainers are given them: 22 rows and again the first 2, in 3 batches of 8."""
+    """22 rows and the first 2 again make 3 batches of 8. Other trainers receive the same rows."""
     bench.main([*flags, "--batch_size", "8"])
     assert json.loads(capsys.readouterr().out)["pairs_per_s"] > 0
 
@@ -72,14 +75,13 @@ def test_rows_that_would_be_dropped_are_an_error(flags, tmp_path):
         {"prompt": "a", "chosen": " cat", "rejected": " dog"},
         {"prompt": "a", "chosen": " b", "rejected": " b"},
     ]
-    path = tmp_path / "same.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_jsonl(tmp_path / "same.jsonl", rows)
     with pytest.raises(UserError, match="6 of its first rows"):
-        bench.main([*flags, "--data", str(path)])
+        bench.main([*flags, "--data", path])
 
 
-def fake(tmp_path, **changes):
-    """The command of a trainer that prints our line, each changed number times its factor."""
+def fake_trainer(tmp_path, **changes):
+    """The command of a trainer that runs bench.py and multiplies numbers of its line by factors."""
     script = tmp_path / "fake.py"
     script.write_text(
         "import json, subprocess, sys\n"
@@ -94,17 +96,18 @@ def fake(tmp_path, **changes):
 
 
 def test_a_comparison_runs_both_trainers_with_the_same_flags(flags, tmp_path, capsys):
-    slow = fake(tmp_path, unique_tokens_per_s=0.01, step_s_mean=100)
+    slow = fake_trainer(tmp_path, unique_tokens_per_s=0.01, step_s_mean=100)
     bench.main([*flags, "--repeats", "1", "--compare", slow])
-    found = json.loads(capsys.readouterr().out)
-    assert found["speed"] == found["speeds"][0] > 10
-    assert len(found["peak_above_state_mb"]) == 1 and found["shares_of_peak"][0][0] > 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["speed"] == result["speeds"][0] > 10
+    assert len(result["peak_above_state_mb"]) == 1 and result["shares_of_peak"][0][0] > 0
 
 
 @pytest.mark.parametrize("changes", [{"last_loss": 1.1}, {"unique_tokens_per_s": 1.5}])
 def test_a_comparison_of_different_work_is_an_error(changes, flags, tmp_path):
+    other = fake_trainer(tmp_path, **changes)
     with pytest.raises(UserError, match="not the same work"):
-        bench.main([*flags, "--repeats", "1", "--compare", fake(tmp_path, **changes)])
+        bench.main([*flags, "--repeats", "1", "--compare", other])
 
 
 def test_the_error_of_a_command_that_fails_is_quoted(flags):

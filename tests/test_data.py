@@ -1,12 +1,17 @@
 """From text to token ids: no text is lost, doubled, merged or added silently."""
 
+import csv
 import json
+import subprocess
+import sys
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-import torch
-from conftest import SHARED, make_rows, write_jsonl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from conftest import ROOT, SHARED, make_rows, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
@@ -29,7 +34,7 @@ BOTH = ("chosen", "rejected")
 
 @pytest.fixture
 def load(tokenizer, tmp_path):
-    """Write rows to a file and load them -> kept rows, the account of the others."""
+    """Write rows to a file and load them -> kept rows, a report on the other rows."""
 
     def run(
         rows,
@@ -56,6 +61,17 @@ def row(prompt="a cat", chosen=" sat", rejected=" ran"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
 # --- formats
 
 
@@ -65,22 +81,12 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
         row('quotes " and, commas', " \n two lines", " ü 😀 漢字 e\u0301"),
     ]
     expected = load(rows)[0].remove_columns("id")[:]
-    import csv
-
-    import pyarrow
-    import pyarrow.parquet
-
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_csv(tmp_path / "rows.csv", rows)
+    write_parquet(tmp_path / "rows.parquet", rows)
     for name in ("rows.json", "rows.csv", "rows.parquet"):
-        assert (
-            load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())[0].remove_columns("id")[:]
-            == expected
-        ), name
+        kept, _ = load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())
+        assert kept.remove_columns("id")[:] == expected, name
 
 
 @pytest.mark.parametrize("optional", [{}, {"name": None}])
@@ -95,8 +101,13 @@ def test_a_json_list_has_the_texts_of_the_same_json_lines(tmp_path, optional):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     files = [data.Source(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
     from_list, from_lines = (list(data.examples(file, BOTH)) for file in files)
-    assert [text["id"] for text in from_list] == [f"{tmp_path}/rows.json, row {i}" for i in (1, 2)]
-    assert [text | {"id": ""} for text in from_list] == [text | {"id": ""} for text in from_lines]
+    assert [text.pop("id") for text in from_list] == [
+        f"{tmp_path}/rows.json, row 1", f"{tmp_path}/rows.json, row 2",
+    ]
+    assert [text.pop("id") for text in from_lines] == [
+        f"{tmp_path}/rows.jsonl, row 1", f"{tmp_path}/rows.jsonl, row 2",
+    ]
+    assert from_list == from_lines
 
 
 def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_path, tokenizer):
@@ -110,7 +121,7 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_pat
 
 
 def test_a_prompt_inside_two_dialogues_ends_with_their_last_shared_turn():
-    """So no answer loses its first word."""
+    """Otherwise an answer would lose its first word."""
     history = "\n\nHuman: hi\n\nAssistant: Hello there.\n\nHuman: why?\n\nAssistant:"
     chosen, rejected = history + " Because it is so.", history + " Because I say so."
     assert split_prompt(chosen, rejected) == history  # not "... Because ", which both share
@@ -123,16 +134,14 @@ def test_a_prompt_inside_two_dialogues_ends_with_their_last_shared_turn():
 def test_explicit_prompts_and_prompts_inside_both_give_the_same_tokens(load):
     prompt = "\n\nHuman: go on\n\nAssistant:"
     explicit = load([row(prompt, " one", " two")])[0]
-    inside = load([{"chosen": prompt + " one", "rejected": prompt + " two"}], name="inside.jsonl")[
-        0
-    ]
+    rows = [{"chosen": prompt + " one", "rejected": prompt + " two"}]
+    inside = load(rows, name="inside.jsonl")[0]
     assert explicit[0] == inside[0] | {"id": explicit[0]["id"]}
 
 
 def test_sft_needs_no_rejected_answer(load):
-    kept, _ = load(
-        [{"prompt": "a", "chosen": " b"}, {"prompt": "a", "chosen": " c"}], sides=("chosen",)
-    )
+    rows = [{"prompt": "a", "chosen": " b"}, {"prompt": "a", "chosen": " c"}]
+    kept, _ = load(rows, sides=("chosen",))
     assert len(kept) == 2 and "rejected_ids" not in kept.column_names
 
 
@@ -168,13 +177,12 @@ def test_both_answers_have_the_same_prompt_when_tokens_merge_across_the_boundary
     kept, _ = load([row("ab", "cd", "xd")], tokenizer=merging_tokenizer())
     ids = merging_tokenizer().convert_tokens_to_ids
     assert kept[0]["prompt_ids"] == ids(["a"])
-    assert kept[0]["chosen_ids"] == ids(["bc", "d", "<eos>"]) and kept[0]["rejected_ids"] == ids(
-        ["b", "x", "d", "<eos>"]
-    )
+    assert kept[0]["chosen_ids"] == ids(["bc", "d", "<eos>"])
+    assert kept[0]["rejected_ids"] == ids(["b", "x", "d", "<eos>"])
 
 
 def bos_tokenizer(tokenizer):
-    """The same BPE, but putting <bos> in front as Llama's does."""
+    """The same BPE, which puts <bos> before a text as Llama's does."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<bos>"])
     bos = backend.token_to_id("<bos>")
@@ -196,11 +204,9 @@ def test_bos_is_first_and_appears_once_even_if_the_text_begins_with_it(load, tok
 
 def test_a_tokenizer_without_bos_adds_none_and_a_prompt_without_tokens_is_dropped(load, tokenizer):
     kept, account = load([row(""), row()])
-    assert (
-        len(kept) == 1
-        and "1 dropped (no prompt: " in account
-        and kept[0]["prompt_ids"] == tokenizer("a cat")["input_ids"]
-    )
+    assert len(kept) == 1
+    assert "1 dropped (no prompt: " in account
+    assert kept[0]["prompt_ids"] == tokenizer("a cat")["input_ids"]
 
 
 def test_an_answer_that_ends_with_eos_gets_no_second_one(load, tokenizer):
@@ -213,9 +219,8 @@ def test_a_cut_answer_loses_eos_and_an_answer_that_just_fits_keeps_it(load, toke
     rows = [row(rejected=" ran far from home")]
     kept = load(rows, limits=Limits(max_completion_length=length))[0][0]
     assert kept["chosen_ids"][-1] == tokenizer.eos_token_id
-    assert (
-        tokenizer.eos_token_id not in kept["rejected_ids"] and len(kept["rejected_ids"]) == length
-    )
+    assert tokenizer.eos_token_id not in kept["rejected_ids"]
+    assert len(kept["rejected_ids"]) == length
 
 
 # --- truncation
@@ -250,7 +255,7 @@ def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(loa
     assert len(tokens["prompt_ids"]) + max(len(tokens[f"{side}_ids"]) for side in BOTH) == 64
 
 
-# --- rows that teach nothing
+# --- rows without a preference
 
 
 def test_useless_rows_are_dropped_counted_and_named(load):
@@ -287,16 +292,12 @@ def test_scores_are_read_from_json_and_csv_for_a_loss_that_needs_them(load):
         r |= {"chosen_score": better, "rejected_score": worse}
     from_json = load(rows, scored=True)[0]
     batch = collate(from_json[[0, 1]], 0)
-    assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6] and batch[
-        "rejected_scores"
-    ].tolist() == [-0.5, 1e9]
-    csv = "prompt,chosen,rejected,chosen_score,rejected_score\n" + "".join(
-        ",".join(map(str, r.values())) + "\n" for r in rows
-    )
-    assert (
-        load(csv, "rows.csv", scored=True)[0].remove_columns("id")[:]
-        == from_json.remove_columns("id")[:]
-    )
+    assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6]
+    assert batch["rejected_scores"].tolist() == [-0.5, 1e9]
+    lines = ["prompt,chosen,rejected,chosen_score,rejected_score"]
+    lines += [",".join(map(str, r.values())) for r in rows]
+    from_csv = load("\n".join(lines) + "\n", "rows.csv", scored=True)[0]
+    assert from_csv.remove_columns("id")[:] == from_json.remove_columns("id")[:]
     assert "chosen_score" not in load(rows)[0].column_names
 
 
@@ -313,15 +314,12 @@ def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_num
         row() | {"chosen_score": 1, "rejected_score": 1.0},
     ]
     kept, account = load(rows, scored=True)
-    assert (
-        len(kept) == 1
-        and "1 dropped (chosen_score not above rejected_score: " in account
-        and "row 2" in account
-    )
+    assert len(kept) == 1
+    assert "1 dropped (chosen_score not above rejected_score: " in account
+    assert "row 2" in account
+    message = "row 1: the loss reads the field 'chosen_score', a finite number"
     for bad in (None, "high", float("nan"), float("inf"), [1]):
-        with pytest.raises(
-            UserError, match="row 1: the loss reads the field 'chosen_score', a finite number"
-        ):
+        with pytest.raises(UserError, match=message):
             load([rows[0] | {"chosen_score": bad}], scored=True)
     with pytest.raises(UserError, match="row 1: the loss reads the field 'chosen_score'"):
         load([row()], scored=True)
@@ -332,18 +330,16 @@ def test_real_dialogues_split_where_their_last_answer_begins():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     path = SHARED / "data" / "hh_harmless_512.jsonl"
     kept, account = load_tokens(str(path), tokenizer, BOTH, Limits(max_length=4096))
-    assert "511 of 512 rows kept, 1 dropped (empty answer: " in describe(
-        account
-    ) and "row 87)" in describe(account)
+    assert "511 of 512 rows kept, 1 dropped (empty answer: " in describe(account)
+    assert "row 87)" in describe(account)
     texts = [json.loads(line) for line in open(path)]
     for tokens in kept:
         prompt = tokenizer.decode(tokens["prompt_ids"])
         text = texts[int(tokens["id"].split("row ")[1]) - 1]
         assert prompt.endswith("\n\nAssistant:")
-        assert prompt + tokenizer.decode(tokens["chosen_ids"]) == text["chosen"] + "<|endoftext|>"
-        assert (
-            prompt + tokenizer.decode(tokens["rejected_ids"]) == text["rejected"] + "<|endoftext|>"
-        )
+        for side in BOTH:
+            answer = tokenizer.decode(tokens[f"{side}_ids"])
+            assert prompt + answer == text[side] + "<|endoftext|>"
 
 
 # --- bad files
@@ -433,15 +429,11 @@ def test_a_missing_file_is_an_error(tmp_path, tokenizer):
 def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_changes(
     monkeypatch, tokenizer
 ):
-    import datasets
-
     for count in (3, 4):
         rows = datasets.Dataset.from_list(make_rows(count))
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split, rows=rows: rows)
-        assert (
-            load_tokens("org/pairs", tokenizer, BOTH, Limits())[0]["id"][count - 1]
-            == f"org/pairs, row {count}"
-        )
+        kept, _ = load_tokens("org/pairs", tokenizer, BOTH, Limits())
+        assert kept["id"][count - 1] == f"org/pairs, row {count}"
 
 
 def test_a_changed_file_is_read_again(load):
@@ -465,9 +457,8 @@ def test_no_prompt_is_both_trained_and_held_out_and_the_split_is_always_the_same
     assert len(trained) + len(held) == 200 and 20 < len(held) < 100
     assert not set(data.column(trained, "prompt_key")) & set(data.column(held, "prompt_key"))
     again = load(rows[::-1], name="reversed.jsonl")[0]
-    assert set(data.column(hold_out(again, 0.3)[1], "prompt_key")) == set(
-        data.column(held, "prompt_key")
-    )
+    held_again = hold_out(again, 0.3)[1]
+    assert set(data.column(held_again, "prompt_key")) == set(data.column(held, "prompt_key"))
     assert len(hold_out(kept, 0.0)[1]) == 0
 
 
@@ -494,21 +485,13 @@ def test_an_epoch_sees_each_row_once_on_any_number_of_ranks(count, batch, size, 
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
-    def epoch(number, **change):
-        return np.concatenate(
-            [
-                window(
-                    number * 3 + i, **(dict(count=10, batch_size=4, seed=0, shuffle=True) | change)
-                )
-                for i in range(3)
-            ]
-        )
+    def epoch(number, seed=0, shuffle=True):
+        steps = range(3 * number, 3 * number + 3)
+        return np.concatenate([window(step, 10, 4, seed, shuffle) for step in steps])
 
-    assert (
-        (epoch(0) == epoch(0)).all()
-        and (epoch(0) != epoch(1)).any()
-        and (epoch(0) != epoch(0, seed=1)).any()
-    )
+    assert (epoch(0) == epoch(0)).all()
+    assert (epoch(0) != epoch(1)).any()
+    assert (epoch(0) != epoch(0, seed=1)).any()
     assert (epoch(2, shuffle=False) == np.arange(10)).all()
 
 
@@ -526,9 +509,7 @@ def test_a_batch_is_padded_on_the_right_and_scores_answers_alone():
         [IGNORE, 9, 9, 0, IGNORE, IGNORE],
     ]
     assert batch["rejected_input_ids"].tolist() == [[5, 6, 1, 2, 3, 0], [7, 0, 4, 4, 4, 4]]
-    assert torch.equal(
-        batch["rejected_attention_mask"], torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
-    )
+    assert batch["rejected_attention_mask"].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
 
 
 # --- conversations
@@ -556,12 +537,9 @@ def chat_tokenizer(tokenizer, template, **special):
 
 
 def every_format(text):
-    """The same pair in each shape that a file may have."""
-    user, chosen, rejected = (
-        turn("user", text["prompt"]),
-        turn("assistant", text["chosen"]),
-        turn("assistant", text["rejected"]),
-    )
+    """Yield the same pair in each format that a file may have."""
+    user = turn("user", text["prompt"])
+    chosen, rejected = turn("assistant", text["chosen"]), turn("assistant", text["rejected"])
     yield {"prompt": [user], "chosen": [chosen], "rejected": [rejected]}
     yield {"prompt": [user], "chosen": text["chosen"], "rejected": text["rejected"]}
     yield {"prompt": text["prompt"], "chosen": [chosen], "rejected": [rejected]}
@@ -579,30 +557,21 @@ def every_format(text):
 def test_strings_and_messages_through_an_identity_template_give_the_same_tokens_in_every_format(
     load, tokenizer
 ):
-    chat, texts = chat_tokenizer(tokenizer, IDENTITY), [row(), row("who? 漢字", " me 🙂", " you")]
+    chat = chat_tokenizer(tokenizer, IDENTITY)
+    texts = [row(), row("who? 漢字", " me 🙂", " you")]
     expected = load(texts, tokenizer=chat)[0].remove_columns(["id", "prompt_key"])[:]
     for i, rows in enumerate(zip(*map(every_format, texts))):
-        assert (
-            load(list(rows), name=f"{i}.jsonl", tokenizer=chat)[0].remove_columns(
-                ["id", "prompt_key"]
-            )[:]
-            == expected
-        ), rows[0]
+        kept, _ = load(list(rows), name=f"{i}.jsonl", tokenizer=chat)
+        assert kept.remove_columns(["id", "prompt_key"])[:] == expected, rows[0]
 
 
 def test_json_and_parquet_give_the_same_messages(load, tmp_path, tokenizer):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows, chat = (
-        [next(every_format(row())), next(every_format(row(chosen=" slept")))],
-        chat_tokenizer(tokenizer, CHATML),
-    )
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    found = load_tokens(str(tmp_path / "rows.parquet"), chat, BOTH, Limits())[0].remove_columns(
-        "id"
-    )[:]
-    assert found == load(rows, tokenizer=chat)[0].remove_columns("id")[:]
+    rows = [next(every_format(row())), next(every_format(row(chosen=" slept")))]
+    chat = chat_tokenizer(tokenizer, CHATML)
+    write_parquet(tmp_path / "rows.parquet", rows)
+    from_parquet, _ = load_tokens(str(tmp_path / "rows.parquet"), chat, BOTH, Limits())
+    from_json, _ = load(rows, tokenizer=chat)
+    assert from_parquet.remove_columns("id")[:] == from_json.remove_columns("id")[:]
 
 
 def test_the_chat_template_writes_the_prompt_and_the_end_of_the_turn_is_the_last_scored_token(
@@ -636,25 +605,18 @@ def test_the_chat_template_writes_the_prompt_and_the_end_of_the_turn_is_the_last
             "<|im_start|>assistant\nhello<|im_end|>\n"
             "<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n"
         )
-        assert (
-            chat.decode(tokens["chosen_ids"]) == "sat<|im_end|>"
-            and chat.decode(tokens["rejected_ids"]) == "ran<|im_end|>"
-        )
+        assert chat.decode(tokens["chosen_ids"]) == "sat<|im_end|>"
+        assert chat.decode(tokens["rejected_ids"]) == "ran<|im_end|>"
 
 
 def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    kept, account = load(
-        [{"prompt": [turn("user", "hi")], "chosen": "sat on a mat", "rejected": "ran"}],
-        tokenizer=chat,
-        limits=Limits(max_completion_length=3),
-    )
+    rows = [{"prompt": [turn("user", "hi")], "chosen": "sat on a mat", "rejected": "ran"}]
+    kept, account = load(rows, tokenizer=chat, limits=Limits(max_completion_length=3))
     end = chat.convert_tokens_to_ids("<|im_end|>")
-    assert (
-        end not in kept[0]["chosen_ids"]
-        and len(kept[0]["chosen_ids"]) == 3
-        and "1 rows: answers cut" in account
-    )
+    assert end not in kept[0]["chosen_ids"]
+    assert len(kept[0]["chosen_ids"]) == 3
+    assert "1 rows: answers cut" in account
 
 
 def test_the_bos_of_a_template_appears_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
@@ -662,10 +624,8 @@ def test_the_bos_of_a_template_appears_once_and_stays_when_the_prompt_is_cut(loa
     bos.chat_template = "{{ bos_token }}" + IDENTITY
     rows = [{"prompt": [turn("user", "x" * 200)], "chosen": " sat", "rejected": " ran"}]
     tokens = load(rows, tokenizer=bos, limits=Limits(max_length=32))[0][0]
-    assert (
-        tokens["prompt_ids"][0] == bos.bos_token_id
-        and tokens["prompt_ids"].count(bos.bos_token_id) == 1
-    )
+    assert tokens["prompt_ids"][0] == bos.bos_token_id
+    assert tokens["prompt_ids"].count(bos.bos_token_id) == 1
 
 
 def test_dialogues_split_at_a_turn_of_the_assistant_even_if_the_answers_begin_alike(
@@ -686,10 +646,8 @@ def test_dialogues_split_at_a_turn_of_the_assistant_even_if_the_answers_begin_al
         },
     ]
     kept, account = load(rows, tokenizer=chat)
-    assert (
-        chat.decode(kept[0]["chosen_ids"]) == "so. yes<|im_end|>"
-        and chat.decode(kept[0]["rejected_ids"]) == "so. no<|im_end|>"
-    )
+    assert chat.decode(kept[0]["chosen_ids"]) == "so. yes<|im_end|>"
+    assert chat.decode(kept[0]["rejected_ids"]) == "so. no<|im_end|>"
     assert "1 dropped (chosen equals rejected: " in account
 
 
@@ -709,14 +667,12 @@ def test_dialogues_that_share_nothing_have_no_prompt_and_are_dropped(load, token
 
 
 def test_a_file_may_not_change_its_format(load, tokenizer):
-    with pytest.raises(
-        UserError, match="row 2: has a prompt, and the first row of its file had none"
-    ):
+    message = "row 2: has a prompt, and the first row of its file had none"
+    with pytest.raises(UserError, match=message):
         load([{"chosen": "a b", "rejected": "a c"}, row()])
     mixed = json.dumps(row()) + "\n" + json.dumps(next(every_format(row())))
-    with pytest.raises(
-        UserError, match="row 2: some rows of this file are texts, others are messages"
-    ):
+    message = "row 2: some rows of this file are texts, others are messages"
+    with pytest.raises(UserError, match=message):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
     with pytest.raises(UserError, match="row 1: one text without a prompt"):
         data.split_row(None, ["hi"], "row 1")
@@ -732,21 +688,18 @@ LOOP_LAST = (
 def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_an_answer(
     load, tokenizer
 ):
-    """Mistral's template puts the system message before the last turn, which an answer changes."""
-    chat, system = (
-        chat_tokenizer(tokenizer, LOOP_LAST),
-        [turn("system", "be kind"), turn("user", "hi")],
-    )
+    """Mistral's template puts the system message before the last turn, and an answer becomes the
+    last turn."""
+    chat = chat_tokenizer(tokenizer, LOOP_LAST)
+    system = [turn("system", "be kind"), turn("user", "hi")]
     rows = [
         {"prompt": [turn("user", "hi")], "chosen": " yes", "rejected": " no"},
         {"prompt": system, "chosen": " yes", "rejected": " no"},
     ]
     kept, account = load(rows, tokenizer=chat)
-    assert (
-        len(kept) == 1
-        and "1 dropped (the chat template writes the prompt otherwise when an answer follows: "
-        in account
-    )
+    assert len(kept) == 1
+    reason = "the chat template writes the prompt otherwise when an answer follows"
+    assert f"1 dropped ({reason}: " in account
 
 
 @pytest.mark.parametrize(
@@ -759,79 +712,46 @@ def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_a
     ],
 )
 def test_answers_that_begin_with_another_prompt_are_an_error(load, tokenizer, prompt, answer):
-    with pytest.raises(
-        UserError,
-        match="row 1: the answers begin neither with a turn of the assistant nor with the prompt",
-    ):
-        load(
-            [
-                {
-                    "prompt": prompt,
-                    "chosen": answer,
-                    "rejected": answer[:-1] + [turn("assistant", "b")],
-                }
-            ],
-            tokenizer=chat_tokenizer(tokenizer, CHATML),
-        )
+    other = answer[:-1] + [turn("assistant", "b")]
+    rows = [{"prompt": prompt, "chosen": answer, "rejected": other}]
+    message = "row 1: the answers begin neither with a turn of the assistant nor with the prompt"
+    with pytest.raises(UserError, match=message):
+        load(rows, tokenizer=chat_tokenizer(tokenizer, CHATML))
 
 
 def test_the_turn_of_a_tool_may_follow_the_prompt(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     prompt = [turn("user", "rain?"), turn("assistant", "CALL")]
-    tokens = load(
-        [
-            {
-                "prompt": prompt,
-                "chosen": [turn("tool", "no"), turn("assistant", "dry")],
-                "rejected": [turn("tool", "no"), turn("assistant", "wet")],
-            }
-        ],
-        tokenizer=chat,
-    )[0][0]
-    assert "rain?" in chat.decode(tokens["prompt_ids"]) and chat.decode(
-        tokens["chosen_ids"]
-    ).endswith("dry<|im_end|>")
+    chosen = [turn("tool", "no"), turn("assistant", "dry")]
+    rejected = [turn("tool", "no"), turn("assistant", "wet")]
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+    tokens = load(rows, tokenizer=chat)[0][0]
+    assert "rain?" in chat.decode(tokens["prompt_ids"])
+    assert chat.decode(tokens["chosen_ids"]).endswith("dry<|im_end|>")
 
 
 def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    apart = [
-        {
-            "chosen": [
-                turn("user", "hi"),
-                turn("assistant", x),
-                turn("user", "go on"),
-                turn("assistant", x + x),
-            ],
-            "rejected": [
-                turn("user", "hi"),
-                turn("assistant", "z"),
-                turn("user", "go on"),
-                turn("assistant", "zz"),
-            ],
-        }
-        for x in "ab"
+
+    def dialogue(*texts):
+        roles = ["user", "assistant", "user", "assistant"]
+        return [turn(role, text) for role, text in zip(roles, texts)]
+
+    rejected = dialogue("hi", "z", "go on", "zz")
+    rows = [
+        {"chosen": dialogue("hi", "a", "go on", "aa"), "rejected": rejected},
+        {"chosen": dialogue("hi", "b", "go on", "bb"), "rejected": rejected},
+        {"chosen": dialogue("hi", "a"), "rejected": dialogue("hi", "b")},
     ]
-    kept, account = load(
-        apart
-        + [
-            {
-                "chosen": [turn("user", "hi"), turn("assistant", "a")],
-                "rejected": [turn("user", "hi"), turn("assistant", "b")],
-            }
-        ],
-        tokenizer=chat,
-    )
+    kept, account = load(rows, tokenizer=chat)
     assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
 
 
 def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
     call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
-    with pytest.raises(
-        UserError,
-        match="row 1: the field 'chosen' holds a message with tool_calls, which is not read",
-    ):
+    message = "row 1: the field 'chosen' holds a message with tool_calls, which is not read"
+    with pytest.raises(UserError, match=message):
         load([{"prompt": "hi", "chosen": [call], "rejected": "no"}], tokenizer=chat)
     for column in ("system", "tools"):
         with pytest.raises(UserError, match=f"row 1: the column '{column}' is not read"):
@@ -884,18 +804,15 @@ def test_a_thousand_useless_rows_may_come_before_the_first_good_one(load):
 def test_a_part_of_a_mixture_without_usable_rows_is_an_error_and_rows_left_out_are_counted(
     tmp_path, tokenizer
 ):
-    a, b = (
-        write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        for name, rows in (("a", make_rows(20)), ("b", [row(rejected=" ")]))
-    )
+    a = write_jsonl(tmp_path / "a.jsonl", make_rows(20))
+    b = write_jsonl(tmp_path / "b.jsonl", [row(rejected=" ")])
     with pytest.raises(UserError, match="b.jsonl: none of its 1 rows can be used"):
         load_tokens(f"{a},{b}", tokenizer, BOTH, Limits())
     c = write_jsonl(tmp_path / "c.jsonl", make_rows(20, seed=5))
     with pytest.raises(UserError, match="c.jsonl: its share of the mixture is less than one row"):
         load_tokens(f"{a}:1,{c}:0.0001", tokenizer, BOTH, Limits())
-    assert "30 of 40 rows kept, 10 left out by the shares" in describe(
-        load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())[1]
-    )
+    _, account = load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())
+    assert "30 of 40 rows kept, 10 left out by the shares" in describe(account)
 
 
 def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
@@ -907,26 +824,21 @@ def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
         turn("assistant", "see you"),
     ]
     kept = load([{"chosen": dialogue}], sides=("chosen",), tokenizer=chat)[0]
-    assert (
-        chat.decode(kept[0]["chosen_ids"]) == "see you<|im_end|>"
-        and chat.decode(kept[0]["prompt_ids"]).count("<|im_end|>") == 3
-    )
+    assert chat.decode(kept[0]["chosen_ids"]) == "see you<|im_end|>"
+    assert chat.decode(kept[0]["prompt_ids"]).count("<|im_end|>") == 3
 
 
 def test_no_chat_template_is_an_error_that_says_how_to_pass_one(load):
-    with pytest.raises(
-        UserError,
-        match="row 1: the row holds messages, and the tokenizer has no chat template; "
-        "pass one by --chat_template",
-    ):
+    message = ("row 1: the row holds messages, and the tokenizer has no chat template; "
+               "pass one by --chat_template")
+    with pytest.raises(UserError, match=message):
         load([next(every_format(row()))])
 
 
 def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tokenizer):
     chat = chat_tokenizer(tokenizer, "{{ raise_exception('no system turns here') }}")
-    with pytest.raises(
-        UserError, match="row 1: the chat template fails on this row: no system turns here"
-    ):
+    message = "row 1: the chat template fails on this row: no system turns here"
+    with pytest.raises(UserError, match=message):
         load([next(every_format(row()))], tokenizer=chat)
 
 
@@ -942,12 +854,7 @@ def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tok
     ],
 )
 def test_a_value_that_is_no_message_is_an_error_that_names_file_row_and_field(load, value, message):
-    with pytest.raises(
-        UserError,
-        match=rf"rows.jsonl, row 2: the field 'prompt' {message}"
-        if "holds" in message
-        else message,
-    ):
+    with pytest.raises(UserError, match=rf"rows.jsonl, row 2: the field 'prompt'.* {message}"):
         load(json.dumps(row()) + "\n" + json.dumps(row() | {"prompt": value}))
 
 
@@ -965,8 +872,6 @@ def trained(model, trainer, pre_tokenizer, decoder):
 
 
 def tokenizers_of_every_kind():
-    from tokenizers import trainers
-
     return {
         "byte-level": trained(
             models.BPE(),
@@ -994,8 +899,7 @@ def tokenizers_of_every_kind():
 def test_prompt_and_answer_ids_are_the_ids_of_the_text_and_both_answers_share_the_prompt(
     load, kind
 ):
-    """enc(a + b) = enc(a)' + rest, with the same enc(a)' for both answers: 200 random rows, cut at
-    any character."""
+    """Each of 200 random texts is cut into prompt and answer at a random character."""
     tokenizer, generator = tokenizers_of_every_kind()[kind], np.random.default_rng(0)
     alphabet = "abcdx" if kind == "merging" else "the cat sat on a mat. é漢🙂e\u0301\n"
     texts = [
@@ -1021,11 +925,9 @@ def test_rows_whose_tokens_merge_across_the_boundary_are_counted_and_named(load)
     kept, account = load(
         [row("ab", "cd", "xd"), row("ax", "cd", "xd")], tokenizer=merging_tokenizer()
     )
-    assert (
-        len(kept) == 2
-        and "1 rows: tokens merged across the end of the prompt: " in account
-        and "row 1" in account
-    )
+    assert len(kept) == 2
+    assert "1 rows: tokens merged across the end of the prompt: " in account
+    assert "row 1" in account
 
 
 def test_a_prompt_repeated_inside_both_answers_is_counted_and_named(load):
@@ -1050,9 +952,8 @@ def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
     assert len(kept) == 2 and "1 rows: prompt cut: " in account
     kept, account = load(rows, limits=Limits(**short, overlong="drop"))
     assert len(kept) == 1 and "1 dropped (too long: " in account and "row 2)" in account
-    with pytest.raises(
-        UserError, match="too long: .*row 2. Fix these rows, or leave out --overlong error"
-    ):
+    message = "too long: .*row 2. Fix these rows, or leave out --overlong error"
+    with pytest.raises(UserError, match=message):
         load(rows, limits=Limits(**short, overlong="error"))
 
 
@@ -1060,24 +961,22 @@ def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
 def test_under_any_limits_every_row_has_a_prompt_and_scored_tokens_within_the_limits(load, seed):
     generator = np.random.default_rng(seed)
     length = int(generator.integers(2, 12))
-    limits = Limits(
-        length,
-        *(
-            int(generator.integers(1, high)) if generator.random() < 0.7 and high > 1 else None
-            for high in (length, 9)
-        ),
-        truncation_mode=str(generator.choice(["keep_end", "keep_start"])),
-    )
+
+    def random_limit(high):
+        if high == 1 or generator.random() > 0.7:
+            return None
+        return int(generator.integers(1, high))
+
+    mode = str(generator.choice(["keep_end", "keep_start"]))
+    limits = Limits(length, random_limit(length), random_limit(9), truncation_mode=mode)
     kept, _ = load(make_rows(40, seed) + [row("x" * 10_000)], limits=limits)
+    longest = limits.max_completion_length or length
     for tokens in kept:
-        assert all(
-            0 < len(tokens[f"{side}_ids"]) <= limits.max_length - len(tokens["prompt_ids"])
-            for side in BOTH
-        )
-        assert (
-            all(len(tokens[f"{side}_ids"]) <= (limits.max_completion_length or 99) for side in BOTH)
-            and tokens["prompt_ids"]
-        )
+        assert tokens["prompt_ids"]
+        for side in BOTH:
+            count = len(tokens[f"{side}_ids"])
+            assert 0 < count <= limits.max_length - len(tokens["prompt_ids"])
+            assert count <= longest
 
 
 # --- several parts
@@ -1086,40 +985,33 @@ def test_under_any_limits_every_row_has_a_prompt_and_scored_tokens_within_the_li
 def test_columns_may_have_other_names(load):
     renamed = [{"question": "a cat", "good": " sat", "bad": " ran", "prompt": 7, "id": "x1"}]
     columns = (("prompt", "question"), ("chosen", "good"), ("rejected", "bad"))
-    found, expected = load(renamed, columns=columns)[0], load([row()])[0]
-    assert found.remove_columns("id")[:] == expected.remove_columns("id")[:] and found[0][
-        "id"
-    ].endswith("rows.jsonl, row 1 (id x1)")
-    with pytest.raises(
-        UserError,
-        match="row 1: --columns names 'nice'; "
-        "the row has 'question', 'good', 'bad', 'prompt', 'id'",
-    ):
+    kept, expected = load(renamed, columns=columns)[0], load([row()])[0]
+    assert kept.remove_columns("id")[:] == expected.remove_columns("id")[:]
+    assert kept[0]["id"].endswith("rows.jsonl, row 1 (id x1)")
+    message = ("row 1: --columns names 'nice'; "
+               "the row has 'question', 'good', 'bad', 'prompt', 'id'")
+    with pytest.raises(UserError, match=message):
         load(renamed, columns=(("chosen", "nice"),))
 
 
 def test_several_files_are_read_one_after_the_other(tmp_path, tokenizer):
-    paths = [
-        write_jsonl(tmp_path / f"{i}.jsonl", make_rows(n, seed=i)) for i, n in enumerate((3, 2))
-    ]
-    rows, account = load_tokens(",".join(paths), tokenizer, BOTH, Limits())
-    assert list(rows["id"]) == [f"{paths[0]}, row {i}" for i in (1, 2, 3)] + [
-        f"{paths[1]}, row {i}" for i in (1, 2)
+    one = write_jsonl(tmp_path / "one.jsonl", make_rows(2, seed=0))
+    two = write_jsonl(tmp_path / "two.jsonl", make_rows(3, seed=1))
+    rows, account = load_tokens(f"{one},{two}", tokenizer, BOTH, Limits())
+    assert list(rows["id"]) == [
+        f"{one}, row 1", f"{one}, row 2", f"{two}, row 1", f"{two}, row 2", f"{two}, row 3",
     ]
     assert account["rows"] == account["kept"] == 5
 
 
 def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
-    a, b = (
-        write_jsonl(tmp_path / f"{name}.jsonl", make_rows(n)) for name, n in (("a", 70), ("b", 100))
-    )
+    a = write_jsonl(tmp_path / "a.jsonl", make_rows(70))
+    b = write_jsonl(tmp_path / "b.jsonl", make_rows(100))
     rows, account = load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())
     names = list(rows["id"])
-    assert (
-        len(names) == len(set(names)) == 100
-        and sum(name.startswith(a) for name in names) == 70
-        and account["kept"] == 100
-    )
+    assert len(names) == len(set(names)) == 100
+    assert sum(name.startswith(a) for name in names) == 70
+    assert account["kept"] == 100
     assert names == list(load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())[0]["id"])
     assert len(load_tokens(f"{a}:1,{b}:1", tokenizer, BOTH, Limits())[0]) == 140
 
@@ -1136,18 +1028,12 @@ def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
     ],
 )
 def test_a_wrong_data_set_name_is_refused(tmp_path, tokenizer, spec, message):
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows(3))
     with pytest.raises(UserError, match=message):
-        load_tokens(
-            spec.format(a=write_jsonl(tmp_path / "a.jsonl", make_rows(3))),
-            tokenizer,
-            BOTH,
-            Limits(),
-        )
+        load_tokens(spec.format(a=path), tokenizer, BOTH, Limits())
 
 
 def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
-    import datasets
-
     parts = {
         "train": datasets.Dataset.from_list(make_rows(4)),
         "test": datasets.Dataset.from_list(make_rows(3, seed=1)),
@@ -1156,10 +1042,8 @@ def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
     parts["test"].save_to_disk(tmp_path / "one")
     assert len(load_tokens(f"{tmp_path}/both", tokenizer, BOTH, Limits())[0]) == 4
     assert len(load_tokens(f"{tmp_path}/both:test", tokenizer, BOTH, Limits())[0]) == 3
-    assert (
-        load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())[0][0]["id"]
-        == f"{tmp_path}/one, row 1"
-    )
+    one, _ = load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())
+    assert one[0]["id"] == f"{tmp_path}/one, row 1"
     for spec in ("both:dev", "one:test"):
         with pytest.raises(UserError, match="there is no split"):
             load_tokens(f"{tmp_path}/{spec}", tokenizer, BOTH, Limits())
@@ -1168,32 +1052,27 @@ def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
 # --- the report
 
 
-def test_the_statistics_of_three_rows_counted_by_hand(load):
+def test_the_statistics_of_three_rows_equal_a_count_by_hand(load):
     tokenizer = merging_tokenizer()  # one token per letter
-    rows, _ = load(
-        [row("aa", "d", "xx"), row("aa", "dd", "x"), row("aaaa", "ddd", "xxx")], tokenizer=tokenizer
-    )
-    held, _ = load(
-        [row("aa", "d", "x"), row("x", "d", "a")], name="held.jsonl", tokenizer=tokenizer
-    )
-    found = data.statistics(rows, held)
-    assert found["lengths"]["prompt"] == {
+    texts = [row("aa", "d", "xx"), row("aa", "dd", "x"), row("aaaa", "ddd", "xxx")]
+    rows, _ = load(texts, tokenizer=tokenizer)
+    texts = [row("aa", "d", "x"), row("x", "d", "a")]
+    held, _ = load(texts, name="held.jsonl", tokenizer=tokenizer)
+    statistics = data.statistics(rows, held)
+    assert statistics["lengths"]["prompt"] == {
         "mean": pytest.approx(8 / 3),
         "median": 2.0,
         "95th": pytest.approx(3.8),
         "max": 4,
     }
-    assert found["lengths"]["chosen"]["max"] == 4 and found["lengths"]["rejected"][
-        "mean"
-    ] == pytest.approx(3)  # with EOS
-    assert found["chosen_longer"] == pytest.approx(1 / 3) and found[
-        "rejected_longer"
-    ] == pytest.approx(1 / 3)
-    assert found["rows_that_share_their_prompt"] == 1 and found["prompts_in_both"] == 1
-    assert (
-        found["tokens_per_epoch"] == 8 + 9 + 9
-        and found["tokens_per_epoch_prompt_once_for_each_answer"] == 16 + 9 + 9
-    )
+    # Answers are counted with EOS.
+    assert statistics["lengths"]["chosen"]["max"] == 4
+    assert statistics["lengths"]["rejected"]["mean"] == pytest.approx(3)
+    assert statistics["chosen_longer"] == pytest.approx(1 / 3)
+    assert statistics["rejected_longer"] == pytest.approx(1 / 3)
+    assert statistics["rows_that_share_their_prompt"] == 1 and statistics["prompts_in_both"] == 1
+    assert statistics["tokens_per_epoch"] == 8 + 9 + 9
+    assert statistics["tokens_per_epoch_prompt_once_for_each_answer"] == 16 + 9 + 9
 
 
 def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_in_brackets(load):
@@ -1207,11 +1086,6 @@ def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_in_brackets(lo
 
 
 def run_report(*arguments):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     return subprocess.run(
         [sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
         capture_output=True,
@@ -1221,49 +1095,33 @@ def run_report(*arguments):
 
 
 def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anything(folder, tmp_path):
-    import csv
-
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
     rows = make_rows(9) + [row("x" * 9000)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
-    with open(tmp_path / "c.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    write_csv(tmp_path / "c.csv", rows)
+    write_parquet(tmp_path / "d.parquet", rows)
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "e")
-    (tmp_path / "template").write_text(CHATML)
     write_jsonl(tmp_path / "f.jsonl", [list(every_format(r))[3] for r in rows])
-    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet", "e", "f.jsonl"):
-        result = run_report(
-            tmp_path / name,
-            "--model",
-            folder,
-            *(["--chat_template", tmp_path / "template"] if name[0] == "f" else []),
-        )
+    (tmp_path / "template").write_text(CHATML)
+    template = ["--chat_template", tmp_path / "template"]
+    for name, more in (
+        ("a.jsonl", []), ("b.json", []), ("c.csv", []), ("d.parquet", []), ("e", []),
+        ("f.jsonl", template),
+    ):
+        result = run_report(tmp_path / name, "--model", folder, *more)
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
-        assert (
-            "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout
-            and "scored tokens in brackets" in result.stdout
-        )
+        assert "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout
+        assert "scored tokens in brackets" in result.stdout
 
 
 def test_the_json_report_counts_the_prompts_that_train_and_eval_share(folder, tmp_path):
-    path, held = (
-        write_jsonl(tmp_path / "a.jsonl", make_rows(9)),
-        write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2] + [row(rejected=" ")]),
-    )
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows(9))
+    held = write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2] + [row(rejected=" ")])
     result = run_report(path, "--model", folder, "--eval_dataset", held, "--json")
     report, other = json.loads(result.stdout)
-    assert (
-        report["kept"] == report["rows"] == 9
-        and report["prompts_in_both"] == 2
-        and report["lengths"]["prompt"]["max"] > 0
-    )
+    assert report["kept"] == report["rows"] == 9
+    assert report["prompts_in_both"] == 2
+    assert report["lengths"]["prompt"]["max"] > 0
     assert other["dropped"]["empty answer"]["count"] == 1
 
 

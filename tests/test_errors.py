@@ -22,13 +22,13 @@ def plant(bug, name, folder):
         shutil.copy(path, folder)
     tree = ast.parse((ROOT / name).read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    main, = (function for function in functions if function.name == "main")
-    main.body[:0] = ast.parse(bug).body
+    main, = [function for function in functions if function.name == "main"]
+    main.body = ast.parse(bug).body + main.body
     (folder / name).write_text(ast.unparse(tree))
     return folder / name
 
 
-# Each raises a ValueError in the product's own code.
+# Each of these bugs raises a ValueError in the code of the product.
 @pytest.mark.parametrize("name, bug", [
     ("data.py", "int('x')"),
     ("data.py", "max([])"),
@@ -55,40 +55,43 @@ def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
     ("model.py", ["new", "--tokenizer=/nowhere/m", "--out=o"], "/nowhere/m: no such model folder"),
     ("model.py", ["new", "--tokenizer=M", "--out=/tmp"], "--out /tmp: exists already"),
 ])
-def test_a_mistake_of_the_user_is_one_line_and_exit_status_2(name, arguments, message):
+def test_a_mistake_of_the_user_is_reported_in_one_line_with_exit_status_2(name, arguments, message):
     result = run_script(ROOT / name, *arguments)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_only_pure_functions_raise_a_plain_value_error():
-    """They know parameters, not flags: flags.py turns their range errors into UserError."""
-    found = set()
+def test_only_losses_registry_and_dpo_raise_a_plain_value_error():
+    """These files know parameters, not flags: flags.py turns their range errors into UserError."""
+    files = set()
     for path in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and "ValueError(" in ast.unparse(node):
-                found.add(path.stem)
-    assert found - {"losses", "registry", "dpo"} == set()
+                files.add(path.stem)
+    assert files - {"losses", "registry", "dpo"} == set()
 
 
 def test_a_bug_inside_a_loss_is_not_reported_as_a_flag(monkeypatch):
-    monkeypatch.setattr(flags, "check_variants", lambda *given, **named: int("x"))
+    monkeypatch.setattr(flags, "check_variants", lambda *arguments, **options: int("x"))
     with pytest.raises(ValueError, match="invalid literal") as caught:
         flags.parse_args([])
     assert not isinstance(caught.value, UserError)
 
 
-def test_a_value_out_of_range_is_reported_as_its_flag():
-    for argv in (
-        ["--beta=-1"], ["--ld_alpha=2"], ["--f_divergence=alpha", "--f_alpha=2"],
-        ["--loss=sigmoid:x"],
-    ):
-        with pytest.raises(UserError, match=argv[-1].split("=")[0]):
-            flags.parse_args(argv)
+@pytest.mark.parametrize("arguments", [
+    ["--beta=-1"],
+    ["--ld_alpha=2"],
+    ["--f_divergence=alpha", "--f_alpha=2"],
+    ["--loss=sigmoid:x"],
+])
+def test_a_value_out_of_range_is_reported_as_its_flag(arguments):
+    name, _ = arguments[-1].split("=")
+    with pytest.raises(UserError, match=name):
+        flags.parse_args(arguments)
 
 
-def test_a_message_with_line_breaks_is_still_one_line(tmp_path):
+def test_a_message_with_line_breaks_is_printed_as_one_line(tmp_path):
     (tmp_path / "script.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from errors import UserError, run_script\n"

@@ -1,21 +1,26 @@
-"""Whatever ends a run, nothing that was saved is lost, and the next run says what is wrong or goes on exactly."""
+"""No fault loses a saved file: the next run resumes exactly, or reports the error in one line."""
 import hashlib
 import json
 import os
 import pathlib
+import pickle
 import re
 import resource
 import shutil
 import signal
 import sys
+import threading
 
 import pytest
 import torch
 from conftest import (
     ALONE,
-    launch,
-    read_metrics,
+    TINY_RUN,
+    differences,
+    resume,
+    start_training,
     tiny_model,
+    to_arguments,
     unfinished,
     wait_for_checkpoint,
     weights,
@@ -26,161 +31,228 @@ import checkpoint
 import model as models
 import train
 
-STEPS = dict(max_steps=6, save_every=2)
-
-
-def resume(out):
-    return train.main(["--output_dir", str(out), "--resume"], ALONE)
-
-
-def check_equal(left, right):
-    a, b = weights(left), weights(right)
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
-
-    def strip(path):
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(path)]
-
-    assert strip(left) == strip(right)
+STEPS = {"max_steps": 6, "save_every": 2}
 
 
 @pytest.fixture
 def full_disk():
-    """No file may grow beyond this many bytes: to a process that is what a full disk is, an error in the middle of a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    """Limit the size of every file. A write beyond the limit fails in the middle, as on a full
+    disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [5_000, 100_000, 200_000])  # fails in the tokenizer's file, in the model's, in the optimizer's
-def test_a_full_disk_loses_nothing_that_was_saved_and_the_run_goes_on_once_there_is_room(fit, full_disk, size):
+# The write fails in the tokenizer's file, in the model's, in the optimizer's.
+@pytest.mark.parametrize("size", [5_000, 100_000, 200_000])
+def test_a_full_disk_loses_no_saved_file_and_the_run_resumes_once_there_is_room(
+        fit, full_disk, size):
     whole, _ = fit(**STEPS, out="whole")
     out, _ = fit(**STEPS)
-    for path in ("checkpoint-4", "metrics.jsonl"):
-        (out / path).rename(out.parent / path)  # only the first checkpoint is there
-    (out.parent / "metrics.jsonl").rename(out / "metrics.jsonl")
+    shutil.rmtree(out / "checkpoint-4")
     unfinished(out)
     full_disk(size)
-    with pytest.raises(ValueError, match=r"could not be written \(.*File too large.*; what was there before is whole. Make room, then: python"):
+    message = (r"could not be written \(.*File too large.*; what was there before is whole. "
+               "Make room, then: python")
+    with pytest.raises(ValueError, match=message):
         resume(out)
     full_disk(resource.RLIM_INFINITY)
-    assert {path.name for path in out.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint-2"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {".lock", "config.json", "metrics.jsonl", "checkpoint-2"}
     resume(out)
-    check_equal(whole, out)
+    assert not differences(whole, out)
 
 
-def spoil(path, how):
-    if how == "gone":
-        return path.unlink()
+def spoil(path, damage):
+    """Delete the file, cut it in half, or flip one bit near its end."""
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2] if how == "truncated" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    if damage == "gone":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:len(content) // 2])
+    else:
+        flipped = bytes([content[-9] ^ 1])
+        path.write_bytes(content[:-9] + flipped + content[-8:])
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json", "optimizer"])
-def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_comes_to_the_same_end(fit, capsys, file, how):
+def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_leads_to_the_same_end(
+        fit, capsys, file, damage):
     whole, _ = fit(**STEPS, out="whole")
     out = unfinished(fit(**STEPS)[0])
     path = out / "checkpoint-4" / file
-    path = next(path.iterdir()) if path.is_dir() else path
-    if file == "state.json" and how == "flipped":  # valid JSON, but of another file
+    if path.is_dir():
+        path = next(path.iterdir())
+    if file == "state.json" and damage == "flipped":  # valid JSON, but with a file that is missing
         path.write_text(path.read_text().replace('"files": {', '"files": {"more": "0", '))
     else:
-        spoil(path, how)
+        spoil(path, damage)
     resume(out)
     assert "checkpoint-4 is damaged (" in capsys.readouterr().out
-    assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-2", "damaged-checkpoint-4", "checkpoint-4"}
-    check_equal(whole, out)
+    names = {path.name for path in out.glob("*checkpoint-*")}
+    assert names == {"checkpoint-2", "damaged-checkpoint-4", "checkpoint-4"}
+    assert not differences(whole, out)
 
 
-def test_the_hashes_of_a_checkpoint_are_those_of_its_files_and_the_optimizer_is_not_read_to_have_them(fit, monkeypatch):
-    read, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, *given: read.append(pathlib.Path(file.name)) or digest(file, *given))
+def test_a_checkpoint_holds_the_hash_of_each_of_its_files(fit):
     out, _ = fit(**STEPS, keep_checkpoints=9)
-    assert read and not [path for path in read if path.parent.name == "optimizer"]
-    for path in out.glob("checkpoint-*"):
-        files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "state.json"}
-        assert json.loads((path / "state.json").read_text())["files"] == {
-            name: hashlib.blake2b(content).hexdigest() for name, content in files.items()}
-        assert any(name.startswith("optimizer/") for name in files)
+    for folder in out.glob("checkpoint-*"):
+        hashes = {}
+        for path in folder.rglob("*"):
+            if path.is_file() and path.name != "state.json":
+                content = path.read_bytes()
+                hashes[str(path.relative_to(folder))] = hashlib.blake2b(content).hexdigest()
+        assert json.loads((folder / "state.json").read_text())["files"] == hashes
+        assert any(name.startswith("optimizer/") for name in hashes)
 
 
-# --- what checkpoints need of the disk
+@pytest.fixture
+def files_read():
+    """A list to which every file that Python opens for reading is added."""
+    paths, watching = [], threading.Event()
 
-def sizes(path):
+    def note(event, arguments):
+        if watching.is_set() and event == "open" and isinstance(arguments[0], str):
+            flags = arguments[2]
+            if not flags & (os.O_WRONLY | os.O_CREAT):
+                paths.append(pathlib.Path(arguments[0]))
+
+    watching.set()
+    sys.addaudithook(note)
+    yield paths
+    watching.clear()  # an audit hook cannot be removed
+
+
+def test_the_optimizer_is_not_read_back_to_hash_it(fit, files_read):
+    """The model is: the library that writes it cannot hash it on the way."""
+    out, _ = fit(**STEPS, keep_checkpoints=9)
+    read = [path for path in files_read if out in path.parents]
+    assert any(path.name == "model.safetensors" for path in read)
+    assert not any(path.parent.name == "optimizer" for path in read)
+
+
+# --- the disk space of checkpoints
+
+def tensor_sizes(folder):
     """Bytes of the tensors, without the headers of the files."""
-    return sum(tensor.nbytes for file in path.rglob("*.safetensors") for tensor in load_file(file).values())
+    size = 0
+    for path in folder.rglob("*.safetensors"):
+        size += sum(tensor.nbytes for tensor in load_file(path).values())
+    return size
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}, {"sync_ref_every": 1}, {"adapter": True, "sync_ref_every": 1}])
-def test_the_size_that_is_said_before_the_first_step_is_that_of_the_files(fit, capsys, tmp_path, flags):
+@pytest.mark.parametrize("flags", [
+    {}, {"lora_rank": 4}, {"sync_ref_every": 1}, {"adapter": True, "sync_ref_every": 1},
+])
+def test_the_size_that_is_printed_before_the_first_step_is_that_of_the_files(fit, capsys, flags):
     if "adapter" in flags:
-        flags = flags | {"adapter": fit(loss="sft", lora_rank=4, max_steps=1, out="sft")[0]}
+        adapter, _ = fit(loss="sft", lora_rank=4, max_steps=1, out="sft")
+        flags = flags | {"adapter": adapter}
     capsys.readouterr()
     out, _ = fit(**STEPS, **flags)
-    said = re.search(r"a checkpoint has ([\d.]+) kB; written every 2 steps and when interrupted, the newest 2 kept", capsys.readouterr().out)
-    assert float(said[1]) * 1000 == pytest.approx(sizes(out / "checkpoint-4"), rel=0.01)  # AdamW counts the steps of each parameter, in 4 bytes
+    line = re.search(
+        r"a checkpoint has ([\d.]+) kB; written every 2 steps and when interrupted, "
+        "the newest 2 kept", capsys.readouterr().out)
+    # AdamW also stores a step count of 4 bytes for each parameter.
+    assert float(line[1]) * 1000 == pytest.approx(tensor_sizes(out / "checkpoint-4"), rel=0.01)
 
 
-def test_a_large_checkpoint_is_kept_once_and_a_small_one_twice(fit, monkeypatch, capsys):
+def test_the_newest_large_checkpoint_is_kept_and_the_newest_two_small_ones(
+        fit, monkeypatch, capsys):
     small, _ = fit(**STEPS, out="small")
     monkeypatch.setattr(checkpoint, "LARGE", 1000)
     large, _ = fit(**STEPS, out="large")
     chosen, _ = fit(**STEPS, keep_checkpoints=2, out="chosen")
-    assert [len(list(path.glob("checkpoint-*"))) for path in (small, large, chosen)] == [2, 1, 2]
+    counts = [len(list(path.glob("checkpoint-*"))) for path in (small, large, chosen)]
+    assert counts == [2, 1, 2]
     assert "the newest 1 kept" in capsys.readouterr().out
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(fit, monkeypatch, capsys, tmp_path):
-    """Of three that are on it at once, while the third is written; one is enough where none is due before the end."""
+@pytest.fixture
+def free_space(fit, monkeypatch, tmp_path):
+    """Set the free space of the disk, in checkpoints."""
     out, _ = fit(**STEPS, out="measured")
-    size = sizes(out / "checkpoint-4")
+    size = tensor_sizes(out / "checkpoint-4")
     usage = shutil.disk_usage(tmp_path)
-    for free, flags, refused in ((2 * size, {}, False), (size, {}, True), (2 * size, {"save_every": 1}, True),
-                                 (2 * size, {"save_every": 1, "keep_checkpoints": 1}, False), (0, {"save_every": 0}, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        name = f"out-{free}-{len(flags)}-{refused}"
-        if refused:
-            with pytest.raises(ValueError, match=r"free, but checkpoints need .*; make room, or lower --keep_checkpoints, or write none by --save_every 0"):
-                fit(**STEPS | flags, out=name)
-            assert not (tmp_path / name).exists()
-        else:
-            fit(**STEPS | flags, out=name)
-    assert "There is no room for it: 0.0 kB free" in capsys.readouterr().out
+
+    def set_free(checkpoints):
+        free = usage._replace(free=checkpoints * size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+
+    return set_free
 
 
-def test_where_every_checkpoint_is_damaged_the_run_is_refused(fit):
+# The disk holds all kept checkpoints and the one being written. A run of 6 steps with
+# --save_every 2 writes two, because the last step saves the model only.
+@pytest.mark.parametrize("checkpoints, flags", [
+    (1, {}),
+    (2, {"save_every": 1}),
+])
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_step(
+        fit, free_space, tmp_path, checkpoints, flags):
+    free_space(checkpoints)
+    message = ("free, but checkpoints need .*; make room, or lower --keep_checkpoints, "
+               "or write none by --save_every 0")
+    with pytest.raises(ValueError, match=message):
+        fit(**STEPS | flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("checkpoints, flags", [
+    (2, {}),
+    (2, {"save_every": 1, "keep_checkpoints": 1}),
+    (0, {"save_every": 0}),
+])
+def test_a_disk_with_just_enough_room_for_the_checkpoints_is_accepted(
+        fit, free_space, capsys, checkpoints, flags):
+    free_space(checkpoints)
+    fit(**STEPS | flags)
+    no_room = "There is no room for it: 0.0 kB free" in capsys.readouterr().out
+    assert no_room == (checkpoints == 0)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(fit):
     out = unfinished(fit(**STEPS)[0])
     for path in out.glob("checkpoint-*/model.safetensors"):
         spoil(path, "truncated")
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged; begin again in another --output_dir"):
+    message = "every checkpoint in .* is damaged; begin again in another --output_dir"
+    with pytest.raises(ValueError, match=message):
         resume(out)
 
 
 def test_loading_a_checkpoint_unpickles_nothing(fit, monkeypatch):
-    """A pickle may run any code. The files are safetensors and JSON, and torch.load is not called."""
+    """A pickle may run any code. The files are safetensors and JSON, and torch.load is not
+    called."""
     out = unfinished(fit(**STEPS)[0])
     suffixes = {path.suffix for path in out.glob("checkpoint-*/**/*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".jinja"}
-    import pickle
+
+    def refuse(*arguments, **options):
+        pytest.fail("unpickled")
+
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, lambda *given, **named: pytest.fail("unpickled"))
+        monkeypatch.setattr(module, name, refuse)
     resume(out)
 
 
-def test_another_reference_is_refused_by_name(fit, tokenizer, tmp_path):
+def test_a_resumed_run_with_a_changed_reference_is_refused(fit, tokenizer, tmp_path):
     other = tiny_model("llama", tokenizer)
     models.save_model(other, tokenizer, tmp_path / "other")
     out = unfinished(fit(**STEPS, ref_model=tmp_path / "other")[0])
     other.lm_head.weight.data.mul_(2)
     models.save_model(other, tokenizer, tmp_path / "other")
-    with pytest.raises(ValueError, match="--resume: the reference, or the model below the adapter, has other weights than when this run began"):
+    message = ("--resume: the reference, or the model below the adapter, has other weights "
+               "than when this run began")
+    with pytest.raises(ValueError, match=message):
         resume(out)
 
 
-def test_a_float32_run_sees_a_reference_that_changed_by_less_than_bfloat16_shows(fit, tmp_path, tokenizer):
+def test_a_float32_run_detects_a_change_of_the_reference_that_bfloat16_would_round_away(
+        fit, tmp_path, tokenizer):
     model = tiny_model("llama", tokenizer)
     models.save_model(model, tokenizer, tmp_path / "reference")
-    flags = dict(ref_model=tmp_path / "reference", max_steps=4, save_every=2)
+    flags = {"ref_model": tmp_path / "reference", "max_steps": 4, "save_every": 2}
     unfinished(fit(**flags)[0])
     with torch.no_grad():
         weight = model.model.layers[0].mlp.up_proj.weight
@@ -190,74 +262,108 @@ def test_a_float32_run_sees_a_reference_that_changed_by_less_than_bfloat16_shows
         fit("--resume", **flags)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_with_step_weight_and_rows(
+        fit, monkeypatch, tmp_path):
+    """The checkpoint before that step is finite and kept."""
+    load_policy = train.load_policy
 
-def test_a_gradient_that_is_not_finite_stops_with_step_weight_and_rows_and_spoils_nothing(fit, monkeypatch, tmp_path):
-    load = train.load_policy
+    def load_with_overflow(*arguments):
+        """From the tenth micro-batch on, the gradient of the head overflows."""
+        policy, calls = load_policy(*arguments), []
 
-    def spoiled(*given):
-        module, calls = load(*given), []
-        module.model.lm_head.weight.register_hook(lambda gradient: gradient * (float("inf") if calls.append(1) or len(calls) > 9 else 1))
-        return module
+        def overflow(gradient):
+            calls.append(1)
+            return gradient * float("inf") if len(calls) > 9 else gradient
 
-    monkeypatch.setattr(train, "load_policy", spoiled)
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is 0\.\d+, the gradient norm (inf|nan); (.|\n)*backward pass that overflows, in "
-                       r"model.lm_head.weight and 0 more, on the rows .*pairs.jsonl, row \d+"):
+        policy.model.lm_head.weight.register_hook(overflow)
+        return policy
+
+    monkeypatch.setattr(train, "load_policy", load_with_overflow)
+    message = (r"step 4: the loss is 0\.\d+, the gradient norm (inf|nan); (.|\n)*backward pass "
+               r"that overflows, in model.lm_head.weight and 0 more, on the rows .*pairs.jsonl, "
+               r"row \d+")
+    with pytest.raises(FloatingPointError, match=message):
         fit(**STEPS)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    assert all(value.isfinite().all() for value in weights(tmp_path / "out" / "checkpoint-2").values())
+    kept = checkpoint.checkpoints(tmp_path / "out")
+    assert [path.name for path in kept] == ["checkpoint-2"]
+    assert all(value.isfinite().all() for value in weights(kept[0]).values())
 
 
-def test_out_of_memory_names_the_flags_that_help(fit, monkeypatch, capsys, folder, pairs, tmp_path):
-    monkeypatch.setattr(train, "collate", lambda *given: torch.empty(2 ** 50))
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--model={folder}", f"--dataset={pairs}", "--max_length=64", f"--output_dir={tmp_path / 'out'}"])
+def test_out_of_memory_is_one_line_that_names_the_flags_that_help(
+        monkeypatch, capsys, folder, pairs, tmp_path):
+    flags = {"model": folder, "dataset": pairs, "max_length": 64, "output_dir": tmp_path / "out"}
+    monkeypatch.setattr(train, "collate", lambda *arguments: torch.empty(2 ** 50))
     monkeypatch.setattr(train, "init_distributed", lambda: ALONE)
+    monkeypatch.setattr(sys, "argv", ["train.py", *to_arguments(flags)])
     with pytest.raises(SystemExit) as stop:
         train.run()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: out of memory (") and said.count("\n") == 1
-    for flag in ("micro_batch_size", "gradient_checkpointing", "ref cache", "max_length", "parallel fsdp", "lora_rank", "quantize"):
-        assert f"--{flag}" in said and flag.split()[0] in vars(train.parse_args([])[0])
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert stderr.startswith("error: out of memory (") and stderr.count("\n") == 1
+    known_flags = vars(train.parse_args([])[0])
+    for option in (
+        "micro_batch_size", "gradient_checkpointing", "ref cache", "max_length", "parallel fsdp",
+        "lora_rank", "quantize",
+    ):
+        assert f"--{option}" in stderr and option.split()[0] in known_flags
 
 
-def test_two_runs_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(folder, pairs, tmp_path):
-    process = launch(folder, pairs, tmp_path / "out", epochs=4000)
-    wait_for_checkpoint(process, tmp_path / "out")
-    for flags in (["--resume"], [f"--model={folder}", f"--dataset={pairs}"]):
+def test_two_runs_in_one_folder_are_refused_and_a_killed_run_leaves_no_lock(
+        folder, pairs, tmp_path):
+    out = tmp_path / "out"
+    given = {"model": folder, "dataset": pairs}
+    flags = TINY_RUN | given | {"output_dir": out, "epochs": 4000, "save_every": 5}
+    process = start_training(flags)
+    wait_for_checkpoint(process, out)
+    for arguments in (["--resume"], to_arguments(given)):
         with pytest.raises(ValueError, match="another run is writing there"):
-            train.main([f"--output_dir={tmp_path / 'out'}", *flags], ALONE)
+            train.main([f"--output_dir={out}", *arguments], ALONE)
     process.kill()
     process.wait()
-    with train.claim(tmp_path / "out", True, ALONE):
+    with checkpoint.claim(out, True, ALONE):
         pass
 
 
-def workers(process):
-    """The processes that torchrun started."""
-    stats = (path.read_text().rsplit(")", 1) for path in pathlib.Path("/proc").glob("[0-9]*/stat"))
-    return [int(head.split()[0]) for head, tail in stats if int(tail.split()[1]) == process.pid]
+def child_processes(process):
+    """The ids of the processes that torchrun started."""
+    children = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        # "id (name) state parent ..."; the name may hold spaces and parentheses.
+        start, rest = path.read_text().rsplit(")", 1)
+        if int(rest.split()[1]) == process.pid:
+            children.append(int(start.split()[0]))
+    return children
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_where_one_process_is_killed_the_others_say_so_and_end_within_a_minute(folder, pairs, tmp_path, parallel):
-    process = launch(folder, pairs, tmp_path / "out", torchrun=2, parallel=parallel, epochs=4000)
-    wait_for_checkpoint(process, tmp_path / "out")
-    os.kill(workers(process)[-1], signal.SIGKILL)
+def test_if_one_process_is_killed_the_others_report_it_and_end_within_a_minute(
+        folder, pairs, tmp_path, parallel):
+    out = tmp_path / "out"
+    flags = {"model": folder, "dataset": pairs, "output_dir": out, "parallel": parallel,
+             "epochs": 4000, "save_every": 5}
+    process = start_training(TINY_RUN | flags, torchrun=2)
+    wait_for_checkpoint(process, out)
+    os.kill(child_processes(process)[-1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    assert "another process of this run has ended, or does not answer" in stderr and process.returncode != 0
-    assert train.newest_checkpoint(tmp_path / "out", ALONE)[0]
+    assert "another process of this run has ended, or does not answer" in stderr
+    assert process.returncode != 0
+    newest, _ = checkpoint.newest_checkpoint(out, ALONE)
+    assert newest
 
 
-def test_a_sharded_run_that_was_stopped_goes_on_with_another_number_of_processes(fit, folder, pairs, tmp_path):
-    """Two processes and FSDP first, then one: a learning rate and a float64 under which any difference in state would show."""
-    flags = dict(epochs=40, save_every=5, dtype="float64", loss="bco_pair", sync_ref_every=7)
-    process = launch(folder, pairs, tmp_path / "out", torchrun=2, parallel="fsdp", **flags)
-    wait_for_checkpoint(process, tmp_path / "out")
+def test_a_sharded_run_that_was_stopped_resumes_with_another_number_of_processes(
+        fit, folder, pairs, tmp_path):
+    """Two processes and FSDP first, then one. The learning rate and float64 make any difference
+    in the state visible."""
+    out = tmp_path / "out"
+    flags = {"epochs": 40, "save_every": 5, "dtype": "float64", "loss": "bco_pair",
+             "sync_ref_every": 7}
+    given = {"model": folder, "dataset": pairs, "output_dir": out, "parallel": "fsdp"}
+    process = start_training(TINY_RUN | flags | given, torchrun=2)
+    wait_for_checkpoint(process, out)
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert "to go on: python train.py" in stdout, stderr[-2000:]
-    train.main([f"--output_dir={tmp_path / 'out'}", "--resume", "--parallel=ddp"], ALONE)
-    whole, metrics = fit(**flags, out="whole")
-    again = weights(tmp_path / "out")
-    assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in weights(whole).items())
-    for a, b in zip(metrics, read_metrics(tmp_path / "out"), strict=True):
-        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    resume(out, "--parallel=ddp")
+    whole, _ = fit(**flags, out="whole")
+    assert not differences(whole, out, 1e-6)
