@@ -174,6 +174,13 @@ def reset_shards(module: torch.nn.Module) -> None:
     state._root_post_backward_final_callback()
 
 
+def reshard(module: torch.nn.Module) -> None:
+    """Under FSDP, make model.parameters() the shards that are trained. After a forward without a
+    backward, the root has its gathered weights in their place. Its blocks never do."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def clip_gradients(module: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the gradients to at most max_norm, over all ranks -> their norm before, shape ().
 

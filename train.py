@@ -15,12 +15,10 @@ exits with status 2. `explain` lists the other errors that are no bugs, such as 
 remaining exception is a bug and shows its traceback.
 """
 import contextlib
-import itertools
 import math
 import os
 import pathlib
 import re
-import shutil
 import signal
 import sys
 import time
@@ -51,7 +49,7 @@ from batches import (
 )
 from checkpoint import (
     claim,
-    cleanup_on_write_error,
+    explained_write_errors,
     gather_tensors,
     is_complete,
     load_checkpoint,
@@ -69,6 +67,7 @@ from dpo import (
     preference_step,
 )
 from errors import UserError
+from files import free_name, written_aside
 from flags import SCHEDULES, parse_args, variants
 from log import Log, brief, introduce, sum_up
 from lora import (
@@ -120,15 +119,14 @@ def make_world(ranks: Ranks) -> pathlib.Path:
     home = world.folder()
     if ranks.rank == 0 and not home.exists():
         print(f"world: the reference policy is trained first, only once, and kept in {home}")
-        aside, threads = home.with_name(f"{home.name}.{os.getpid()}"), torch.get_num_threads()
+        threads = torch.get_num_threads()
         # One thread sums in one order, so the world is the same for any number of threads or ranks.
         torch.set_num_threads(1)
         try:
-            build_world(aside, ranks.device)
-            os.replace(aside, home)
+            with written_aside(home) as temporary:
+                build_world(temporary, ranks.device)
         finally:
             torch.set_num_threads(threads)
-            shutil.rmtree(aside, ignore_errors=True)
     barrier(ranks)
     return home
 
@@ -492,8 +490,7 @@ def choose_folder(args, ranks):
     name = args.output_dir
     if name is None:
         base = "runs/" + re.sub("[:,]", "+", args.loss)
-        names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
-        name = broadcast(next(name for name in names if not os.path.exists(name)), ranks)
+        name = broadcast(free_name(pathlib.Path(base)), ranks)
     folder = pathlib.Path(name)
     if folder.exists():  # raises if another run is writing there, or without --resume, has written
         with claim(folder, args.resume, ranks):
@@ -698,7 +695,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
 
     delta, steps = run.delta, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
-    with (claim(folder, args.resume, ranks), cleanup_on_write_error(folder),
+    with (claim(folder, args.resume, ranks), explained_write_errors(folder),
           caught_signals() as stopped, contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0

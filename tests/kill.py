@@ -30,6 +30,7 @@ from conftest import (
     write_jsonl,
 )
 
+import files
 import model as models
 
 
@@ -46,6 +47,11 @@ def last_step(out):
         return 0
 
 
+def is_saving(out):
+    """Is a checkpoint half written?"""
+    return any(out.glob(f"{files.PARTIAL}*/checkpoint-*"))
+
+
 def kill_at(process, out, while_saving, moment):
     """SIGKILL to the whole process group after so many seconds of steps -> (step reached, whether a checkpoint was half written)."""
     start = last_step(out)
@@ -54,14 +60,14 @@ def kill_at(process, out, while_saving, moment):
     until = time.time() + moment
     while process.poll() is None and time.time() < until:
         time.sleep(0.001)
-    while while_saving and process.poll() is None and not (out / ".checkpoint").exists():
+    while while_saving and process.poll() is None and not is_saving(out):
         pass
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.wait()
-    return last_step(out), (out / ".checkpoint").exists()
+    return last_step(out), is_saving(out)
 
 
 def equal(left, right):

@@ -1,4 +1,6 @@
 """Whatever ends a run, nothing that was saved is lost, and the next run says what is wrong or goes on exactly."""
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +25,8 @@ from conftest import (
 from safetensors.torch import load_file
 
 import checkpoint
+import errors
+import files
 import model as models
 import train
 
@@ -90,6 +94,64 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_comes_to_the_same_en
     assert "checkpoint-4 is damaged (" in capsys.readouterr().out
     assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-2", "damaged-checkpoint-4", "checkpoint-4"}
     check_equal(whole, out)
+
+def test_a_second_damage_of_the_same_checkpoint_takes_a_free_name_and_keeps_the_first(fit, capsys):
+    out = unfinished(fit(**STEPS)[0])
+    earlier = out / "damaged-checkpoint-4"
+    earlier.mkdir()
+    (earlier / "note").write_text("kept")
+    spoil(out / "checkpoint-4" / "model.safetensors", "truncated")
+    resume(out)
+    assert "checkpoint-4 is damaged (model.safetensors) and is now " in capsys.readouterr().out
+    assert (earlier / "note").read_text() == "kept"
+    assert (out / "damaged-checkpoint-4-2" / "state.json").exists()
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_folder_of_the_user_whose_name_only_begins_like_a_checkpoint_is_left_alone(fit):
+    whole, _ = fit(**STEPS, out="whole")
+    out = unfinished(fit(**STEPS)[0])
+    for name in ("checkpoint-best", "checkpoint-4-copy", "checkpoint-"):
+        (out / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
+    resume(out)
+    assert (out / "checkpoint-best").exists()
+    check_equal(whole, out)
+
+
+OPTIMIZERS = {
+    "SGD": lambda trained, lr: torch.optim.SGD(trained, lr),
+    "SGD with momentum": lambda trained, lr: torch.optim.SGD(trained, lr, momentum=0.9),
+    "Adafactor": lambda trained, lr: torch.optim.Adafactor(trained, lr),
+    "two groups": lambda trained, lr: torch.optim.NAdam([{"params": trained[1::2], "lr": lr / 2}, {"params": trained[::2]}], lr),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_another_optimizer_than_adamw_resumes_bit_for_bit(fit, monkeypatch, name):
+    def make_optimizer(model, lr, device):
+        return OPTIMIZERS[name]([parameter for parameter in model.parameters() if parameter.requires_grad], lr)
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    whole, _ = fit(**STEPS, out="whole", lr=0.1)
+    out = unfinished(fit(**STEPS, lr=0.1)[0])
+    resume(out)
+    check_equal(whole, out)
+    start = weights(json.loads((out / "config.json").read_text())["flags"]["model"])
+    assert any(not torch.equal(value, start[name]) for name, value in weights(out).items())
+
+
+def test_an_optimizer_whose_state_is_not_in_tensors_is_refused_instead_of_resumed_wrongly(fit, monkeypatch):
+    class Counts(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
+
+    monkeypatch.setattr(train, "make_optimizer", lambda model, lr, device: Counts(model.parameters(), lr))
+    with pytest.raises(NotImplementedError, match=r"Counts keeps model\..*\.count as a int; a checkpoint stores only tensors"):
+        fit(**STEPS)
 
 
 def test_the_hashes_of_a_checkpoint_are_those_of_its_files_and_the_optimizer_is_not_read_to_have_them(fit, monkeypatch):
@@ -229,6 +291,49 @@ def test_two_runs_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(fold
     process.wait()
     with train.claim(tmp_path / "out", True, ALONE):
         pass
+
+def test_a_file_system_without_locks_is_refused_with_one_line_and_not_with_a_lock_that_outlives_a_kill(monkeypatch, tmp_path):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(errors.UserError, match="--output_dir .*out: cannot be locked .*; choose a folder on another file system"):
+        with train.claim(tmp_path / "out", False, ALONE):
+            pass
+
+
+def test_what_a_killed_run_has_half_written_is_deleted_by_the_next_one(fit):
+    whole, _ = fit(**STEPS, out="whole")
+    out = unfinished(fit(**STEPS)[0])
+    assert {path.name for path in out.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint-2", "checkpoint-4"}
+    half = out / f"{files.PARTIAL}0" / "checkpoint-6"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    resume(out)
+    assert not half.parent.exists()
+    check_equal(whole, out)
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_else(tmp_path):
+    path = tmp_path / "rows.txt"
+    files.write_text(path, "old")
+    for target in (path, tmp_path / "folder"):
+        with pytest.raises(KeyboardInterrupt), files.written_aside(target) as temporary:
+            (temporary if target == path else temporary.with_name("more")).write_text("half")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and [path] == list(tmp_path.iterdir())
+
+
+def test_files_are_moved_into_a_folder_with_others_and_the_file_named_last_is_moved_last(tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("kept")
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(pathlib.Path(target).name) or replace(source, target))
+    with files.moved_into(tmp_path, last="b") as aside:
+        for name in "cba":
+            (aside / name).write_text(name)
+        assert not (tmp_path / "a").exists()
+    assert moved[-1] == "b" and sorted(moved) == ["a", "b", "c"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "kept"}
 
 
 def workers(process):

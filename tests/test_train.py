@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import batches
 import checkpoint
 import data
+import files
 import model as models
 import reference as references
 import train
@@ -418,8 +419,9 @@ def test_only_the_last_checkpoints_are_kept_and_each_is_whole(uninterrupted):
 def test_a_half_written_checkpoint_is_not_mistaken_for_one(fit, tmp_path):
     """What a kill while saving leaves: the folder written aside, and no more."""
     fit(max_steps=4, save_every=2)
-    (tmp_path / "out" / ".checkpoint").mkdir()
-    (tmp_path / "out" / ".checkpoint" / "model.safetensors").write_bytes(b"half")
+    half = tmp_path / "out" / f"{files.PARTIAL}0" / "checkpoint-4"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
