@@ -266,6 +266,7 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
     is JSON. No state of a random number generator is needed: the order of the rows and the dropout
     of an adapter follow from the seed, the step and the rank.
     """
+    # Rank 0 makes a temporary folder and renames it at the end of this block.
     with contextlib.ExitStack() as stack:
         temporary = None
         if ranks.rank == 0:
@@ -292,7 +293,7 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                       moving: dict) -> dict:
     """{name: tensor} of the optimizer's state, which torch initializes here before the first step,
     and of `moving`. The tensors are not copied: to load a checkpoint is to write into them."""
-    reshard(model)
+    reshard(model)  # torch looks up the optimizer's parameters among those of the model
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
     for name, value in get_optimizer_state_dict(model, optimizer, options=options).items():

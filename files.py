@@ -54,7 +54,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def delete_partial(folder: pathlib.Path) -> None:
     """Delete what a killed process was writing in this folder. No other process may write there."""
     for path in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def free_name(path: pathlib.Path) -> pathlib.Path:

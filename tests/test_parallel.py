@@ -130,7 +130,20 @@ SHARDED["sigmoid, DoRA with its base as the reference"] = "sigmoid", {"lora_rank
 SHARDED["sigmoid, a cached reference"] = "sigmoid", {"ref": "cache"}
 SHARDED["sigmoid, tied embeddings"] = "sigmoid", {}
 LONG = {"lr": 1e-2, "epochs": 3, "save_every": 2, "eval_every": 2, "keep_checkpoints": 9, "micro_batch_size": 2}
-MOVING = {"bco_pair, a model that moves": ("bco_pair", {"sync_ref_every": 1}), "aot, an adapter on its base": ("aot", {"lora_rank": 4, "ref": "adapter_off"})}
+MOVING = {"bco_pair, a model that moves": ("bco_pair", {"sync_ref_every": 1}), "aot, an adapter on its base": ("aot", {"lora_rank": 4, "ref": "adapter_off"}),
+          "sigmoid, momentum": ("sigmoid", {})}
+
+
+@contextlib.contextmanager
+def optimizer_of(case):
+    """Gradient descent with momentum instead of AdamW, in the cases that say so."""
+    make = train.make_optimizer
+    if "momentum" in case:
+        train.make_optimizer = lambda model, lr, device: torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    try:
+        yield
+    finally:
+        train.make_optimizer = make
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +241,8 @@ def test_sharded_weights_give_the_gradients_and_metrics_of_whole_ones(case, worl
 def test_a_sharded_run_of_many_steps_is_that_of_one_process_and_goes_on_bit_for_bit(case, world, shards, tmp_path):
     """Evaluated and saved at the same steps, its reference moved; the second was begun from the first's checkpoint of step 2."""
     gradients, cases = shards
-    one = record(cases[case], tmp_path / "one", ALONE)
+    with optimizer_of(case):
+        one = record(cases[case], tmp_path / "one", ALONE)
     whole, resumed = gradients[f"fsdp, {case}"], gradients[f"resumed, {case}"]
     same(one, whole, 1e-6)
     assert len(whole) == 6 and len(resumed) == 4
@@ -281,7 +295,7 @@ if __name__ == "__main__":
         if failure:
             packing.is_faster = lambda *given: True
             inside = failing_check(failure[0], ranks.rank, failure[1])
-        with inside:
+        with inside, optimizer_of(case):
             found[case] = record(flags, pathlib.Path(sys.argv[2]) / case, ranks)
         found["reads"][case] = parallel.gather(calls.count(models.AutoModelForCausalLM), ranks)
     if ranks.rank == 0:

@@ -186,7 +186,7 @@ def test_one_step_alone_is_an_update_by_the_mean_loss_and_reads_no_single_number
     ids = [{name: tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")} for row in make_rows(7)]
     columns = {"id": list("abcdefg")} | {f"{name}_ids": [row[name] for row in ids] for name in ids[0]}
     pieces = [train.Piece(slice(i, min(i + 3, 7)), 1.0) for i in (0, 3, 6)]
-    batches = [train.collate({name: values[piece.places] for name, values in columns.items()}, tokenizer, ALONE.device, True) for piece in pieces]
+    batches = [train.collate({name: values[piece.pairs] for name, values in columns.items()}, tokenizer, ALONE.device, True) for piece in pieces]
     losses, metrics = train.preference_step(policy, reference, train.collate(columns, tokenizer, ALONE.device), find(loss), {})
     parameters = dict(policy.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(losses.mean(), list(parameters.values()))))
