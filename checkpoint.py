@@ -1,25 +1,26 @@
-"""Files of a run: written to a temporary name and renamed, so that no reader sees half a file.
+"""The files of a run, each written aside and renamed (files.py): save, verify, resume, lock.
 
     config.json         the flags of the run; when the run has ended, the model's configuration too
     metrics.jsonl       see log.Log
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
-        optimizer/      AdamW's state and a moving reference, in one file per rank,
+        optimizer/      the optimizer's state and a moving reference, in one file per rank,
         state.json      the step, the schedule, the flags, and a hash of every other file
     .lock               held by the process that writes in this folder
 
 Nothing here knows models or adapters: train.py passes their tensors and a function that saves them.
 """
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import pathlib
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import filelock
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -28,42 +29,23 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from errors import UserError
-from parallel import Ranks, barrier, broadcast, first_reason, gather, whole
+from files import delete_partial, free_name, written_aside
+from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
 
 
-# --- Write to a temporary name, then rename -------------------------------------------------------
+# --- The folder of a run --------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def written_aside(folder, last):
-    """Yield a temporary folder, then move its files into `folder`, the file named `last` last."""
-    aside = pathlib.Path(folder) / ".saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == last):
-        os.replace(file, pathlib.Path(folder) / file.name)
-    aside.rmdir()
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Replace the content of a text file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def cleanup_on_write_error(folder: pathlib.Path):
-    """On a write error, delete partial files, keep existing ones, and raise one line."""
+def explained_write_errors(folder: pathlib.Path):
+    """Turn a write error, such as a full disk, into one line. files.py deletes partial files."""
     try:
         yield
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        for partial in (".checkpoint", ".saving"):
-            shutil.rmtree(folder / partial, ignore_errors=True)
         cause = error
         if isinstance(error, dcp.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
@@ -71,8 +53,6 @@ def cleanup_on_write_error(folder: pathlib.Path):
             f"--output_dir {folder}: could not be written ({cause}); what was there before is "
             f"whole. Make room, then: python train.py --output_dir {folder} --resume") from error
 
-
-# --- The folder of a run --------------------------------------------------------------------------
 
 def read_config(folder: str | pathlib.Path) -> dict:
     try:
@@ -98,28 +78,50 @@ def is_complete(folder: str | pathlib.Path) -> bool:
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    """Complete checkpoints, oldest first. checkpoint-best, without a number, is the user's."""
+    numbers = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal():
+            numbers[path] = int(number)
+    return sorted(numbers, key=numbers.get)
+
+
+def lock_file(path: pathlib.Path) -> filelock.AcquireReturnProxy:
+    """Lock a file until the returned context manager ends. The operating system releases the lock
+    when the process ends, however it ends.
+
+    Raises filelock.Timeout if another process has the lock. On a file system without locks, new
+    versions of filelock warn and then create a marker, which would outlive a killed process. Here
+    the warning is an error, as this case is in older versions.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            return filelock.FileLock(path).acquire(timeout=0)
+        except UserWarning:
+            raise NotImplementedError("its file system has no locks") from None
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path, resume: bool, ranks: Ranks):
-    """Lock the folder for one run, and refuse a folder with another run in it unless `resume`.
-
-    The operating system releases the lock when the process ends, however it ends.
-    """
+    """Lock the folder for one run, and refuse a folder with another run in it unless `resume`."""
     if ranks.rank > 0:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output_dir {folder}: another run is writing there") from None
+    try:
+        lock = lock_file(folder / ".lock")
+    except filelock.Timeout:
+        raise UserError(f"--output_dir {folder}: another run is writing there") from None
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"--output_dir {folder}: cannot be locked ({error}); choose a folder on "
+                        "another file system") from error
+    with lock:
         if not resume and (is_complete(folder) or checkpoints(folder)):
             raise UserError(f"--output_dir {folder} holds a run already: "
                             "continue it with --resume, or choose another")
+        delete_partial(folder)
         yield
 
 
@@ -264,21 +266,24 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
     is JSON. No state of a random number generator is needed: the order of the rows and the dropout
     of an adapter follow from the seed, the step and the rank.
     """
-    temporary = folder / ".checkpoint"
+    # Rank 0 makes a temporary folder and renames it at the end of this block.
+    with contextlib.ExitStack() as stack:
+        temporary = None
+        if ranks.rank == 0:
+            temporary = stack.enter_context(written_aside(folder / f"checkpoint-{step}"))
+        temporary = broadcast(temporary, ranks)
+        save_model(temporary)
+        barrier(ranks)
+        # Every rank writes its shards and hashes them on the way. Only the model's files are read
+        # again for their hashes, because the libraries that write them take no file object.
+        writer = HuggingFaceStorageWriter(str(temporary / "optimizer"), save_distributed=True)
+        writer.fs = HashingFileSystem()
+        dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+        digests = file_digests(temporary, ranks, writer.fs.digests)
+        if ranks.rank == 0:
+            text = json.dumps({"step": step, "files": digests} | state, indent=2)
+            (temporary / "state.json").write_text(text + "\n")
     if ranks.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary)
-    barrier(ranks)
-    # Every rank writes its shards and hashes them on the way. Only the model's files are read again
-    # for their hashes, because the libraries that write them take no file object.
-    writer = HuggingFaceStorageWriter(str(temporary / "optimizer"), save_distributed=True)
-    writer.fs = HashingFileSystem()
-    dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
-    digests = file_digests(temporary, ranks, writer.fs.digests)
-    if ranks.rank == 0:
-        text = json.dumps({"step": step, "files": digests} | state, indent=2)
-        (temporary / "state.json").write_text(text + "\n")
-        os.replace(temporary, folder / f"checkpoint-{step}")
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     barrier(ranks)
@@ -286,18 +291,19 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                       moving: dict) -> dict:
-    """{name: tensor} of AdamW's state, initialized here before the first step, and of `moving`."""
+    """{name: tensor} of the optimizer's state, which torch initializes here before the first step,
+    and of `moving`. The tensors are not copied: to load a checkpoint is to write into them."""
+    reshard(model)  # torch looks up the optimizer's parameters among those of the model
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
     tensors = {f"reference.{name}": tensor for name, tensor in moving.items()}
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # The optimizer's own parameters: under FSDP the model's may be gathered ones after a forward.
-    for name, parameter in zip(names, optimizer.param_groups[0]["params"]):
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(parameter, requires_grad=False)
-        for key, value in state.items():
-            tensors[f"{name}.{key}"] = value
+    for name, value in get_optimizer_state_dict(model, optimizer, options=options).items():
+        if not name.startswith("state."):  # learning rate, betas: from the flags and the schedule
+            continue
+        name = name.removeprefix("state.")
+        if not isinstance(value, torch.Tensor):
+            raise NotImplementedError(f"{type(optimizer).__name__} keeps {name} as a "
+                                      f"{type(value).__name__}; a checkpoint stores only tensors")
+        tensors[name] = value
     return tensors
 
 
@@ -322,7 +328,7 @@ def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path 
             wrong = ["state.json"]
             if saved:
                 wrong = sorted({name for name, _ in saved.items() ^ found.items()})
-            renamed = path.with_name(f"damaged-{path.name}")
+            renamed = free_name(path.with_name(f"damaged-{path.name}"))
             print(f"{path} is damaged ({', '.join(wrong[:3])}) and is now {renamed}")
             os.replace(path, renamed)
         barrier(ranks)

@@ -13,7 +13,7 @@ import torch
 import tqdm
 
 from batches import Task
-from checkpoint import write
+from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
 from parallel import Ranks, shard
@@ -34,13 +34,13 @@ class Log:
                              dynamic_ncols=True, mininterval=bar_interval())
         if not self.on:
             return
-        write(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
         # Keep the rows up to the checkpoint: later steps are taken again. The last row may be torn.
         kept = []
         for row in self.path.read_text().splitlines() if start else ():
             if row.endswith("}") and json.loads(row)["step"] <= start:
                 kept.append(row + "\n")
-        write(self.path, "".join(kept))
+        write_text(self.path, "".join(kept))
 
     def row(self, step: int, split: str, values: dict):
         if self.on:

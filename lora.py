@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from checkpoint import written_aside
 from errors import UserError
+from files import moved_into
 
 # --- Low-rank updates -----------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
     tensors = tensors or adapter_tensors(model, name)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     config = adapter_config(layers, name, base)
-    with written_aside(folder, last="adapter_config.json") as aside:
+    with moved_into(folder, last="adapter_config.json") as aside:
         save_file(tensors, aside / "adapter_model.safetensors")
         tokenizer.save_pretrained(aside)
         if extra:

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from checkpoint import written_aside
 from errors import UserError, run_script
+from files import moved_into
 from lora import (
     NF4Linear,
     has_stacked_experts,
@@ -239,7 +239,7 @@ def save_model(model, tokenizer, folder, tensors=None, **extra):
     tensors     the weights, {name: tensor}, where the model has only a shard of them
     extra       entries that are added to config.json
     """
-    with written_aside(folder, last="config.json") as aside:
+    with moved_into(folder, last="config.json") as aside:
         model.save_pretrained(aside, state_dict=tensors)
         tokenizer.save_pretrained(aside)
         config = json.loads((aside / "config.json").read_text())

@@ -174,6 +174,13 @@ def reset_shards(module: torch.nn.Module) -> None:
     state._root_post_backward_final_callback()
 
 
+def reshard(module: torch.nn.Module) -> None:
+    """Under FSDP, make model.parameters() the shards that are trained. After a forward without a
+    backward, the root has its gathered weights in their place. Its blocks never do."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sum a tensor over the ranks, in place. It must be on ranks.device: NCCL takes no others."""
     if ranks.size > 1:

@@ -12,7 +12,6 @@ On top of it:
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 from argparse import Namespace
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from batches import (
 from checkpoint import without_ties
 from dpo import concatenated_forward, preference_loss
 from errors import UserError
+from files import written_aside
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
@@ -246,10 +246,8 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, weights
             ids = "\n".join(rows["id"]).encode()
             tables[f"{name}_ids"] = torch.tensor(list(ids), dtype=torch.uint8)
         if ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            save_file(tables, temporary)
-            os.replace(temporary, path)
+            with written_aside(path) as temporary:
+                save_file(tables, temporary)
     barrier(ranks)
     with_logps = []
     for name, rows in splits.items():

@@ -15,7 +15,6 @@ exits with status 2. `explain` lists the other errors that are no bugs, such as 
 remaining exception is a bug and shows its traceback.
 """
 import contextlib
-import itertools
 import math
 import os
 import pathlib
@@ -52,7 +51,7 @@ from batches import (
 )
 from checkpoint import (
     claim,
-    cleanup_on_write_error,
+    explained_write_errors,
     gather_tensors,
     is_complete,
     load_checkpoint,
@@ -64,6 +63,7 @@ from checkpoint import (
 )
 from dpo import preference_logps, preference_loss, train_sft
 from errors import UserError
+from files import free_name
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
 from logps import FastLogps
@@ -464,8 +464,7 @@ def choose_folder(args, ranks):
     name = args.output_dir
     if name is None:
         base = "runs/" + re.sub("[:,]", "+", args.loss)
-        names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
-        name = broadcast(next(name for name in names if not os.path.exists(name)), ranks)
+        name = broadcast(free_name(pathlib.Path(base)), ranks)
     folder = pathlib.Path(name)
     if folder.exists():  # raises if another run is writing there, or without --resume, has written
         with claim(folder, args.resume, ranks):
@@ -672,7 +671,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
 
     delta, steps = run.delta, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
-    with (claim(folder, args.resume, ranks), cleanup_on_write_error(folder),
+    with (claim(folder, args.resume, ranks), explained_write_errors(folder),
           caught_signals() as stopped, contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0

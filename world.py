@@ -14,9 +14,7 @@ Tables are (X, A): X things by A answers, in the order of THINGS and of `answers
 import hashlib
 import itertools
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
+from files import written_aside
 from model import new_model, save_model
 
 THINGS = ("sea", "city", "night", "road", "wind", "house", "winter", "river")
@@ -287,23 +286,27 @@ def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
     if home.exists():
         return home
     print(f"world: the reference policy is trained first, only once, and kept in {home}")
-    aside, threads = home.with_name(f"{home.name}.{os.getpid()}"), torch.get_num_threads()
+    threads = torch.get_num_threads()
     # One thread sums in one order, so the world is the same for any number of threads or ranks.
     torch.set_num_threads(1)
     try:
-        tokenizer = make_tokenizer()
-        model = new_model(tokenizer, **MODEL).to(device)
-        (aside / "reference").mkdir(parents=True)
-        write_texts(aside)
-        rows, _ = data.load_tokens(str(aside / "sft.jsonl"), tokenizer, ("chosen",), data.Limits())
-        reference = train_sft(model, rows, tokenizer)
-        save_model(model, tokenizer, aside / "reference")
-        write_pairs(aside, answer_logps(reference, aside, tokenizer, device))
-        os.replace(aside, home)
+        with written_aside(home) as aside:
+            write_folder(aside, train_sft, device)
     finally:
         torch.set_num_threads(threads)
-        shutil.rmtree(aside, ignore_errors=True)
     return home
+
+
+def write_folder(home, train_sft, device):
+    """Write the texts, train the reference policy on them, and write its pairs."""
+    (home / "reference").mkdir(parents=True)
+    write_texts(home)
+    tokenizer = make_tokenizer()
+    rows, _ = data.load_tokens(str(home / "sft.jsonl"), tokenizer, ("chosen",), data.Limits())
+    model = new_model(tokenizer, **MODEL).to(device)
+    reference = train_sft(model, rows, tokenizer)
+    save_model(model, tokenizer, home / "reference")
+    write_pairs(home, answer_logps(reference, home, tokenizer, device))
 
 
 def write_rows(path, things, scores=None, **sides):

@@ -29,6 +29,7 @@ from conftest import (
     write_jsonl,
 )
 
+import files
 import model as models
 
 FLAGS = TINY_RUN | {
@@ -49,10 +50,14 @@ def last_step(out):
         return 0
 
 
+def is_saving(out):
+    """Is a checkpoint half written?"""
+    return any(out.glob(f"{files.PARTIAL}*/checkpoint-*"))
+
+
 def kill_at(process, out, while_saving, seconds):
     """Send SIGKILL to the process group `seconds` after the next step, or at the next write of a
     checkpoint after that -> the last step, and whether a checkpoint was partly written."""
-    partial_checkpoint = out / ".checkpoint"
     start = last_step(out)
     while process.poll() is None and last_step(out) <= start:
         time.sleep(0.005)
@@ -60,14 +65,14 @@ def kill_at(process, out, while_saving, seconds):
     while process.poll() is None and time.time() < until:
         time.sleep(0.001)
     # Without a pause, because a small checkpoint takes milliseconds.
-    while while_saving and process.poll() is None and not partial_checkpoint.exists():
+    while while_saving and process.poll() is None and not is_saving(out):
         pass
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.wait()
-    return last_step(out), partial_checkpoint.exists()
+    return last_step(out), is_saving(out)
 
 
 def prepare(parallel):

@@ -1,4 +1,6 @@
 """No fault loses a saved file: the next run resumes exactly, or reports the error in one line."""
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +30,8 @@ from conftest import (
 from safetensors.torch import load_file
 
 import checkpoint
+import errors
+import files
 import model as models
 import train
 
@@ -93,6 +97,80 @@ def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_leads_to_the_sam
     names = {path.name for path in out.glob("*checkpoint-*")}
     assert names == {"checkpoint-2", "damaged-checkpoint-4", "checkpoint-4"}
     assert not differences(whole, out)
+
+def test_a_second_damage_of_the_same_checkpoint_takes_a_free_name_and_keeps_the_first(fit, capsys):
+    out = unfinished(fit(**STEPS)[0])
+    earlier = out / "damaged-checkpoint-4"
+    earlier.mkdir()
+    (earlier / "note").write_text("kept")
+    spoil(out / "checkpoint-4" / "model.safetensors", "truncated")
+    resume(out)
+    assert "checkpoint-4 is damaged (model.safetensors) and is now " in capsys.readouterr().out
+    assert (earlier / "note").read_text() == "kept"
+    assert (out / "damaged-checkpoint-4-2" / "state.json").exists()
+    found = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert found == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_folder_of_the_user_whose_name_only_begins_like_a_checkpoint_is_left_alone(fit):
+    whole, _ = fit(**STEPS, out="whole")
+    out = unfinished(fit(**STEPS)[0])
+    for name in ("checkpoint-best", "checkpoint-4-copy", "checkpoint-"):
+        (out / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
+    resume(out)
+    assert (out / "checkpoint-best").exists()
+    assert not differences(whole, out)
+
+
+def in_two_groups(trained, lr):
+    groups = [{"params": trained[1::2], "lr": lr / 2}, {"params": trained[::2]}]
+    return torch.optim.NAdam(groups, lr)
+
+
+OPTIMIZERS = {
+    "SGD": lambda trained, lr: torch.optim.SGD(trained, lr),
+    "SGD with momentum": lambda trained, lr: torch.optim.SGD(trained, lr, momentum=0.9),
+    "Adafactor": lambda trained, lr: torch.optim.Adafactor(trained, lr),
+    "two groups": in_two_groups,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_another_optimizer_than_adamw_resumes_bit_for_bit(fit, monkeypatch, name):
+    def make_optimizer(model, lr, device):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return OPTIMIZERS[name](trained, lr)
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    whole, _ = fit(**STEPS, out="whole", lr=0.1)
+    out = unfinished(fit(**STEPS, lr=0.1)[0])
+    resume(out)
+    assert not differences(whole, out)
+    start = weights(json.loads((out / "config.json").read_text())["flags"]["model"])
+    assert any(not torch.equal(value, start[name]) for name, value in weights(out).items())
+
+
+class Counts(torch.optim.SGD):
+    """Counts the steps of each parameter in a plain number."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+
+
+def test_an_optimizer_with_state_outside_of_tensors_is_refused(fit, monkeypatch):
+    """A checkpoint would not hold the number, and the resumed run would differ."""
+    def make_optimizer(model, lr, device):
+        return Counts(model.parameters(), lr)
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    message = r"Counts keeps model\..*\.count as a int; a checkpoint stores only tensors"
+    with pytest.raises(NotImplementedError, match=message):
+        fit(**STEPS)
 
 
 def test_a_checkpoint_holds_the_hash_of_each_of_its_files(fit):
@@ -322,6 +400,63 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_run_leaves_no_lock(
     process.wait()
     with checkpoint.claim(out, True, ALONE):
         pass
+
+
+def test_a_file_system_without_locks_is_refused(monkeypatch, tmp_path):
+    """A lock file without a lock of the system would outlive a killed process."""
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = "--output_dir .*out: cannot be locked .*; choose a folder on another file system"
+    with pytest.raises(errors.UserError, match=message):
+        with checkpoint.claim(tmp_path / "out", False, ALONE):
+            pass
+
+
+def test_files_that_a_killed_run_was_writing_are_deleted_by_the_next_run(fit):
+    whole, _ = fit(**STEPS, out="whole")
+    out = unfinished(fit(**STEPS)[0])
+    partial = out / f"{files.PARTIAL}0" / "checkpoint-6"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"half")
+    resume(out)
+    assert not list(out.glob(f"{files.PARTIAL}*"))
+    assert not differences(whole, out)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_partial_one(tmp_path):
+    path = tmp_path / "rows.txt"
+    files.write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt):
+        with files.written_aside(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        with files.written_aside(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text("half")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_moved_into_a_folder_beside_others_and_the_file_named_last_is_moved_last(
+        tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("kept")
+    moved, replace = [], os.replace
+
+    def note(source, target):
+        moved.append(pathlib.Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    with files.moved_into(tmp_path, last="b") as aside:
+        for name in "cba":
+            (aside / name).write_text(name)
+        assert not (tmp_path / "a").exists()
+    assert moved[-1] == "b" and sorted(moved) == ["a", "b", "c"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "kept"}
 
 
 def child_processes(process):

@@ -202,7 +202,24 @@ MOVING = {
     "bco_pair, a moving reference": ("bco_pair", {"sync_ref_every": 1}),
     "aot, an adapter with its base as the reference": (
         "aot", {"lora_rank": 4, "ref": "adapter_off"}),
+    "sigmoid, momentum": ("sigmoid", {}),
 }
+
+
+@contextlib.contextmanager
+def optimizer_of(case):
+    """Inside, cases named after momentum are trained by SGD with momentum instead of AdamW."""
+    make = train.make_optimizer
+
+    def make_sgd(model, lr, device):
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+
+    if "momentum" in case:
+        train.make_optimizer = make_sgd
+    try:
+        yield
+    finally:
+        train.make_optimizer = make
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +342,8 @@ def test_a_sharded_run_of_many_steps_equals_one_process_and_resumes_bit_for_bit(
     """All runs evaluate and save at the same steps. The resumed run starts from the checkpoint of
     step 2 of the sharded run."""
     gradients, flags = shards
-    one_process = record(flags[case], tmp_path / "one", ALONE)
+    with optimizer_of(case):
+        one_process = record(flags[case], tmp_path / "one", ALONE)
     whole, resumed = gradients[f"fsdp, {case}"], gradients[f"resumed, {case}"]
     same_gradients(one_process, whole, 1e-6)
     assert len(whole) == 6
@@ -404,7 +422,7 @@ def run_case(case, flags, out, ranks):
         packing.is_faster = lambda *inputs: True
         failing_ranks, failing_call = failure
         fault = failing_check(failing_ranks, ranks.rank, failing_call)
-    with fault, counted_reads() as reads:
+    with fault, optimizer_of(case), counted_reads() as reads:
         gradients = record(flags, out / case, ranks)
     return gradients, parallel.gather(len(reads), ranks)
 

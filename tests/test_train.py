@@ -30,17 +30,22 @@ from conftest import (
     write_jsonl,
 )
 from safetensors.torch import load_file, save_file
+from steps import preference_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import batches
 import checkpoint
 import data
+import files
 import model as models
 import reference as references
 import train
-from dpo import SequenceLogps, concatenated_forward
+from batches import RowFormat, autocast_options, make_task
+from dpo import concatenated_forward
+from logps import FastLogps
 from losses import find, hyperparameters
+from variants import Variants
 
 
 def test_two_runs_are_equal_only_if_every_bit_of_weights_and_metrics_is(fit, tmp_path):
@@ -268,10 +273,10 @@ def test_train_step_is_an_update_by_the_mean_loss_and_reads_no_number_from_the_d
     """Compare 7 pairs in micro-batches of 3, 3 and 1, by gradient descent in float64, with
     autograd on all pairs at once."""
     # The policy differs from the reference, so that the log-ratios are not 0.
-    policy = SequenceLogps(models.load_model(folder, torch.float64))
-    reference = SequenceLogps(models.load_model(folder, torch.float64))
+    policy = FastLogps(models.load_model(folder, torch.float64))
+    reference = FastLogps(models.load_model(folder, torch.float64))
     policy.model.lm_head.weight.data.mul_(1.1)
-    task = train.Task(find(loss), {}, {}, {}, "float64", torch.device("cpu"), packed=True)
+    task = make_task(find(loss), {}, Variants(), "float64", ALONE.device, packed=True)
 
     # Rows as columns of token ids, and the micro-batches.
     columns = {"id": list("abcdefg")}
@@ -281,11 +286,11 @@ def test_train_step_is_an_update_by_the_mean_loss_and_reads_no_number_from_the_d
     for first in (0, 3, 6):
         pieces.append(train.Piece(slice(first, min(first + 3, 7)), 1.0))
         rows = {name: values[first:first + 3] for name, values in columns.items()}
-        micro_batches.append(train.collate(rows, tokenizer, ALONE.device, True))
+        micro_batches.append(train.collate(rows, tokenizer, ALONE.device, task.row_format))
 
     # The expected gradient.
     batch = train.collate(columns, tokenizer, ALONE.device)
-    losses, metrics = train.preference_step(policy, reference, batch, find(loss), {})
+    losses, metrics = preference_step(policy, reference, batch, find(loss))
     parameters = dict(policy.named_parameters())
     gradients = dict(zip(
         parameters, torch.autograd.grad(losses.mean(), list(parameters.values()))))
@@ -505,7 +510,7 @@ def test_on_a_real_model_rounding_stays_below_half_of_its_bound(dtype):
     """Log-probs of 8 real pairs in batches of 1, 4 and 8, padded and packed."""
     folder = os.environ["REAL_MODEL"]
     tokenizer = models.load_tokenizer(folder)
-    module = SequenceLogps(models.load_model(folder))
+    module = FastLogps(models.load_model(folder))
     path = str(SHARED / "data" / "hh_harmless_512.jsonl")
     rows, _ = data.load_tokens(path, tokenizer, ("chosen", "rejected"), data.Limits(1024))
     short = [i for i, tokens in enumerate(data.column(rows, "tokens")) if tokens < 300]
@@ -515,8 +520,9 @@ def test_on_a_real_model_rounding_stays_below_half_of_its_bound(dtype):
         """(8, 2), in batches of `size` pairs."""
         parts = []
         for first in range(0, 8, size):
-            batch = train.collate(rows[first:first + size], tokenizer, ALONE.device, packed)
-            with torch.no_grad(), train.autocast(dtype, ALONE.device):
+            some, row_format = rows[first:first + size], RowFormat(packed)
+            batch = train.collate(some, tokenizer, ALONE.device, row_format)
+            with torch.no_grad(), torch.autocast(**autocast_options(dtype, ALONE.device)):
                 logps = concatenated_forward(module, batch)
             parts.append(torch.stack([logps["chosen_logps"], logps["rejected_logps"]], 1))
         return torch.cat(parts).double()
@@ -620,8 +626,8 @@ def test_only_the_newest_checkpoints_are_kept_and_each_is_complete(uninterrupted
 def test_a_half_written_checkpoint_does_not_count_as_one(fit, tmp_path):
     """A kill while saving leaves a folder `.checkpoint` and nothing else."""
     fit(max_steps=4, save_every=2)
-    partial = tmp_path / "out" / ".checkpoint"
-    partial.mkdir()
+    partial = tmp_path / "out" / f"{files.PARTIAL}0" / "checkpoint-4"
+    partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 

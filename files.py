@@ -1,0 +1,66 @@
+"""Write files and folders under a temporary name, then rename them.
+
+A rename is atomic, so a reader, or a run that is resumed after a kill, finds the old content or the
+new one and never half a file. Every temporary name is in a folder of its own, {PARTIAL}xxxxxxxx, in
+the folder of the target: a rename works only within one file system. The temporary folder is
+deleted on an exception. After a kill it is still there: see `delete_partial`.
+
+    with written_aside(path) as temporary:              # a file, or a folder that does not exist
+        temporary.write_text("all of it, or nothing")
+    with moved_into(folder, last="config.json") as aside:    # files of a folder that has others
+        (aside / "config.json").write_text("{}")
+"""
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+PARTIAL = ".partial-"
+
+
+@contextlib.contextmanager
+def moved_into(folder: str | pathlib.Path, last: str | None = None) -> Iterator[pathlib.Path]:
+    """Yield a temporary folder, then move its files into `folder`, the file named `last` last."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # If the cleanup fails, the files are in place all the same, or another error is on its way.
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder,
+                                     ignore_cleanup_errors=True) as aside:
+        yield pathlib.Path(aside)
+        names = [name for name in os.listdir(aside) if name != last]
+        if last is not None:
+            names.append(last)
+        for name in names:
+            os.replace(os.path.join(aside, name), folder / name)
+
+
+@contextlib.contextmanager
+def written_aside(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary path for a file or a folder, then rename it to `path`. An existing file is
+    replaced."""
+    path = pathlib.Path(path)
+    with moved_into(path.parent) as aside:
+        yield aside / path.name
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replace the content of a text file."""
+    with written_aside(path) as temporary:
+        temporary.write_text(text)
+
+
+def delete_partial(folder: pathlib.Path) -> None:
+    """Delete what a killed process was writing in this folder. No other process may write there."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def free_name(path: pathlib.Path) -> pathlib.Path:
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
