@@ -281,12 +281,15 @@ def test_a_model_that_scales_its_logits_computes_them_itself(monkeypatch):
 
 # --- Many processes -------------------------------------------------------------------------------
 
-# Wrapper, KEPT_LOGITS, tied head.
+# Wrapper, KEPT_LOGITS, tied head, rows. With mixed rows, both batches are padded, and only that of
+# rank 0 is within the budget of full logits.
 CASES = [
-    ("fsdp", 2**27, False),
-    ("fsdp", VOCABULARY * 20, False),
-    ("fsdp", VOCABULARY * 20, True),
-    ("ddp", VOCABULARY * 20, True),
+    ("fsdp", 2**27, False, "packed"),
+    ("fsdp", VOCABULARY * 20, False, "packed"),
+    ("fsdp", VOCABULARY * 20, True, "packed"),
+    ("ddp", VOCABULARY * 20, True, "packed"),
+    ("fsdp", VOCABULARY * 20, True, "mixed"),
+    ("ddp", VOCABULARY * 20, False, "mixed"),
 ]
 
 
@@ -298,11 +301,18 @@ def wrap(module, kind):
     return fully_shard(module)
 
 
-def losses_and_gradients(rank, kind, tied):
+def batch_of_rank(rank, rows):
+    columns = make_columns(seed=rank)
+    if rows == "packed":
+        return make_batch(columns, packed=True)
+    return make_batch(columns, full_logits=rank == 0)
+
+
+def losses_and_gradients(rank, kind, tied, rows):
     """-> losses of this rank's own pairs, {parameter: gradient averaged over the ranks}."""
     module = FastLogps(build("Llama", tie_word_embeddings=tied).double())
     policy = wrap(module, kind)
-    batch = make_batch(make_columns(seed=rank), packed=True)
+    batch = batch_of_rank(rank, rows)
     losses, _ = preference_step(policy, None, batch, sigmoid, reference_free=True)
     losses.mean().backward()
     gradients = {}
@@ -318,9 +328,9 @@ def on_one_of_two_ranks(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.set_num_threads(1)
     results = []
-    for kind, kept_logits, tied in CASES:
+    for kind, kept_logits, tied, rows in CASES:
         logps.KEPT_LOGITS = kept_logits
-        results.append(losses_and_gradients(rank, kind, tied))
+        results.append(losses_and_gradients(rank, kind, tied, rows))
     torch.save(results, f"{folder}/{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -329,7 +339,7 @@ def on_one_of_two_ranks(rank, folder):
 def test_two_ranks_with_ddp_and_fsdp2_have_the_losses_and_gradients_of_one_process(tmp_path):
     torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    for i, (_, _, tied) in enumerate(CASES):
+    for i, (_, _, tied, _) in enumerate(CASES):
         model = FastLogps(build("Llama", tie_word_embeddings=tied).double())
         for rank in range(2):
             batch = make_batch(make_columns(seed=rank))
