@@ -12,6 +12,8 @@ import packing
 import verify
 from logps import FastLogps
 
+WIDE_WINDOW = {"sliding_window": 64}  # longer than the rows of the check, which shrinks it
+
 
 def can_pack(model):
     return verify.can_pack(FastLogps(model))
@@ -128,7 +130,7 @@ def state_of(model):
 
 @pytest.mark.parametrize("name, options", [
     ("Llama", {}),
-    ("Mistral", WINDOW),
+    ("Mistral", WIDE_WINDOW),
     ("Lfm2", PACKS_NOT["Lfm2"][0]),
 ])
 @pytest.mark.parametrize("verdict", [verify.can_pack, verify.can_drop_mask])
@@ -279,6 +281,15 @@ def test_a_wrong_layout_is_refused(monkeypatch, no_cached_layout, mutation, auto
         monkeypatch.setattr(packing, *MUTATIONS[mutation])
         packing.layout_of.cache_clear()
         assert "an answer's log-prob" in can_pack(model)
+
+
+@pytest.mark.parametrize("mutation", ["windows are ignored", "windows are one wider"])
+def test_a_wrong_window_is_refused_even_if_it_is_longer_than_the_rows_of_the_check(
+        monkeypatch, no_cached_layout, mutation):
+    model = build("Mistral", **WIDE_WINDOW)
+    assert can_pack(model) is None
+    monkeypatch.setattr(packing, *MUTATIONS[mutation])
+    assert "an answer's log-prob" in can_pack(model)
 
 
 @pytest.mark.parametrize("mutation", [
