@@ -1,94 +1,61 @@
-"""Packed rows: the same log-probs as padded ones, or a reason why not."""
+"""Packed rows have the log-probs and gradients of padded rows, and fewer tokens."""
 import itertools
 import json
-import os
-import re
-import types
-import weakref
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import differences, tiny_model
-from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.nn.functional as F
+from conftest import tiny_model, weights
+from steps import (
+    PACKS,
+    PACKS_NOT,
+    WINDOW,
+    Words,
+    build,
+    distance,
+    flat_gradient,
+    make_batch,
+    make_columns,
+    outcome,
+    preference_step,
+)
 
+import batches
 import data
-import dpo
 import lora
 import model as models
 import packing
-import train
-from dpo import SequenceLogps, concatenated_forward, preference_step
+from dpo import SIDES, concatenated_forward
+from logps import FastLogps
 from losses import sft, sigmoid
-from packing import ChunkedLogps
-
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1, "head_dim": 8, "pad_token_id": 0}
-WINDOW = {"sliding_window": 6}  # shorter than the rows
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-PACKS = {  # config: what differs from SIZES
-    "Llama": {}, "Qwen2": {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}, "Qwen3": {}, "Mistral": WINDOW, "Gemma": {},
-    "Phi3": WINDOW, "Olmo2": {}, "Olmo3": WINDOW, "GPTNeoX": {}, "Gemma3Text": WINDOW, "Cohere": {},
-    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-    "Mixtral": EXPERTS}
-PACKS_NOT = {  # and a word of the reason
-    "Bloom": ({"n_layer": 2, "n_head": 4}, "eager"), "Gemma2": ({}, "eager|softcap"), "GptOss": (EXPERTS, "eager"),
-    "Mamba": ({"state_size": 4}, "eager"), "Lfm2": ({"layer_types": ["conv", "full_attention"], "initializer_range": 0.02}, "other tokens"),
-    "RecurrentGemma": ({"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8}, "not what it is"),
-    "Llama4Text": ({"num_local_experts": 2, "attention_chunk_size": 64}, "other tokens"),
-    "Qwen3Next": ({**EXPERTS, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-                   "layer_types": ["linear_attention", "full_attention"], "moe_intermediate_size": 32, "num_experts": 4}, "other tokens")}
-
-
-def can_pack(model):
-    return packing.can_pack(SequenceLogps(model))
-
-
-def build(name, **options):
-    torch.manual_seed(0)
-    sizes = {} if name in ("GPT2", "Bloom") else SIZES
-    config = getattr(transformers, f"{name}Config")(**{"vocab_size": 97, "hidden_size": 32, **sizes, **options})
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def make_columns(seed=1, prompts=(9, 1, 14, 3, 7), chosen=(5, 8, 1, 12, 3), rejected=(4, 1, 10, 2, 9)):
-    """Among them a prompt of one token and answers of one."""
-    random = np.random.default_rng(seed)
-    sizes = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
-    return {"id": [f"row {i}" for i in range(len(prompts))]} | {
-        name: [random.integers(1, 97, size).tolist() for size in lengths] for name, lengths in sizes.items() if lengths}
-
 
 COLUMNS = make_columns()
-PADDED, PACKED = data.collate(COLUMNS, 0), packing.collate(COLUMNS)
-
-
-def outcome(model, batch, loss=sigmoid, **variant):
-    """Losses of the pairs and the gradient of their mean, all parameters in one vector."""
-    losses, _ = preference_step(model, None, batch, loss, {}, **({"reference_free": True} if loss is sigmoid else {}), **variant)
-    model.zero_grad()
-    losses.mean().backward()
-    return losses.detach(), torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
-
-
-def distance(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+PADDED = make_batch(COLUMNS)  # with labels: its log-probs are those of dpo.get_batch_logps
+PACKED = make_batch(COLUMNS, packed=True)
 
 
 @pytest.fixture
 def llama():
-    return SequenceLogps(build("Llama").double())
+    return FastLogps(build("Llama").double())
 
 
-# --- equality
+def side_logps(module, batch):
+    """(2B,) log-probs, of the chosen answers first."""
+    outputs = concatenated_forward(module, batch)
+    return torch.cat([outputs[f"{side}_logps"] for side in SIDES])
+
+
+# --- Packed rows equal padded rows ----------------------------------------------------------------
 
 @pytest.mark.parametrize("name", PACKS)
-def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(name):
-    """In float64 where the model can: transformers computes its norms in fp32, which the gradient shows."""
-    model = SequenceLogps(build(name, **PACKS[name]).to(torch.float32 if name == "Mixtral" else torch.float64))
-    (packed, packed_gradient), (padded, gradient) = outcome(model, PACKED), outcome(model, PADDED)
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_rows(name):
+    """In float64, except Mixtral, whose router is float32. The gradients differ by more than the
+    losses, because transformers computes norms in float32."""
+    dtype = torch.float32 if name == "Mixtral" else torch.float64
+    module = FastLogps(build(name, **PACKS[name]).to(dtype))
+    packed, packed_gradient = outcome(module, PACKED)
+    padded, gradient = outcome(module, PADDED)
     assert distance(packed, padded) < (1e-6 if name == "Mixtral" else 1e-12)
     assert distance(packed_gradient, gradient) < 1e-6
 
@@ -96,506 +63,376 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(name):
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "Gemma"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_packing_rounds_no_more_than_padding(name, autocast):
-    """Both are compared with float64, in fp32 and in bf16 autocast."""
-    model = SequenceLogps(build(name, **PACKS[name]))
+    """Both are compared with float64, in float32 and in bfloat16 autocast."""
+    module = FastLogps(build(name, **PACKS[name]))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        packed, padded = outcome(model, PACKED), outcome(model, PADDED)
-    for found, other, exact in zip(packed, padded, outcome(model.double(), PADDED)):
-        assert distance(found, exact) < 2 * distance(other, exact) + 1e-7
+        packed = outcome(module, PACKED)
+        padded = outcome(module, PADDED)
+    exact = outcome(module.double(), PADDED)
+    for found, other, expected in zip(packed, padded, exact):
+        assert distance(found, expected) < 2 * distance(other, expected) + 1e-7
 
 
-@pytest.mark.parametrize("variant", [{"wpo": True}, {"ld_alpha": 0.3}, {"wpo": True, "ld_alpha": 0.0}])
-def test_variants_of_a_loss_are_the_same_packed(llama, variant):
-    (packed, packed_gradient), (padded, gradient) = outcome(llama, PACKED, **variant), outcome(llama, PADDED, **variant)
-    assert distance(packed, padded) < 1e-12 and distance(packed_gradient, gradient) < 1e-6
+@pytest.mark.parametrize("variants", [
+    {"wpo": True},
+    {"ld_alpha": 0.3},
+    {"wpo": True, "ld_alpha": 0.0},
+])
+def test_variants_of_a_loss_are_the_same_packed(llama, variants):
+    packed_batch = make_batch(COLUMNS, packed=True, **variants)
+    padded_batch = make_batch(COLUMNS, **variants)
+    packed, packed_gradient = outcome(llama, packed_batch, **variants)
+    padded, gradient = outcome(llama, padded_batch, **variants)
+    assert distance(packed, padded) < 1e-12
+    assert distance(packed_gradient, gradient) < 1e-6
 
 
-def test_every_output_has_the_name_and_value_it_has_padded(llama):
-    packed, padded = (concatenated_forward(llama, batch, alignment=True) for batch in (PACKED, PADDED))
+def test_every_output_has_the_name_and_the_value_of_padded_rows(llama):
+    padded_batch = make_batch(COLUMNS, full_logits=False)
+    packed = concatenated_forward(llama, PACKED, alignment=True)
+    padded = concatenated_forward(llama, padded_batch, alignment=True)
     assert packed.keys() == padded.keys()
-    assert all(torch.allclose(packed[name], padded[name], rtol=1e-10) for name in padded)
+    for name, values in padded.items():
+        assert torch.allclose(packed[name], values, rtol=1e-10)
 
 
-@pytest.mark.parametrize("variant", [{}, {"wpo": True}, {"ld_alpha": 0.3}])
-def test_forward_and_backward_never_wait_to_read_a_value_from_the_device(monkeypatch, variant):
-    """Tensors on "meta" have none, so that a step there fails where one on a GPU would wait. (Padded, transformers' mask reads one.)
-    The attention that only a GPU runs is at least called there as torch allows."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no "meta"
-    if not variant:
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("variants", [{}, {"wpo": True}, {"ld_alpha": 0.3}])
+def test_forward_and_backward_never_wait_to_read_a_value_from_the_device(
+        monkeypatch, packed, variants):
+    """Tensors on the device "meta" have no values. Every step that would wait for a GPU to read a
+    value fails there. Padded rows have no mask, because transformers reads a value of the mask.
+
+    Without variants, packed rows use the attention that only a GPU runs, so that its arguments are
+    checked by torch.
+    """
+    # torch does not know whether "meta" has autocast.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    if not variants:
         monkeypatch.setattr(packing, "one_by_one", packing.in_one_call)
-    with torch.device("meta"):
-        policy, reference = (SequenceLogps(build("Llama")) for _ in range(2))
-    policy.bare_head = reference.bare_head = True
-    batch = train.collate(make_columns(), types.SimpleNamespace(pad_token_id=0), torch.device("meta"), packed=True)
-    losses, metrics = preference_step(policy, reference, batch, sigmoid, **variant)
+    device = torch.device("meta")
+    with device:
+        policy, reference = FastLogps(build("Llama")), FastLogps(build("Llama"))
+    for module in (policy, reference):
+        module.bare_head = True
+        packing.enable(module.model)
+    task = batches.make_task(
+        sigmoid, {}, batches.Variants(**variants), "float32", device, packed, masked=False
+    )
+    tokenizer = Words(pad_token_id=0, size=97)
+    batch = batches.collate(COLUMNS, tokenizer, device, task.row_format)
+    losses, metrics = preference_step(policy, reference, batch, sigmoid, **variants)
     losses.sum().backward()
-    assert losses.is_meta and all(value.is_meta for value in metrics.values())
+    assert losses.is_meta
+    assert all(value.is_meta for value in metrics.values())
     assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
 def test_rows_without_rejected_answers_are_prompt_and_answer(llama):
     columns = make_columns(rejected=None)
-    packed, padded = packing.collate(columns), data.collate(columns, 0)
-    assert packed["input_ids"].shape[1] == sum(len(p) + len(a) - 1 for p, a in zip(columns["prompt_ids"], columns["chosen_ids"]))
-    (packed, packed_gradient), (padded, gradient) = outcome(llama, packed, sft), outcome(llama, padded, sft)
-    assert distance(packed, padded) < 1e-12 and distance(packed_gradient, gradient) < 1e-6
+    packed_batch = make_batch(columns, packed=True)
+    tokens = 0
+    for prompt, answer in zip(columns["prompt_ids"], columns["chosen_ids"]):
+        tokens += len(prompt) + len(answer) - 1
+    assert packed_batch["inputs"]["input_ids"].shape == (1, tokens)
+    packed, packed_gradient = outcome(llama, packed_batch, sft)
+    padded, gradient = outcome(llama, make_batch(columns), sft)
+    assert distance(packed, padded) < 1e-12
+    assert distance(packed_gradient, gradient) < 1e-6
 
 
-@pytest.mark.parametrize("lengths", [dict(prompts=(1,), chosen=(1,), rejected=(1,)), dict(prompts=(1, 1), chosen=(2, 1), rejected=(1, 2))])
-def test_the_shortest_rows_there_can_be(llama, lengths):
+@pytest.mark.parametrize("lengths", [
+    {"prompts": (1,), "chosen": (1,), "rejected": (1,)},
+    {"prompts": (1, 1), "chosen": (2, 1), "rejected": (1, 2)},
+])
+def test_the_shortest_possible_rows_have_the_loss_of_padded_rows(llama, lengths):
     columns = make_columns(**lengths)
-    assert distance(outcome(llama, packing.collate(columns))[0], outcome(llama, data.collate(columns, 0))[0]) < 1e-12
+    packed, _ = outcome(llama, make_batch(columns, packed=True))
+    padded, _ = outcome(llama, make_batch(columns))
+    assert distance(packed, padded) < 1e-12
 
 
-def test_gradient_checkpointing_recomputes_packed_rows_as_packed(llama):
+def enable_gradient_checkpointing(module):
+    options = {"use_reentrant": False}
+    module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    module.train()
+
+
+def test_gradient_checkpointing_recomputes_packed_rows_as_packed_rows(llama):
     expected = outcome(llama, PACKED)
-    llama.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    llama.train()
+    enable_gradient_checkpointing(llama)
     for found, value in zip(outcome(llama, PACKED), expected):
         assert torch.equal(found, value)
-    assert distance(outcome(llama, PADDED)[1], expected[1]) < 1e-6
-    other = packing.collate(make_columns(seed=2, prompts=(3, 8), chosen=(2, 9), rejected=(6, 1)))
-    batches = [preference_step(llama, None, batch, sigmoid, reference_free=True)[0] for batch in (PACKED, other)]  # then both backward
+    _, padded_gradient = outcome(llama, PADDED)
+    assert distance(padded_gradient, expected[1]) < 1e-6
+
+
+def test_gradient_checkpointing_recomputes_with_the_layout_of_its_own_forward(llama):
+    """Backward of the first batch, after the forward of a batch with another layout."""
+    _, expected = outcome(llama, PACKED)
+    other_columns = make_columns(seed=2, prompts=(3, 8), chosen=(2, 9), rejected=(6, 1))
+    other = make_batch(other_columns, packed=True)
+    enable_gradient_checkpointing(llama)
+    losses, _ = preference_step(llama, None, PACKED, sigmoid, reference_free=True)
+    preference_step(llama, None, other, sigmoid, reference_free=True)
     llama.zero_grad()
-    batches[0].mean().backward()
-    assert distance(torch.cat([p.grad.flatten() for p in llama.parameters()]), expected[1]) < 1e-12
+    losses.mean().backward()
+    assert distance(flat_gradient(llama), expected) < 1e-12
 
 
-def test_an_adapter_on_and_off_and_a_frozen_base(tokenizer):
+def test_an_adapter_that_is_on_or_off_has_the_same_log_probs_packed(tokenizer):
+    """Its base is frozen, so gradients exist only for the adapter."""
     model = tiny_model("llama", tokenizer).double()
-    bare = SequenceLogps(model)
-    reference = concatenated_forward(bare, PADDED)["rejected_logps"]
-    lora.add_adapter(model, "policy", lora.target_modules(model, None), lora.LoraSettings(4, 8.0))
+    module = FastLogps(model)
+    base_logps = side_logps(module, PADDED)
+    settings = lora.LoraSettings(4, 8.0)
+    lora.add_adapter(model, "policy", lora.target_modules(model, None), settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".B." in name:
                 parameter.normal_(std=0.1)
-    assert distance(outcome(bare, PACKED)[1], outcome(bare, PADDED)[1]) < 1e-6
-    assert distance(reference, concatenated_forward(bare, PACKED)["rejected_logps"]) > 1e-3
+    packed, packed_gradient = outcome(module, PACKED)
+    padded, gradient = outcome(module, PADDED)
+    assert distance(packed, padded) < 1e-12
+    assert distance(packed_gradient, gradient) < 1e-6
+    assert distance(side_logps(module, PACKED), base_logps) > 1e-3
     with lora.use_adapter(model, None):
-        assert distance(concatenated_forward(bare, PACKED)["rejected_logps"], reference) < 1e-12
+        assert distance(side_logps(module, PACKED), base_logps) < 1e-12
 
+
+# --- Attention ------------------------------------------------------------------------------------
 
 def attention_inputs(groups):
+    """-> query (T, heads, size), key and value (K, key heads, size), the Layout of PACKED."""
     torch.manual_seed(0)
-    layout = packing.layout_of(PACKED["packed"], torch.device("cpu"))
-    tokens = PACKED["input_ids"].shape[1]
-    query, key, value = (torch.randn(tokens, heads, 8) for heads in (4, 4 // groups, 4 // groups))
-    return query, key.index_select(0, layout.keys), value.index_select(0, layout.keys), layout
+    layout = packing.layout_of(PACKED["inputs"]["packed"], torch.device("cpu"))
+    tokens = PACKED["inputs"]["input_ids"].shape[1]
+    query = torch.randn(tokens, 4, 8)
+    key = torch.randn(tokens, 4 // groups, 8).index_select(0, layout.keys)
+    value = torch.randn(tokens, 4 // groups, 8).index_select(0, layout.keys)
+    return query, key, value, layout
+
+
+def flash_attention(query, key, value, query_ends, key_ends, most_queries, most_keys, *, dropout_p,
+                    is_causal, return_debug_mask, scale, window_size_left, window_size_right):
+    """torch's FlashAttention of sequences of different lengths, as its documentation describes
+    it."""
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    assert dropout_p == 0
+    assert is_causal == (window_size_left < 0)
+    assert most_queries == query_ends.diff().max()
+    assert most_keys == key_ends.diff().max()
+    outputs = []
+    for (a, b), (c, d) in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends)):
+        # The last query is aligned with the last key.
+        queries, keys = b - a, d - c
+        own = torch.arange(queries)[:, None] + (keys - queries)
+        behind = own - torch.arange(keys)  # how far a key is before the query
+        mask = behind >= -window_size_right
+        if window_size_left >= 0:
+            mask &= behind <= window_size_left
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        output = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs), None, None, None, None
 
 
 @pytest.mark.parametrize("window", [None, 6, 100])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_kernel_for_gpus_is_asked_for_the_same_attention(monkeypatch, window, groups):
-    """By what its documentation says it does. The kernel itself runs on no CPU."""
-    def flash(query, key, value, queries, keys, most_queries, most_keys, *, dropout_p, is_causal, return_debug_mask, scale,
-              window_size_left, window_size_right):
-        assert queries.dtype == keys.dtype == torch.int32 and dropout_p == 0 and is_causal == (window is None)
-        assert (most_queries, most_keys) == (queries.diff().max(), keys.diff().max())
-        out = []
-        for (a, b), (c, d) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist()):
-            behind = (torch.arange(b - a)[:, None] + (d - c) - (b - a)) - torch.arange(d - c)  # aligned at the last key
-            mask = (behind >= -window_size_right) & ((behind <= window_size_left) if window_size_left >= 0 else True)
-            heads = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-            out.append(torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True).transpose(0, 1))
-        return torch.cat(out), None, None, None, None
-
+    """A stand-in takes the place of the kernel, which no CPU runs."""
     inputs = attention_inputs(groups)
     expected = packing.one_by_one(*inputs, 0.3, window)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-    assert torch.allclose(packing.in_one_call(*inputs, 0.3, window), expected, atol=1e-6)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+    found = packing.in_one_call(*inputs, 0.3, window)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 6, 100])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_segments_whose_prompt_is_computed_again_have_the_attention_of_masked_ones(window, groups):
-    inputs = attention_inputs(groups)
-    leaves = [x.double().requires_grad_() for x in inputs[:3]]
-    found, expected = (packing.one_by_one(*leaves, inputs[3], 0.3, window, masked) for masked in (False, True))
+def test_segments_whose_prompt_is_recomputed_have_the_attention_of_masked_segments(window, groups):
+    *tensors, layout = attention_inputs(groups)
+    leaves = [tensor.double().requires_grad_() for tensor in tensors]
+    found = packing.one_by_one(*leaves, layout, 0.3, window, masked=False)
+    expected = packing.one_by_one(*leaves, layout, 0.3, window, masked=True)
     assert torch.allclose(found, expected, atol=1e-12)
     slope = torch.randn_like(found)
-    gradients = [torch.autograd.grad((out * slope).sum(), leaves) for out in (found, expected)]
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients))
+    gradients = torch.autograd.grad((found * slope).sum(), leaves)
+    wanted = torch.autograd.grad((expected * slope).sum(), leaves)
+    for gradient, value in zip(gradients, wanted):
+        assert torch.allclose(gradient, value, atol=1e-12)
 
 
-def test_queries_and_keys_in_fp32_and_values_in_bf16_meet_in_the_dtype_of_autocast():
-    """As rotary embeddings leave them. A kernel that takes all segments at once needs one dtype."""
-    model, seen = SequenceLogps(build("Llama")), []
-    packing.enable(model.model)
-    inner = packing.one_by_one
+def test_queries_keys_and_values_are_all_cast_to_the_dtype_of_autocast(monkeypatch):
+    """Rotary embeddings leave queries and keys in float32, and values in bfloat16. A kernel that
+    takes all segments at once needs one dtype."""
+    module = FastLogps(build("Llama"))
+    seen, one_by_one = [], packing.one_by_one
 
     def spy(query, key, value, *more):
         seen.append({query.dtype, key.dtype, value.dtype})
-        return inner(query, key, value, *more)
+        return one_by_one(query, key, value, *more)
 
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(packing, "one_by_one", spy)
-        concatenated_forward(model, PACKED)
-    assert seen == [{torch.bfloat16}] * 2
-
-
-# --- what makes it fast, and what it leaves alone
-
-def test_a_prompt_is_computed_once_and_nothing_is_padded():
-    prompt, chosen, rejected = [5, 6, 7], [8, 9, 0], [10, 11, 0]
-    batch = packing.collate({"prompt_ids": [prompt], "chosen_ids": [chosen], "rejected_ids": [rejected]})
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11]]  # the last token of an answer predicts nothing
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4]]
-    assert batch["labels"].tolist() == [chosen, rejected]
-    assert batch["predictors"].tolist() == [[2, 3, 4], [2, 5, 6]]  # the end of the prompt predicts both answers
-
-
-def test_a_model_that_has_run_packed_runs_padded_and_is_saved_as_before(llama, tmp_path):
-    before = concatenated_forward(llama, PADDED)["chosen_logps"]
-    llama.model.save_pretrained(tmp_path / "before")
-    concatenated_forward(llama, PACKED)
-    assert torch.equal(concatenated_forward(llama, PADDED)["chosen_logps"], before)
-    llama.model.save_pretrained(tmp_path / "after")
-    assert json.loads((tmp_path / "after/config.json").read_text()) == json.loads((tmp_path / "before/config.json").read_text())
-    assert packing.NAME not in (tmp_path / "after/config.json").read_text()
-
-
-def test_a_model_with_a_window_runs_padded_after_packed_with_its_window():
-    model = SequenceLogps(build("Mistral", **WINDOW).double())
-    before = concatenated_forward(model, PADDED)["chosen_logps"]
-    packing.enable(model.model)
-    assert torch.equal(concatenated_forward(model, PADDED)["chosen_logps"], before)
-
-
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "Olmo2"])
-def test_another_answer_leaves_every_other_log_prob_as_it_was_to_the_bit(name):
-    model = SequenceLogps(build(name, **PACKS[name]))
-    before = torch.cat([concatenated_forward(model, PACKED)[f"{side}_logps"] for side in ("chosen", "rejected")])
-    for i, side in itertools.product(range(5), ("chosen", "rejected")):
-        other = COLUMNS | {f"{side}_ids": [[(t + 1) % 97 for t in ids] if j == i else ids for j, ids in enumerate(COLUMNS[f"{side}_ids"])]}
-        after = concatenated_forward(model, packing.collate(other))
-        changed = torch.cat([after["chosen_logps"], after["rejected_logps"]]) != before
-        assert changed.nonzero().flatten().tolist() == [i + 5 * (side == "rejected")]
-
-
-# --- the self-check
-
-@pytest.mark.parametrize("name", PACKS)
-def test_a_model_that_packs_right_is_found_to(name):
-    model = build(name, **PACKS[name])
-    assert can_pack(model) is None
+    monkeypatch.setattr(packing, "one_by_one", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        assert can_pack(model) is None
-
-
-def sharp(layers=30, scale=7.0):
-    """A deep model whose attention is nearly one-hot, so that rounding grows from layer to layer."""
-    model = build("Llama", num_hidden_layers=layers)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= scale
-            layer.self_attn.k_proj.weight *= scale
-    return model
-
-
-def test_the_check_allows_what_a_deep_model_rounds_and_still_sees_a_wrong_layout(monkeypatch):
-    model = sharp()
-    assert can_pack(model) is None
-    monkeypatch.setattr(packing, *MUTATIONS["positions go on"])
-    assert "is not what it is in a row of its own: it differs by" in can_pack(model)  # says its numbers
-
-
-@pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="REAL_MODEL names the folder of a pretrained model")
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_real_model_packs_and_the_check_is_four_short_forwards_for_each_dtype(autocast):
-    module, calls = SequenceLogps(models.load_model(os.environ["REAL_MODEL"])), []
-    module.register_forward_pre_hook(lambda *call: calls.append(1))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert packing.can_pack(module) is None
-    assert len(calls) == 4 * (1 + autocast)
-
-
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3", "GPT2", "Gemma", "Olmo2"])
-def test_right_padded_rows_need_no_mask(name):
-    """Padding comes after all that is scored, and a causal model does not look there."""
-    model = SequenceLogps(build(name, **PACKS[name]).double())
-    assert packing.can_drop_mask(model) is None
-    expected, gradient = outcome(model, PADDED)
-    model.needs_mask = False
-    found, other = outcome(model, PADDED)
-    assert distance(found, expected) < 1e-12 and distance(other, gradient) < 1e-6
-
-
-def test_a_model_that_looks_ahead_needs_its_mask_and_cannot_be_packed():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    model = transformers.BertLMHeadModel(config)  # is_decoder is not set, so its attention is bidirectional
-    for verdict in (packing.can_drop_mask, packing.can_pack):
-        assert "depends on other tokens" in verdict(SequenceLogps(model))
-
-
-def test_an_error_of_a_kernel_is_a_reason_and_an_error_of_ours_is_a_bug(monkeypatch):
-    def refuse(*given, **named):
-        raise RuntimeError("head_size should be a multiple of 8")
-
-    model = SequenceLogps(build("Llama"))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
-        assert "head_size should be a multiple of 8" in packing.can_pack(model)
-    monkeypatch.setattr(packing, "PROMPTS", None)
-    with pytest.raises(TypeError):
-        packing.can_pack(model)
-
-
-@pytest.mark.parametrize("name", PACKS_NOT)
-def test_a_model_that_cannot_be_packed_is_found_out(name):
-    options, reason = PACKS_NOT[name]
-    assert re.search(reason, can_pack(build(name, **options)))
+        concatenated_forward(module, PACKED)
+    assert seen == [{torch.bfloat16}] * 2  # in each of two layers
 
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
-def test_what_attention_would_have_to_add_is_refused(argument):
+def test_attention_refuses_an_argument_that_packed_rows_cannot_have(argument):
     tensor = torch.zeros(1, 1, 3, 4)
-    with pytest.raises(ValueError, match=argument):
-        packing.attention(None, tensor, tensor, tensor, None, packed=((1, 1, 1),), **{argument: tensor})
+    options = {"packed": ((1, 1, 1),), argument: tensor}
+    with pytest.raises(packing.Unsupported, match=argument):
+        packing.attention(None, tensor, tensor, tensor, None, **options)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Lfm2"])
-def test_the_check_leaves_the_model_and_the_random_numbers_alone(name):
-    model = build(name, **(WINDOW if name == "Mistral" else PACKS_NOT["Lfm2"][0] if name == "Lfm2" else {})).eval()
-    config, random, hooks = model.config.to_dict(), torch.get_rng_state(), len(model.get_input_embeddings()._forward_hooks)
-    windows = [getattr(module, "sliding_window", None) for module in model.modules()]
-    with torch.no_grad():
-        can_pack(model)
-        assert not torch.is_grad_enabled()
-    assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa" and not model.training
-    assert torch.equal(torch.get_rng_state(), random) and len(model.get_input_embeddings()._forward_hooks) == hooks
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert [getattr(module, "sliding_window", None) for module in model.modules()] == windows
+# --- Fewer tokens, and nothing else changes -------------------------------------------------------
+
+def test_a_prompt_is_computed_once_and_nothing_is_padded():
+    columns = {"prompt_ids": [[5, 6, 7]], "chosen_ids": [[8, 9, 0]], "rejected_ids": [[4, 0]]}
+    batch = packing.collate(columns)
+    # The last token of an answer predicts nothing and is not fed.
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
+    targets = batch["targets"]
+    assert targets.ids.tolist() == [8, 9, 0, 4, 0]
+    # The end of the prompt, at index 2, predicts the first token of both answers.
+    assert targets.predictors.tolist() == [2, 3, 4, 2, 5]
+    # One answer per row of a table with 3 columns.
+    assert targets.width == 3
+    assert targets.places.tolist() == [0, 1, 2, 3, 4]
+    assert targets.lengths.tolist() == [3, 2]
 
 
-def with_batch(change):
-    """A wrong collate: its batch, changed."""
-    right = packing.collate
-
-    def collate(rows):
-        batch = right(rows)
-        change(batch)
-        return batch
-
-    return "collate", collate
-
-
-def restart(batch):  # at 0, as if a rejected answer were a row of its own
-    batch["position_ids"] = torch.cat([torch.arange(n) for p, c, r in batch["packed"] for n in (p + c, r)])[None]
+def test_a_model_that_has_run_packed_rows_runs_padded_ones_and_is_saved_as_before(llama, tmp_path):
+    before = side_logps(llama, PADDED)
+    llama.model.save_pretrained(tmp_path / "before")
+    concatenated_forward(llama, PACKED)
+    assert torch.equal(side_logps(llama, PADDED), before)
+    llama.model.save_pretrained(tmp_path / "after")
+    saved_before = (tmp_path / "before" / "config.json").read_text()
+    saved_after = (tmp_path / "after" / "config.json").read_text()
+    assert json.loads(saved_after) == json.loads(saved_before)
+    assert packing.NAME not in saved_after
 
 
-def go_on(batch):  # after the chosen answer
-    batch["position_ids"] = torch.cat([torch.arange(sum(lengths)) for lengths in batch["packed"]])[None]
+def test_a_model_with_a_window_runs_padded_rows_with_its_window_after_packed_ones():
+    module = FastLogps(build("Mistral", **WINDOW).double())
+    before = side_logps(module, PADDED)
+    packing.enable(module.model)
+    assert torch.equal(side_logps(module, PADDED), before)
 
 
-def one_later(batch):
-    batch["predictors"] = torch.where(batch["predictors"] > 0, batch["predictors"] + 1, 0).clamp(max=batch["input_ids"].shape[1] - 1)
+def change_answer(columns, side, index):
+    """The columns with other tokens, and as many, in one answer."""
+    answers = list(columns[f"{side}_ids"])
+    answers[index] = [(token + 1) % 97 for token in answers[index]]
+    return columns | {f"{side}_ids": answers}
 
 
-def first_of_rejected(batch):  # predicted by what stands before it in the row, which is the chosen answer
-    half = len(batch["labels"]) // 2
-    ends = np.cumsum(batch["packed"])
-    batch["predictors"][half:, 0] = torch.from_numpy(ends[1::3] - 1)
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "Olmo2"])
+def test_another_answer_leaves_every_other_log_prob_bitwise_equal(name):
+    module = FastLogps(build(name, **PACKS[name]))
+    before = side_logps(module, PACKED)  # (2B,)
+    for row, (side, index) in enumerate(itertools.product(SIDES, range(5))):
+        columns = change_answer(COLUMNS, side, index)
+        after = side_logps(module, make_batch(columns, packed=True))
+        changed = (after != before).nonzero().flatten()
+        assert changed.tolist() == [row]
 
 
-SEGMENTS = packing.segments
-MUTATIONS = {
-    "positions restart at 0": with_batch(restart), "positions go on": with_batch(go_on),
-    "every predictor one later": with_batch(one_later), "the end of chosen predicts rejected": with_batch(first_of_rejected),
-    "rejected sees chosen": ("segments", lambda packed: [
-        (p, n and first - p, first, c) for p, n, first, c in SEGMENTS(packed)]),
-    "rejected sees no prompt": ("segments", lambda packed: [(p, 0, first, c) for p, n, first, c in SEGMENTS(packed)]),
-    "rejected sees all but the end of the prompt": ("segments", lambda packed: [(p, max(0, n - 1), first, c) for p, n, first, c in SEGMENTS(packed)]),
-    "a pair sees the pair before": ("segments", lambda packed: [(0, first if n == 0 else n, first, c) for p, n, first, c in SEGMENTS(packed)]),
-    "one token more": ("visible", lambda q, k, w, device: torch.ones(q, k, dtype=torch.bool).tril(k - q + 1)),
-    "windows forgotten": ("visible", lambda q, k, w, device: torch.ones(q, k, dtype=torch.bool).tril(k - q)),
-    "windows one wider": ("visible", lambda q, k, w, device: torch.ones(q, k, dtype=torch.bool).tril(k - q).triu(k - q - w)),
-    "aligned at the first key": ("visible", lambda q, k, w, device: torch.ones(q, k, dtype=torch.bool).tril())}
+# --- --attention and --tokens_per_micro_batch -----------------------------------------------------
+
+def test_packed_and_padded_runs_end_with_the_same_weights_up_to_rounding(fit):
+    flags = {"dtype": "float64", "epochs": 2}
+    by_tokens = flags | {"micro_batch_size": None}
+    runs = {
+        "padded": fit("--attention=padded", out="padded", **flags),
+        "packed": fit("--attention=packed", out="packed", **flags),
+        "packed, 70 tokens": fit("--attention=packed", "--tokens_per_micro_batch=70",
+                                 out="packed 70", **by_tokens),
+        "auto, 1 token": fit("--tokens_per_micro_batch=1", out="auto 1", **by_tokens),
+    }
+    settled = {}
+    for name, (folder, _) in runs.items():
+        config = json.loads((folder / "config.json").read_text())["flags"]
+        settled[name] = (config["attention"], config["tokens_per_micro_batch"])
+    assert settled == {
+        "padded": ("padded", None),
+        "packed": ("packed", None),
+        "packed, 70 tokens": ("packed", 70),
+        "auto, 1 token": ("padded", 1),
+    }
+    expected = weights(runs["padded"][0])
+    for folder, _ in runs.values():
+        found = weights(folder)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert distance(found[name], value) < 1e-5
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_layout_that_is_wrong_is_refused(monkeypatch, mutation, autocast):
-    model = build("Mistral", **WINDOW)
-    monkeypatch.setattr(packing, *MUTATIONS[mutation])
-    packing.layout_of.cache_clear()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert can_pack(model)
-    packing.layout_of.cache_clear()
-
-
-# --- log-probs without all logits at once
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_chunked_log_probs_are_those_of_all_logits_in_value_and_gradient(monkeypatch, bias, frozen):
-    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 4})  # at most 4 positions at a time
-    monkeypatch.setattr(packing, "CACHE", 97 * 3)  # in parts of 3 and 1
-    torch.manual_seed(0)
-    hidden, weight, offset = torch.randn(23, 16).double(), torch.randn(97, 16).double(), torch.randn(97).double()
-    targets, slope, gradients = torch.randint(97, (23,)), torch.randn(23).double(), []
-    for function in (lambda *given: ChunkedLogps.apply(*given, False)[0], lambda *given: ChunkedLogps.apply(*given, True)[0],
-                     lambda h, w, b, t: dpo.selected_logps(torch.nn.functional.linear(h, w, b), t)):
-        parts = [x.clone().requires_grad_(not frozen or x is hidden) for x in (hidden, weight, offset)]
-        logps = function(parts[0], parts[1], parts[2] if bias else None, targets)
-        (logps * slope).sum().backward()
-        gradients.append([logps.detach(), *(part.grad for part in parts)])
-    for found, kept, expected in zip(*gradients):
-        assert found is kept is expected is None or all(torch.allclose(x, expected, rtol=1e-12, atol=1e-12) for x in (found, kept))
-
-
-@pytest.mark.parametrize("name, options", [("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("GPT2", PACKS["GPT2"])])
-@pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
-def test_many_positions_are_scored_in_chunks_and_change_nothing(monkeypatch, name, options, batch):
-    model = SequenceLogps(build(name, **options).double())
-    whole, gradient = outcome(model, batch)
-    monkeypatch.setattr(packing, "KEPT_LOGITS", 97 * 20)
-    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 5})
-    monkeypatch.setattr(dpo, "selected_logps", None)  # not called
-    found, chunked = outcome(model, batch)
-    assert distance(found, whole) < 1e-12 and distance(chunked, gradient) < 1e-6
-
-
-@pytest.mark.parametrize("budget, alive", [(97 * 23, [5, 4, 3, 2, 1]), (97 * 12, [2, 1, 0, 0, 0])])
-def test_logits_are_kept_up_to_the_budget_let_go_one_by_one_and_made_again_for_a_second_backward(monkeypatch, budget, alive):
-    monkeypatch.setattr(packing, "CHUNK", {"cpu": 97 * 5})
-    monkeypatch.setattr(packing, "KEPT_LOGITS", budget)
-    hidden, weight, targets = torch.randn(23, 16).double(), torch.randn(97, 16).double().requires_grad_(), torch.randint(97, (23,))
-    logps, _ = ChunkedLogps.apply(hidden, weight, None, targets, True)
-    kept, found = [weakref.ref(logits) for logits in logps.grad_fn.kept], []
-    parts = packing.cached_parts
-    monkeypatch.setattr(packing, "cached_parts", lambda *given: found.append(sum(x() is not None for x in kept)) or parts(*given))
-    first, second = (torch.autograd.grad(logps.sum(), weight, retain_graph=True)[0] for _ in range(2))
-    assert found == alive + [0] * 5 and torch.equal(first, second)
-
-
-def test_chunks_under_autocast_round_as_all_logits_do(monkeypatch):
-    model = SequenceLogps(build("Llama"))
-    exact = outcome(model.double(), PACKED)
-    with torch.autocast("cpu", torch.bfloat16):
-        kept = outcome(model.float(), PACKED)
-        monkeypatch.setattr(packing, "KEPT_LOGITS", 97 * 20)
-        chunked = outcome(model, PACKED)
-        monkeypatch.setattr(model, "bare_head", False)
-        whole = outcome(model, PACKED)
-    for found in (kept, chunked):
-        assert all(distance(x, value) < 1.5 * distance(other, value) + 1e-7 for x, other, value in zip(found, whole, exact))
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that a tensor had which an operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if torch.is_tensor(tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return out
-
-
-@pytest.mark.parametrize("variant", [{}, {"wpo": True}])
-def test_no_tensor_has_a_number_for_each_scored_token_and_word(monkeypatch, variant):
-    model = SequenceLogps(build("Llama", vocab_size=1009).double())
-    expected = outcome(model, PACKED, **variant)
-    monkeypatch.setattr(packing, "KEPT_LOGITS", 1)
-    monkeypatch.setattr(packing, "CHUNK", {"cpu": 1009 * 7})
-    scored = int((PACKED["labels"] != dpo.IGNORE).sum())
-    with Largest() as largest:
-        losses, _ = preference_step(model, None, PACKED, sigmoid, reference_free=True, **variant)
-        losses.mean().backward()
-    assert 1009 * 32 <= largest.numbers < 1009 * scored  # the head itself is 1009 x 32
-    assert all(distance(x, y) < 1e-12 for x, y in zip(outcome(model, PACKED, **variant), expected))
-
-
-def test_a_head_that_scales_its_logits_is_asked_for_them_packed_too(monkeypatch):
-    model = SequenceLogps(build("Cohere", logit_scale=0.5).double())
-    monkeypatch.setattr(packing, "KEPT_LOGITS", 1)
-    assert not model.bare_head and distance(outcome(model, PACKED)[0], outcome(model, PADDED)[0]) < 1e-12
-
-
-# --- the flags
-
-def test_packed_and_padded_runs_end_with_the_same_weights_but_for_rounding(fit):
-    runs = [fit(*flags, out=str(i), dtype="float64", epochs=2, micro_batch_size=None if "tokens" in flags[-1] else 3)[0] for i, flags in enumerate((
-        ["--attention=padded"], ["--attention=packed"], ["--attention=packed", "--tokens_per_micro_batch=70"], ["--tokens_per_micro_batch=1"]))]
-    for other in runs[1:]:
-        assert not differences(runs[0], other, 1e-5)
-    flags = [json.loads((run / "config.json").read_text())["flags"] for run in runs]
-    assert [(f["attention"], f["tokens_per_micro_batch"]) for f in flags] == [("padded", None), ("packed", None), ("packed", 70), ("padded", 1)]
-
-
-def test_auto_says_which_path_it_took_and_why_not_the_other(fit, tokenizer, tmp_path, monkeypatch, capsys):
+def test_auto_packs_long_rows_and_says_which_rows_it_chose(fit, monkeypatch, capsys):
     fit(max_steps=1, out="short")
-    assert "attention: padded rows; packed, rows as short as these would be slower" in capsys.readouterr().out
-    monkeypatch.setattr(packing, "BREAK_EVEN", 0)
+    line = "attention: padded rows; packed, rows as short as these would be slower\n"
+    assert line in capsys.readouterr().out
+    monkeypatch.setattr(packing, "SHORT", 0)
     fit(max_steps=1, out="long", lora_rank=2, lora_dropout=0.1)
     assert "attention: packed rows\n" in capsys.readouterr().out
-    models.save_model(build("Lfm2", **PACKS_NOT["Lfm2"][0] | {"vocab_size": len(tokenizer)}), tokenizer, tmp_path / "lfm2")
-    fit(max_steps=1, out="lfm2 out", model=tmp_path / "lfm2")
-    assert "attention: padded rows; an answer's log-prob depends on other tokens than its own" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--attention packed: an answer's log-prob depends on other tokens"):
-        fit("--attention=packed", max_steps=1, out="not", model=tmp_path / "lfm2")
 
 
-def test_long_rows_are_packed_and_those_of_the_world_are_not():
-    lengths = {"hh": (117, 39, 208), "world": (3, 4, 11), "chosen alone": (117, 39, 156)}
-    arrays = {name: [np.full(100, n) for n in found] for name, found in lengths.items()}
-    assert packing.is_faster(*arrays["hh"], 4, 64) and not packing.is_faster(*arrays["world"], 128, 64)
-    assert not packing.is_faster(*arrays["chosen alone"], 4, 64)  # nothing is shared and nothing padded
-    uneven = np.where(np.arange(100) % 4, 20, 300)  # one long prompt in each batch
-    assert packing.is_faster(uneven, np.full(100, 39), uneven + 39, 4, 64)
+def test_a_model_that_cannot_be_packed_is_padded_by_auto_and_refused_by_packed(
+        fit, tokenizer, tmp_path, monkeypatch, capsys):
+    options, _ = PACKS_NOT["Lfm2"]
+    model = build("Lfm2", **(options | {"vocab_size": len(tokenizer)}))
+    models.save_model(model, tokenizer, tmp_path / "lfm2")
+    reason = "an answer's log-prob depends on other tokens than its own"
+    monkeypatch.setattr(packing, "SHORT", 0)
+    fit(max_steps=1, out="padded", model=tmp_path / "lfm2")
+    assert f"attention: padded rows; {reason}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"--attention packed: {reason}"):
+        fit("--attention=packed", max_steps=1, out="refused", model=tmp_path / "lfm2")
+
+
+@pytest.mark.parametrize("tokens, hidden, faster", [
+    ([208] * 100, 64, True),  # of a row of hh_harmless
+    ([11] * 100, 64, False),  # of a row of world.py
+    ([339, 59, 59, 59] * 25, 64, True),  # long and short rows
+    ([64] * 100, 64, True),  # the bound
+    ([64] * 99 + [63], 64, False),
+    ([32] * 100, 128, True),  # half as many tokens, with twice the hidden size
+])
+def test_long_rows_and_wide_models_are_packed_and_short_rows_of_narrow_models_are_not(
+        tokens, hidden, faster):
+    assert packing.is_faster(np.array(tokens), hidden) is faster
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_packs_hold_each_pair_once_fit_the_budget_and_are_as_many_on_each_rank(ranks):
+def test_micro_batches_by_tokens_hold_each_pair_once_and_are_as_many_on_each_rank(ranks):
     tokens = np.random.default_rng(0).integers(10, 90, 200)
     window = np.random.default_rng(1).permutation(200)[:50]
-    found = [data.micro_batches(window, 150, rank, ranks, tokens) for rank in range(ranks)]
-    assert len({len(pieces) for pieces in found}) == 1
-    assert [i for pieces in found for piece, weight in pieces for i in piece if weight] == window.tolist()
-    assert all(tokens[piece].sum() <= 150 for pieces in found for piece, _ in pieces)
-    assert [len(piece) for piece, _ in data.micro_batches(window[:3], 1, 0, 1, tokens)] == [1, 1, 1]  # a longer row goes alone
-    assert [weight for rank in range(4) for _, weight in data.micro_batches(window[:2], 150, rank, 4, tokens)] == [1, 1, 0, 0]
+    counts, indices = [], []
+    for rank in range(ranks):
+        pieces = data.micro_batches(window, 150, rank, ranks, tokens)
+        counts.append(len(pieces))
+        for piece, weight in pieces:
+            assert tokens[piece].sum() <= 150
+            if weight:
+                indices += piece.tolist()
+    assert counts == counts[:1] * ranks
+    assert indices == window.tolist()
 
 
-# --- many processes
+def test_a_row_above_the_budget_of_tokens_is_a_micro_batch_alone():
+    tokens = np.array([20, 30, 40])
+    pieces = data.micro_batches(np.arange(3), 1, 0, 1, tokens)
+    assert [piece.tolist() for piece, _ in pieces] == [[0], [1], [2]]
 
-CASES = [("fsdp", 2**27, False), ("fsdp", 97 * 20, False), ("fsdp", 97 * 20, True), ("ddp", 97 * 20, True)]  # KEPT_LOGITS, tied head
 
-
-def on_one_of_two_ranks(rank, folder):
-    """What the rank finds on its own rows goes to `folder`/rank."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def test_a_rank_without_pairs_gets_a_micro_batch_of_weight_0():
+    tokens = np.array([20, 30])
     found = []
-    for kind, packing.KEPT_LOGITS, tied in CASES:
-        model = SequenceLogps(build("Llama", tie_word_embeddings=tied).double())
-        for part in (*model.model.model.layers, model) if kind == "fsdp" else ():
-            fully_shard(part)
-        policy = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
-        losses = preference_step(policy, None, packing.collate(make_columns(seed=rank)), sigmoid, reference_free=True)[0]
-        losses.mean().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        if kind == "fsdp":
-            gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-        found.append((losses.detach(), gradients))
-    torch.save(found, f"{folder}/{rank}")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_with_ddp_and_fsdp2_find_what_one_process_does(tmp_path):
-    torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
-    for (_, _, tied), *ranks in zip(CASES, *(torch.load(tmp_path / str(rank)) for rank in range(2))):
-        model = SequenceLogps(build("Llama", tie_word_embeddings=tied).double())
-        for rank, (losses, _) in enumerate(ranks):
-            expected, _ = preference_step(model, None, data.collate(make_columns(seed=rank), 0), sigmoid, reference_free=True)
-            (expected.mean() / 2).backward()
-            assert distance(losses, expected.detach()) < 1e-12
-        assert all(distance(ranks[0][1][name], p.grad) < 1e-6 for name, p in model.named_parameters())
+    for rank in range(4):
+        for _, weight in data.micro_batches(np.arange(2), 150, rank, 4, tokens):
+            found.append(weight)
+    assert found == [1, 1, 0, 0]
