@@ -33,7 +33,7 @@ WORDS = "the cat sat on a mat and saw one more dog that ran far from home in rai
 
 
 def make_rows(count, seed=0):
-    """Rows whose prompts and answers differ in length, so that padding and cutting have something to do."""
+    """Make rows whose prompts and answers differ in length, so that padding and truncation occur."""
     generator = torch.Generator().manual_seed(seed)
 
     def phrase(low, high):
@@ -131,7 +131,7 @@ def wait_for_checkpoint(process, out):
 
 
 def unfinished(out):
-    """As a run is whose end was cut off: checkpoints, and no model beside them."""
+    """Turn the folder of a finished run into that of an interrupted one: checkpoints, but no model."""
     (out / "config.json").write_text(json.dumps({"flags": json.loads((out / "config.json").read_text())["flags"]}))
     for path in out.iterdir():
         if path.is_file() and path.name not in ("config.json", "metrics.jsonl", ".lock"):

@@ -245,12 +245,13 @@ def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(loa
     long = "x" * 10_000 + " end"
     kept, account = load([row(long)], limits=Limits(max_length=64))
     tokens = kept[0]
-    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>" and "1 rows: prompt cut" in account
+    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>"
+    assert "1 rows: prompt truncated" in account
     assert tokenizer.decode(tokens["prompt_ids"]).endswith("x end")
     assert len(tokens["prompt_ids"]) + max(len(tokens[f"{side}_ids"]) for side in BOTH) == 64
 
 
-# --- rows that teach nothing
+# --- rows without a training signal
 
 
 def test_useless_rows_are_dropped_counted_and_named(load):
@@ -266,7 +267,7 @@ def test_useless_rows_are_dropped_counted_and_named(load):
     for reason in (
         "empty answer: ",
         "chosen equals rejected: ",
-        "chosen equals rejected once cut: ",
+        "chosen equals rejected after truncation: ",
     ):
         assert reason in account
     assert all(f"rows.jsonl, row {number}" in account for number in (2, 3, 4, 5))
@@ -653,7 +654,7 @@ def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
     assert (
         end not in kept[0]["chosen_ids"]
         and len(kept[0]["chosen_ids"]) == 3
-        and "1 rows: answers cut" in account
+        and "1 rows: answers truncated" in account
     )
 
 
@@ -744,7 +745,7 @@ def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_a
     kept, account = load(rows, tokenizer=chat)
     assert (
         len(kept) == 1
-        and "1 dropped (the chat template writes the prompt otherwise when an answer follows: "
+        and "1 dropped (the chat template writes the prompt differently when an answer follows: "
         in account
     )
 
@@ -1047,7 +1048,7 @@ def test_an_answer_that_is_only_white_space_is_dropped(load, blank):
 def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
     rows, short = [row(), row("a cat " * 40)], dict(max_length=32)
     kept, account = load(rows, limits=Limits(**short))
-    assert len(kept) == 2 and "1 rows: prompt cut: " in account
+    assert len(kept) == 2 and "1 rows: prompt truncated: " in account
     kept, account = load(rows, limits=Limits(**short, overlong="drop"))
     assert len(kept) == 1 and "1 dropped (too long: " in account and "row 2)" in account
     with pytest.raises(
@@ -1247,7 +1248,7 @@ def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anythin
         )
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
         assert (
-            "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout
+            "10 of 10 rows kept\n  1 rows: prompt truncated: " in result.stdout
             and "scored tokens in brackets" in result.stdout
         )
 

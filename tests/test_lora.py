@@ -300,7 +300,7 @@ def test_every_linear_layer_but_the_head_is_adapted_unless_named(tokenizer):
 
 
 @pytest.mark.parametrize("target, message", [("c_attn", "no linear layer has such a name; there are down_proj, gate_proj"),
-                                             ("q_proj(", "is no regular expression"), ("lm_head", "no linear layer has such a name")])
+                                             ("q_proj(", "is not a regular expression"), ("lm_head", "no linear layer has such a name")])
 def test_a_target_that_matches_nothing_is_refused(tokenizer, target, message):
     with pytest.raises(ValueError, match=message):
         target_modules(tiny_model("llama", tokenizer), target)
@@ -411,7 +411,7 @@ def test_python_model_py_merge_says_how_far_the_saved_model_is_from_the_adapted_
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"differ from the adapted model's by at most (\S+),", result.stdout)[1]) < 1e-4
-    assert "put into 4 bits again, they would differ by at most" in result.stdout
+    assert "quantized to 4 bits again, they would differ by at most" in result.stdout
     assert weights(tmp_path / "merged").keys() == weights(folder).keys()
 
 
@@ -651,7 +651,7 @@ def test_a_damaged_cache_is_an_error_that_says_to_delete_it(fit, tmp_path, monke
         tensors = load_file(path)
         tensors["train"] = tensors["train"][:-1].clone() if damage == "short" else tensors["train"] - 1
         save_file(tensors, path)
-    with pytest.raises(ValueError, match="delete it, and it is made again"):
+    with pytest.raises(ValueError, match="delete the file, and the next run computes it again"):
         fit(ref="cache", max_steps=1, out="next")
 
 
@@ -746,15 +746,15 @@ def test_the_default_learning_rate_is_ten_times_that_of_full_training(fit):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--lora_alpha 8", "--lora_alpha: is of a new adapter, so give --lora_rank"),
-    ("--dora", "--dora: is of a new adapter"), ("--lora_target q_proj --adapter x --model m", "and no --adapter"),
+    ("--lora_alpha 8", "--lora_alpha: is read for a new adapter only; give --lora_rank"),
+    ("--dora", "--dora: is read for a new adapter only"), ("--lora_target q_proj --adapter x --model m", "and no --adapter"),
     ("--lora_rank 4 --adapter x --model m", "--lora_rank 4: --adapter x has a rank of its own"),
     ("--lora_rank 4 --lora_dropout 1", "--lora_dropout 1.0: leaves nothing"),
     ("--quantize nf4", "--quantize nf4: 4-bit weights can't be trained"),
     ("--ref adapter", "--ref adapter: there is no --adapter"), ("--ref adapter_off", "--ref adapter_off: there is no adapter to turn off"),
-    ("--ref none", "--ref none: this loss has a reference"), ("--ref model --reference_free", "--ref model: is not read with --reference_free"),
+    ("--ref none", "--ref none: this loss reads a reference"), ("--ref model --reference_free", "--ref model: is not read with --reference_free"),
     ("--ref_model x --lora_rank 4 --ref adapter_off", "--ref_model x: is not read with --ref adapter_off"),
-    ("--ref_batch_size 4", "--ref_batch_size 4: is of --ref cache"),
+    ("--ref_batch_size 4", "--ref_batch_size 4: is read with --ref cache only"),
     ("--sync_ref_every 4 --ref cache", "--sync_ref_every 4: a reference of --ref cache can't move"),
     ("--sync_ref_every 4 --lora_rank 2", "--sync_ref_every 4: a reference of --ref adapter_off can't move"),
     ("--sync_ref_alpha 0.5", "--sync_ref_alpha 0.5: is read with --sync_ref_every"),
