@@ -96,7 +96,7 @@ def now():
 
 
 class Memory(NamedTuple):
-    """MB. The numbers of the GPU are 0 where there is none."""
+    """Memory in MB. The numbers of the GPU are 0 if there is none."""
     peak_rss: float
     gpu: float
     peak_gpu: float
@@ -112,7 +112,7 @@ def memory():
 # --- One run of train.py --------------------------------------------------------------------------
 
 class Recorder:
-    """Observes a training run from outside, through torch.optim alone."""
+    """Observes a training run through hooks of torch.optim, without a change of train.py."""
 
     def __init__(self):
         self.start = now()
@@ -201,7 +201,7 @@ def train_flags(args):
 
 
 def run(args, ranks, lines):
-    """Train on these lines of JSON."""
+    """Train on these lines of JSON. Returns a Run."""
     with empty_folder():
         pathlib.Path("rows.jsonl").write_text("".join(lines))
         with recorded() as recorder:

@@ -379,7 +379,7 @@ def split_row(prompt, answers: list, where: str):
 
 
 def split_conversation(prompt, answers, where):
-    """split_row for rows in which the prompt or an answer is a list of messages."""
+    """Separate prompt and answers, as split_row, where one of them is a list of messages."""
     if prompt is None and any(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: one of chosen and rejected is a text, the other a list of "
                         "messages; without a prompt, both must be lists")
@@ -400,7 +400,7 @@ def split_conversation(prompt, answers, where):
 
 
 def as_messages(role, value):
-    """A text as one message of this role; a list of messages as it is."""
+    """Turn a text into one message of this role, and return a list of messages unchanged."""
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
@@ -507,7 +507,7 @@ class Limits(NamedTuple):
 class RowText(NamedTuple):
     """A row as text, ready for the tokenizer."""
     prompt: str
-    answers: list  # the answers alone, to find empty and equal ones
+    answers: list  # the answers without prompt, to find empty and equal answers
     wholes: list  # prompt + answer, for each answer
     problem: str  # why the row is dropped, or ""
 
@@ -557,7 +557,7 @@ def render(messages, tokenizer, where, add_generation_prompt=False):
     """Write messages as text by the tokenizer's chat template."""
     if not messages:
         return ""
-    # A template is a program of its own and raises exceptions of any kind.
+    # A template is a program and raises exceptions of any kind.
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -862,7 +862,7 @@ def list_rows(groups):
 
 
 def describe(account: dict) -> str:
-    """Format the account of load_tokens."""
+    """Format the account of load_tokens: rows kept and dropped, and rows with a note."""
     line = f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
@@ -906,7 +906,7 @@ def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None)
 
 
 def describe_statistics(numbers: dict) -> str:
-    """Format the numbers of `statistics`."""
+    """Format the numbers of `statistics` as the lines of the report."""
     lines = []
     for name, part in numbers["lengths"].items():
         lines.append(f"  {name:8} tokens: mean {part['mean']:.0f}, median {part['median']:.0f}, "

@@ -115,10 +115,10 @@ def add_policy_flags(add, loss):
     if not needs_reference(loss):
         return
     add("--ref", choices=("model", "adapter_off", "adapter", "cache", "none"),
-        help="the reference. model: a second model (default without an adapter); adapter_off: the "
-             "policy without its adapter (default with --lora_rank); adapter: a frozen copy of "
-             "--adapter (default with --adapter); cache: log-probs computed once and stored on "
-             "disk; none: with --reference_free")
+        help="the reference. model: a second model (default without an adapter, or with "
+             "--ref_model); adapter_off: the policy without its adapter (default with "
+             "--lora_rank); adapter: a frozen copy of --adapter (default with --adapter); cache: "
+             "log-probs computed once and stored on disk; none: with --reference_free")
     add("--ref_model",
         help="the second model of --ref model (default: the model that the policy starts from)")
     add("--ref_batch_size", type=at_least(1, int),

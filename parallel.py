@@ -90,8 +90,8 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
 
 
 def in_turn(make, ranks: Ranks):
-    """Call make() on each rank, one rank of a machine at a time, so that host memory
-    has one model on its way to a GPU, not one per GPU."""
+    """Call make() on each rank, one rank of a machine at a time, so that host memory has
+    one model on its way to a GPU, not one per GPU."""
     if ranks.size == 1:
         return make()
     local_rank = int(os.environ.get("LOCAL_RANK", ranks.rank))

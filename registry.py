@@ -291,7 +291,7 @@ def plot(path):
 
 
 def main():
-    """The command `python losses.py`."""
+    """Run the command `python losses.py`."""
     arguments = sys.argv[1:]
     if not arguments:
         print("\n".join(table()))
