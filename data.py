@@ -458,7 +458,7 @@ def load_text(source, sides, scored=False, columns=()):
     arguments = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns}
     if next(examples(**arguments), None) is None:
         raise UserError(f"{source.name}: there is no row in it")
-    # The state of the files is part of the cache key. A tuple: `datasets` splits lists into shards.
+    # The state of the data is part of the cache key. A tuple: `datasets` splits lists into shards.
     state = tuple(file_state(file) for file in files)
     if not state:
         state = open_dataset(source)._fingerprint

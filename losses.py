@@ -316,8 +316,8 @@ def odpo(
     Args       four (B,) log-probs; chosen_scores > rejected_scores, both (B,): s_w and s_l, a score
                of each answer on any scale (checked on CPU tensors); beta > 0; odpo_alpha >= 0
                (authors' code 1, sentiment task 0.5; 0 is DPO)
-    Elsewhere  Functions of the scores other than the log are possible, with or without α:
-               turbo-alignment takes Δ itself.
+    Elsewhere  Functions of the scores other than the log are possible, and α can be
+               outside of them: turbo-alignment takes Δ itself.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -812,7 +812,7 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
 def f_divergence_score(
     logratio: torch.Tensor, f_divergence: str = "reverse_kl", alpha: float = 0.5,
 ) -> torch.Tensor:
-    """Score s(a) of f-DPO: it replaces the log-ratio a for f-divergences other than reverse KL.
+    """f-DPO's score s(a) replaces the log-ratio a for f-divergences other than reverse KL.
 
     Paper      Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse
                Divergence Constraints, arXiv:2309.16240

@@ -279,7 +279,7 @@ def merge_command(args):
     if flags.get("quantize"):
         quantize(merged)
         error = (merged(ids).logits - adapted).abs()
-        print(f"quantized to 4 bits again, they would differ by at most {error.max():.2g}, "
+        print(f"quantized to 4 bits again, its logits would differ by at most {error.max():.2g}, "
               f"{error.mean():.2g} on average")
 
 

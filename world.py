@@ -27,7 +27,7 @@ LENGTH = 3  # words of an answer
 # Standard deviation of the true reward. Of two answers that are one standard deviation apart, the
 # better one wins 88 times in 100.
 STD = 2.0
-BETA = 1.0  # weight of the KL divergence in J, if the loss has no beta
+BETA = 1.0  # weight of the KL divergence in J, unless the beta of the loss sets it
 
 MODEL = {
     "hidden_size": 64,

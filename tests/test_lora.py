@@ -411,7 +411,7 @@ def test_python_model_py_merge_says_how_far_the_saved_model_is_from_the_adapted_
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"differ from the adapted model's by at most (\S+),", result.stdout)[1]) < 1e-4
-    assert "quantized to 4 bits again, they would differ by at most" in result.stdout
+    assert "quantized to 4 bits again, its logits would differ by at most" in result.stdout
     assert weights(tmp_path / "merged").keys() == weights(folder).keys()
 
 
