@@ -1,4 +1,4 @@
-"""What the reader is promised of the code as a whole."""
+"""Promises about the code as a whole: imports, requirements, lengths of functions, README."""
 import ast
 import re
 import statistics
