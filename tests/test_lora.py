@@ -748,7 +748,7 @@ def test_the_default_learning_rate_is_ten_times_that_of_full_training(fit):
 @pytest.mark.parametrize("flags, message", [
     ("--lora_alpha 8", "--lora_alpha: is read for a new adapter only; give --lora_rank"),
     ("--dora", "--dora: is read for a new adapter only"), ("--lora_target q_proj --adapter x --model m", "and no --adapter"),
-    ("--lora_rank 4 --adapter x --model m", "--lora_rank 4: --adapter x has a rank of its own"),
+    ("--lora_rank 4 --adapter x --model m", "--lora_rank 4: --adapter x has its own rank"),
     ("--lora_rank 4 --lora_dropout 1", "--lora_dropout 1.0: leaves nothing"),
     ("--quantize nf4", "--quantize nf4: 4-bit weights can't be trained"),
     ("--ref adapter", "--ref adapter: there is no --adapter"), ("--ref adapter_off", "--ref adapter_off: there is no adapter to turn off"),
