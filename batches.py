@@ -62,7 +62,7 @@ class RowFormat(NamedTuple):
     packed: bool = False  # all rows in one, see packing.py
     masked: bool = True  # padded rows with an attention mask, see verify.can_drop_mask
     weigh: Callable | None = None  # labels -> weights of the tokens, see variants.Variants
-    alignment: bool = False  # for WPO
+    full_logits: bool = True  # padded rows with few logits may have them computed in full
 
 
 def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
@@ -82,7 +82,7 @@ def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
     if not row_format.masked:
         inputs["attention_mask"] = packing.no_mask()
     logits = inputs["input_ids"].numel() * len(tokenizer)
-    if row_format.weigh or row_format.alignment or logits > FULL_LOGITS:
+    if row_format.weigh or not row_format.full_logits or logits > FULL_LOGITS:
         labels = inputs.pop("labels")
         weights = row_format.weigh(labels) if row_format.weigh else None
         inputs["targets"] = packing.find_targets(labels, token_weights=weights)
@@ -170,7 +170,11 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     if variants.wpo:
         loss = with_wpo(loss)
         options["alignment"] = True
-    row_format = RowFormat(packed, masked, variants.weigh, variants.wpo)
+    # WPO needs more of the logits than their log-probs. On a GPU the head returns logits in bf16,
+    # and logps.FastLogps has its own product for fp32.
+    rounded = dtype == "bfloat16" and device.type == "cuda"
+    full_logits = not variants.wpo and not rounded
+    row_format = RowFormat(packed, masked, variants.weigh, full_logits)
     return Task(
         loss=loss,
         hyper=hyper,

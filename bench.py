@@ -12,7 +12,7 @@ includes all that a user waits for, such as the loading of rows and the metrics.
 Peak memory above the state (weights, reference, AdamW's moments) is the memory of activations,
 logits and gradients. On a CPU it is peak_rss_mb - rss_before_train_mb - optimizer_mb: the process's
 peak, minus its peak when models and rows were loaded but no batch, minus the moments. On a GPU it
-is peak_gpu_mb - state_mb. For another trainer that does not print these numbers, ours are used.
+is peak_gpu_mb - state_mb. If another trainer does not print these numbers, bench.py uses ours.
 """
 import argparse
 import contextlib
@@ -56,17 +56,17 @@ NUMBERS = {
 }
 
 
-# --- What the machine and the model need ----------------------------------------------------------
+# --- FLOPs of the model, speed and memory of the machine ------------------------------------------
 
 def floor(lengths, body, vocabulary, hidden, layers, passes):
-    """The FLOPs that these rows need at least.
+    """Count the FLOPs that these rows need at least.
 
     lengths     (B, 3) tokens of prompt, chosen and rejected
     body        weights of the model without its embeddings and its head
     passes      1 for a forward, 2 for a backward, 1 for a backward through frozen weights
 
     Every token goes through the weights of the body once, tokens of answers through the head too,
-    and a query meets the keys that it sees.
+    and a query is multiplied by the keys that it attends to.
     """
     prompt, chosen, rejected = lengths.T
     answers = chosen + rejected
@@ -79,7 +79,7 @@ def floor(lengths, body, vocabulary, hidden, layers, passes):
 
 
 def matmul_peak(dtype, device, size=2048, repeats=10):
-    """FLOP/s of a square matrix product, the best of several."""
+    """Measure the FLOP/s of a square matrix product, the best of several."""
     x = torch.randn(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(repeats):
@@ -96,14 +96,14 @@ def now():
 
 
 class Memory(NamedTuple):
-    """MB. The numbers of the GPU are 0 where there is none."""
+    """Memory in MB. The numbers of the GPU are 0 if there is none."""
     peak_rss: float
     gpu: float
     peak_gpu: float
 
 
 def memory():
-    """The memory of this process: its peak so far, and on the GPU its size now and its peak."""
+    """Measure the memory of this process: its peak so far, and on the GPU the current size too."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     gpu, peak_gpu = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     return Memory(rss, gpu / 2**20, peak_gpu / 2**20)
@@ -112,7 +112,7 @@ def memory():
 # --- One run of train.py --------------------------------------------------------------------------
 
 class Recorder:
-    """Observes a training run from outside, through torch.optim alone."""
+    """Observes a training run through hooks of torch.optim, without a change of train.py."""
 
     def __init__(self):
         self.start = now()
@@ -162,7 +162,7 @@ def empty_folder():
 
 
 class Run(NamedTuple):
-    """What a run of train.main shows."""
+    """The results of a run of train.main."""
     recorder: Recorder
     lengths: np.ndarray  # (N, 3) tokens of prompt, chosen and rejected
     attention: str  # "packed" or "padded"
@@ -170,7 +170,7 @@ class Run(NamedTuple):
 
 
 def train_flags(args):
-    """The flags of train.py that stand for ours."""
+    """Translate our flags into the flags of train.py."""
     flags = {
         "model": args.model,
         "dataset": "rows.jsonl",
@@ -201,7 +201,7 @@ def train_flags(args):
 
 
 def run(args, ranks, lines):
-    """Train on these lines of JSON."""
+    """Train on these lines of JSON. Returns a Run."""
     with empty_folder():
         pathlib.Path("rows.jsonl").write_text("".join(lines))
         with recorded() as recorder:
@@ -221,7 +221,7 @@ def run(args, ranks, lines):
 
 
 def read_lines(path, count):
-    """`count` lines of a file; its lines are repeated if there are fewer."""
+    """Read `count` lines of a file; a file with fewer lines is repeated."""
     try:
         text = pathlib.Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -234,7 +234,10 @@ def read_lines(path, count):
 
 
 def count_padded(lengths, size):
-    """The tokens of padded micro-batches of `size` rows, with padding; lengths is (steps, B, 3)."""
+    """Count the tokens of padded micro-batches of `size` rows, with padding.
+
+    lengths has the shape (steps, B, 3).
+    """
     longest = lengths[..., 0] + lengths[..., 1:].max(-1)  # (steps, B)
     total = 0
     for start in range(0, longest.shape[1], size):
@@ -244,7 +247,7 @@ def count_padded(lengths, size):
 
 
 def step_floor(args, lengths, trained):
-    """The FLOPs of a step, on average, and the model's number of parameters."""
+    """Return the mean FLOPs of a step and the model's number of parameters."""
     model = load_model(args.model, device="meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if args.lora_r:
@@ -265,7 +268,7 @@ def step_floor(args, lengths, trained):
 
 
 def speed_fields(args, attention, lengths, seconds):
-    """Speeds from the tokens (steps, B, 3) and the seconds (steps,) of each step."""
+    """Compute speeds from the tokens (steps, B, 3) and the seconds (steps,) of each step."""
     unique, total = lengths.sum(), seconds.sum()
     nonpad = unique + lengths[..., 0].sum()
     padding = 0.0
@@ -294,14 +297,14 @@ def memory_fields(recorder):
 
 
 def measure(args):
-    """The fields of the JSON line."""
+    """Train, and return the fields of the JSON line."""
     torch.set_num_threads(args.threads)
     ranks, count = init_distributed(), args.batch_size * args.steps
     result = run(args, ranks, read_lines(args.data, count))
     dropped = count - len(result.lengths)
     if dropped > 0:
-        raise UserError(f"--data {args.data}: {dropped} of its first rows teach nothing and were "
-                        "dropped; take them out")
+        raise UserError(f"--data {args.data}: {dropped} of its first rows have no training "
+                        "signal and were dropped; remove them")
     recorder, metrics = result.recorder, result.metrics
 
     # The tokens of each step.
@@ -349,7 +352,8 @@ def rounded(value):
 # --- Comparison with another trainer --------------------------------------------------------------
 
 def above_state(line, ours):
-    """MB above the state. `ours` has the size of the state, which other trainers do not print."""
+    """Return the MB above the state. `ours` has the size of the state, which other trainers do not
+    print."""
     if line["peak_gpu_mb"] is not None:
         return line["peak_gpu_mb"] - ours["state_mb"]
     return line["peak_rss_mb"] - line["rss_before_train_mb"] - ours["optimizer_mb"]
@@ -370,7 +374,7 @@ def call(command, threads):
 
 
 def check_same_work(ours, theirs):
-    """Raise unless both lines are of the same tokens a step and have the same losses."""
+    """Raise unless both lines have the same tokens per step and the same losses."""
     tokens = [line["unique_tokens_per_s"] * line["step_s_mean"] for line in (ours, theirs)]
     gaps = [abs(ours[name] - theirs[name]) for name in ("first_loss", "last_loss")]
     if abs(tokens[0] / tokens[1] - 1) <= 0.02 and max(gaps) <= 5e-3:
@@ -383,8 +387,8 @@ def check_same_work(ours, theirs):
 
 
 def compare(args):
-    """Run both trainers in turn, each in a process of its own. Returns medians of the ratios, ours
-    over theirs."""
+    """Run both trainers in turn, each in its own process. Returns medians of the ratios, ours over
+    theirs."""
     shared = [f"--{name}={getattr(args, name)}" for name in ("model", "data", *NUMBERS)]
     shared += [f"--{name}" for name in SWITCHES if getattr(args, name)]
     our_command = [sys.executable, __file__, f"--attention={args.attention}", *shared]

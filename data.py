@@ -1,4 +1,4 @@
-"""Rows of text -> token ids -> batches, and a report of the rows that were cut or dropped.
+"""Turns rows of text into token ids and batches, and reports the rows it truncated or dropped.
 
     python data.py FILE --model M      # counts, lengths and two rows, as training would see them
 
@@ -15,14 +15,14 @@ These rules hold for every row:
     boundary     prompt, prompt + chosen and prompt + rejected are tokenized whole. The answers
                  begin at the first token where the three differ, so both answers have the same
                  prompt even if the tokenizer merges characters across the boundary.
-    BOS          stands in front at most once: if the tokenizer puts one before a text, or if the
-                 chat template writes one.
-    EOS          ends an answer unless the chat template ended it with another special token. An
-                 answer that is cut loses its EOS with the rest of its tail.
+    BOS          begins a row at most once: if the tokenizer adds one to a text, or if the chat
+                 template writes one.
+    EOS          ends an answer unless the chat template ended it with another special token. A
+                 truncated answer loses its EOS with the rest of its tail.
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
                  tails of the answers.
-    drops        rows that cannot teach anything (an empty answer, chosen equal to rejected) are
-                 dropped, counted and named.
+    drops        rows without a training signal (an empty answer, chosen equal to rejected) are
+                 dropped, counted and named in the report.
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
@@ -54,13 +54,13 @@ SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
 def first_line(error):
-    """The first line of an exception's message, or the exception's name if it has no message."""
+    """Return the first line of an exception's message, or its name if it has no message."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 # --- Files -> rows --------------------------------------------------------------------------------
-# A text must arrive as it stands in the file, and every row with its number. The CSV and JSON
+# A text must be read exactly as the file has it, and every row with its number. The CSV and JSON
 # readers of `datasets`, pandas and pyarrow infer types instead: "2020-01-01" becomes a date, a
 # message with an optional key becomes a string of JSON, and surplus cells of a CSV row disappear.
 # The standard library reads both formats as they are. Parquet has types; `datasets` reads it by
@@ -122,7 +122,7 @@ READERS = {
     ".csv": csv_rows,
     ".parquet": parquet_rows,
 }
-# What the readers raise for a file that is not what its name says.
+# The readers raise these exceptions for a file whose content does not fit its suffix.
 UNREADABLE = (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError,
               RecursionError)
 
@@ -136,7 +136,7 @@ class Source(NamedTuple):
 
 
 def parse_sources(spec):
-    """A --dataset -> its parts: `NAME[:SPLIT][:SHARE]`, or several of these separated by commas.
+    """Split a --dataset into its parts: `NAME[:SPLIT][:SHARE]`, or several separated by commas.
 
     A path that exists is taken as it is, even with a comma or a colon in it.
     """
@@ -164,7 +164,7 @@ def parse_source(text):
 
 
 def find_files(source):
-    """The files of a source; [] for a folder of `save_to_disk` and for a data set of the Hub."""
+    """List the files of a source: none for a folder of `save_to_disk` or a data set of the Hub."""
     path, kinds = pathlib.Path(source.name), ", ".join(READERS)
     if is_saved(path):
         return []
@@ -190,15 +190,16 @@ def find_files(source):
 
 
 def is_saved(path):
-    """Whether `save_to_disk` wrote this folder."""
+    """Return whether `save_to_disk` wrote this folder."""
     return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
 
 
 def open_dataset(source):
-    """The data set of a folder of `save_to_disk`, or of the Hub."""
+    """Load the data set of a folder of `save_to_disk`, or of the Hub."""
     split = source.split or "train"
     on_disk = is_saved(pathlib.Path(source.name))
-    # The network, the Hub and old files fail in many ways; the user can do the same about each.
+    # The network, the Hub and old files raise exceptions of many kinds. Each means that the data
+    # set cannot be read.
     try:
         if on_disk:
             saved = datasets.load_from_disk(source.name)
@@ -209,7 +210,7 @@ def open_dataset(source):
             f"{source.name}: not found locally or on the Hub ({first_line(error)})") from error
     if not on_disk:
         return saved
-    # A saved folder holds a dictionary of splits, or one data set without splits.
+    # A saved folder contains a dictionary of splits, or one data set without splits.
     splits = "none"
     if isinstance(saved, datasets.DatasetDict):
         splits = ", ".join(saved)
@@ -239,11 +240,11 @@ def read_rows(source):
 
 # --- Rows -> prompt and answers, as text or as messages -------------------------------------------
 
-# Stands before each answer in HH-RLHF and in data sets made like it.
+# The text before each answer in HH-RLHF and in data sets of its format.
 TURN = "\n\nAssistant:"
-# Keys of a message that carry text which would be lost.
+# A message with text under one of these keys is an error, because the text would be lost.
 UNREAD_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
-# Columns of a row that carry text which would be lost.
+# A row with text in one of these columns is an error, because the text would be lost.
 UNREAD_COLUMNS = ("system", "tools")
 
 
@@ -265,12 +266,13 @@ def quote_names(names):
 
 
 def choose_fields(row, where, sides):
-    """The fields to read from every row of a file, chosen by its first row."""
+    """Choose the fields to read from every row of a file, by its first row."""
     names = set(row) if isinstance(row, dict) else set()
     for fields in (("prompt", *sides), sides, ("chosen", "rejected")):
         if not names.issuperset(fields):
             continue
-        # One answer without a prompt must be a dialogue: a text does not show where it begins.
+        # One answer without a prompt must be a dialogue: a text does not mark where the answer
+        # begins.
         if len(fields) > 1 or isinstance(row[fields[0]], list):
             return fields
     needed, existing = ", ".join(("prompt", *sides)), quote_names(sorted(names))
@@ -279,7 +281,7 @@ def choose_fields(row, where, sides):
 
 
 def read_field(row, field, where):
-    """A text, or a list of messages {"role": text, "content": text}."""
+    """Read a text, or a list of messages {"role": text, "content": text}."""
     value = row.get(field) if isinstance(row, dict) else None
     if value is None:
         raise UserError(f"{where}: the field '{field}' is missing")
@@ -301,7 +303,7 @@ def read_field(row, field, where):
 
 
 def read_message(message, field, where):
-    """The role and the content of a message, which must not hold other text."""
+    """Read the role and the content of a message. Other text in the message is an error."""
     for key in UNREAD_KEYS:
         if message.get(key):
             raise UserError(f"{where}: the field '{field}' holds a message with {key}, which is "
@@ -315,7 +317,7 @@ def read_message(message, field, where):
 
 
 def is_unicode(text):
-    """False for half of a surrogate pair, which UTF-8 cannot encode."""
+    """Return False for half of a surrogate pair, which UTF-8 cannot encode."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -333,8 +335,8 @@ def read_score(row, field, where):
 
 
 def split_prompt(chosen: str, rejected: str) -> str:
-    """The prompt inside two dialogues: their common prefix, cut back to the last turn of the
-    assistant so that neither answer loses its beginning. Where turns are not marked, the prompt
+    """Find the prompt inside two dialogues: their common prefix up to the last turn of the
+    assistant, so that neither answer loses its beginning. Where turns are not marked, the prompt
     ends before the last white space of the prefix."""
     shared = os.path.commonprefix([chosen, rejected])
     if TURN in shared:
@@ -344,8 +346,8 @@ def split_prompt(chosen: str, rejected: str) -> str:
 
 
 def split_messages(dialogues):
-    """The prompt inside dialogues that are lists of messages: their common prefix, cut back until
-    every dialogue continues with a turn of the assistant."""
+    """Find the prompt inside dialogues that are lists of messages: the longest common prefix after
+    which every dialogue continues with a turn of the assistant."""
     for length in range(min(map(len, dialogues)), 0, -1):
         prompt = dialogues[0][:length]
         answers = [dialogue[length:] for dialogue in dialogues]
@@ -362,7 +364,7 @@ def begins_with(messages, roles):
 def split_row(prompt, answers: list, where: str):
     """Separate prompt and answers, which may come in any of the formats.
 
-    prompt is None where it is inside the answers. Returns prompt and answers, all of them text or
+    prompt is None where the answers contain it. Returns prompt and answers, all of them text or
     all of them lists of messages.
     """
     if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
@@ -377,7 +379,7 @@ def split_row(prompt, answers: list, where: str):
 
 
 def split_conversation(prompt, answers, where):
-    """split_row for rows in which the prompt or an answer is a list of messages."""
+    """Separate prompt and answers, as split_row, where one of them is a list of messages."""
     if prompt is None and any(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: one of chosen and rejected is a text, the other a list of "
                         "messages; without a prompt, both must be lists")
@@ -398,7 +400,7 @@ def split_conversation(prompt, answers, where):
 
 
 def as_messages(role, value):
-    """A text as one message of this role; a list of messages as it is."""
+    """Turn a text into one message of this role, and return a list of messages unchanged."""
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
@@ -442,7 +444,7 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key
 
 
 def name_row(row, where):
-    """The name of a row in errors and logs: file and number, and its id if it has one."""
+    """Return the name of a row in errors and logs: file and number, and its id if it has one."""
     row_id = row.get("id")
     if row_id is None or not is_unicode(str(row_id)):
         return where
@@ -450,8 +452,7 @@ def name_row(row, where):
 
 
 def load_text(source, sides, scored=False, columns=()):
-    """A data set of what `examples` yields, read once and cached by `datasets` until the file
-    changes."""
+    """Load the rows of `examples` as a data set, which `datasets` caches until a file changes."""
     files = find_files(source)
     show_progress(source, files)
     arguments = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns}
@@ -465,7 +466,7 @@ def load_text(source, sides, scored=False, columns=()):
     try:
         return datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
     except datasets.exceptions.DatasetGenerationError as error:
-        # The exception of `examples`, which names the file and the row.
+        # Raise the exception of `examples`, which names the file and the row.
         raise error.__cause__ from None
 
 
@@ -492,9 +493,9 @@ class Limits(NamedTuple):
     """The largest numbers of tokens of a row (prompt and one answer), of its prompt, and of an
     answer with its EOS.
 
-    max_prompt_length   None leaves the prompt all that the longer answer does not need, and at
-                        least half of max_length
-    overlong            "cut" such a row, "drop" it, or stop with an "error"
+    max_prompt_length   None: the tokens that the longer answer does not need, and at least half of
+                        max_length
+    overlong            a longer row is truncated ("cut"), dropped ("drop") or an error ("error")
     """
     max_length: int = 1024
     max_prompt_length: int | None = None
@@ -506,13 +507,13 @@ class Limits(NamedTuple):
 class RowText(NamedTuple):
     """A row as text, ready for the tokenizer."""
     prompt: str
-    answers: list  # the answers alone, to find empty and equal ones
+    answers: list  # the answers without prompt, to find empty and equal answers
     wholes: list  # prompt + answer, for each answer
     problem: str  # why the row is dropped, or ""
 
 
 def truncate(prompt: list, answers: list, limits: Limits, front=0):
-    """Cut token lists to the limits. Returns (prompt, answers).
+    """Truncate token lists to the limits. Returns (prompt, answers).
 
     The first `front` tokens of the prompt (BOS) always stay.
     """
@@ -521,20 +522,20 @@ def truncate(prompt: list, answers: list, limits: Limits, front=0):
     if prompt_limit is None:
         longest = min(max(map(len, answers)), answer_limit)
         prompt_limit = max(limits.max_length - longest, limits.max_length // 2)
-    # The prompt gives way first.
+    # Truncate the prompt first.
     if len(prompt) > prompt_limit:
         if limits.truncation_mode == "keep_end":
             surplus = len(prompt) - prompt_limit
             prompt = prompt[:front] + prompt[front + surplus:]
         else:
             prompt = prompt[:prompt_limit]
-    # Then the answers.
-    room = min(limits.max_length - len(prompt), answer_limit)
-    return prompt, [answer[:room] for answer in answers]
+    # Then truncate the answers.
+    answer_limit = min(limits.max_length - len(prompt), answer_limit)
+    return prompt, [answer[:answer_limit] for answer in answers]
 
 
 def special_ids(tokenizer):
-    """The ids that the tokenizer puts before a text (BOS, none, or several), and [EOS]."""
+    """Return the ids that the tokenizer puts before a text (BOS, none, or several), and [EOS]."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model could not learn to stop: "
                         "set eos_token in its tokenizer_config.json")
@@ -553,10 +554,10 @@ def strip_after_end(text, ends):
 
 
 def render(messages, tokenizer, where, add_generation_prompt=False):
-    """Messages -> text, by the tokenizer's chat template."""
+    """Write messages as text by the tokenizer's chat template."""
     if not messages:
         return ""
-    # A template is a program of its own and raises exceptions of any kind.
+    # A template is a program and raises exceptions of any kind.
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -565,7 +566,7 @@ def render(messages, tokenizer, where, add_generation_prompt=False):
 
 
 def text_of_messages(prompt, answers, tokenizer, ends, where):
-    """Prompt and answers as lists of messages -> RowText.
+    """Turn prompt and answers, lists of messages, into RowText.
 
     Some templates write the prompt differently when an answer follows. Such a row is dropped: its
     answers do not belong to the prompt that a user would send.
@@ -585,12 +586,12 @@ def text_of_messages(prompt, answers, tokenizer, ends, where):
     if prompt and roles & {"user", "system"}:
         problem = "turns of the user inside an answer"
     elif prompt and not all(whole.startswith(prompt_turns) for whole in wholes):
-        problem = "the chat template writes the prompt otherwise when an answer follows"
+        problem = "the chat template writes the prompt differently when an answer follows"
     return RowText(prompt_text, answer_texts, wholes, problem)
 
 
 def tokenize_row(text, prompt, wholes, front, ends, limits):
-    """The columns of one row.
+    """Tokenize one row. Returns its columns.
 
     text     RowText
     prompt   the ids of the prompt; wholes: of prompt + answer, for each answer
@@ -600,7 +601,7 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
     # The answers begin where the tokens of prompt, prompt + chosen and prompt + rejected differ.
     start = len(os.path.commonprefix([prompt, *wholes]))
     answers = [whole[start:] for whole in wholes]
-    # No second BOS and no second EOS where the text brings its own.
+    # Add no second BOS and no second EOS where the text has its own.
     whole_prompt = wholes[0][:start]
     if wholes[0][:len(front)] != front:
         whole_prompt = front + whole_prompt
@@ -613,8 +614,8 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
     row = {
         "prompt_ids": prompt_ids,
         "answer_ids": answer_ids,
-        "prompt_cut": len(prompt_ids) < len(whole_prompt),
-        "answers_cut": answer_tokens < sum(map(len, ended)),
+        "prompt_truncated": len(prompt_ids) < len(whole_prompt),
+        "answers_truncated": answer_tokens < sum(map(len, ended)),
         "merged": start < len(prompt),
         "prompt_length": len(prompt_ids),
         "chosen_length": len(answer_ids[0]),
@@ -628,23 +629,23 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
 
 
 def find_problem(text, row, limits):
-    """Why a row without an empty answer cannot be trained on, or ""."""
+    """Return why a row without an empty answer cannot be trained on, or ""."""
     is_pair = len(text.answers) == 2
     if not row["prompt_ids"]:
         return "no prompt"
     if is_pair and text.answers[0] == text.answers[1]:
         return "chosen equals rejected"
-    if limits.overlong != "cut" and (row["prompt_cut"] or row["answers_cut"]):
+    if limits.overlong != "cut" and (row["prompt_truncated"] or row["answers_truncated"]):
         return "too long"
     if is_pair and row["answer_ids"][0] == row["answer_ids"][1]:
-        if row["answers_cut"]:
-            return "chosen equals rejected once cut"
+        if row["answers_truncated"]:
+            return "chosen equals rejected after truncation"
         return "chosen and rejected are the same tokens"
     return ""
 
 
 def text_of_row(batch, i, tokenizer, sides, ends):
-    """Row i of a batch of `examples` -> RowText."""
+    """Turn row i of a batch of `examples` into RowText."""
     prompt = batch["prompt"][i]
     answers = [batch[side][i] for side in sides]
     if batch["chat"][i]:
@@ -655,7 +656,7 @@ def text_of_row(batch, i, tokenizer, sides, ends):
 
 
 def tokenize(batch, tokenizer, sides, limits):
-    """Tokenize a batch {column: list} of what `examples` yields. Dataset.map runs this function."""
+    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function."""
     bos, eos = special_ids(tokenizer)
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = tuple(token.content for token in special)  # EOS and the ends of turns
@@ -703,14 +704,14 @@ def tokenize(batch, tokenizer, sides, limits):
 
 
 def hash_prompt(prompt):
-    """A number in [0, 2**56)."""
+    """Hash a prompt to a number in [0, 2**56)."""
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest(), "big")
 
 
 def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False, scored=False,
                 columns=()) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
-    rows, which `describe` puts into words.
+    rows, which `describe` formats.
 
     The columns of a row: id, prompt_ids, {side}_ids (with the token that ends the answer),
     prompt_length, chosen_length, tokens (of the prompt and all answers), prompt_key (a hash of the
@@ -742,24 +743,24 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
 
 
 def cache_name(text, tokenizer, sides, limits):
-    """A name of the token ids that changes with everything they depend on."""
+    """Return a cache name of the token ids, which changes with everything they depend on."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     return datasets.fingerprint.Hasher.hash([
         text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, sides,
         limits, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
 
 
-# Columns that mark rows to know about, and how the report names these rows.
+# Columns that mark rows for the report, and the words of the report.
 NOTES = {
-    "prompt_cut": "prompt cut",
-    "answers_cut": "answers cut",
+    "prompt_truncated": "prompt truncated",
+    "answers_truncated": "answers truncated",
     "repeats": "prompt repeated inside both answers",
     "merged": "tokens merged across the end of the prompt",
 }
 
 
 def token_features(sides, scored):
-    """The types of the columns. They cannot be inferred from a first batch of empty prompts."""
+    """Return the types of the columns, which a first batch of empty prompts does not show."""
     ids = datasets.Sequence(datasets.Value("int64"))
     types = {
         "id": datasets.Value("string"),
@@ -776,7 +777,7 @@ def token_features(sides, scored):
 
 
 def select_usable(rows, account, strict, overlong):
-    """The rows without a problem. Rows with a problem or a note are counted in the account."""
+    """Select the rows without a problem. The account counts the rows with a problem or a note."""
     problems = column(rows, "problem")
     for problem in sorted(set(problems) - {""}):
         count_rows(account["dropped"], str(problem), rows, problems == problem)
@@ -790,7 +791,7 @@ def select_usable(rows, account, strict, overlong):
         fatal = {name: entry for name, entry in fatal.items()
                  if name == "too long" and overlong == "error"}
     if fatal:
-        flag = "--strict to drop them" if strict else "--overlong error to cut them"
+        flag = "--strict to drop them" if strict else "--overlong error to truncate them"
         raise UserError(f"{list_rows(fatal)}. Fix these rows, or leave out {flag}")
     return rows.select(np.flatnonzero(problems == ""))
 
@@ -808,8 +809,8 @@ def count_rows(groups, name, rows, members):
 
 
 def mix(parts, sources):
-    """As many rows as possible such that each part has its share and no row comes twice. Without
-    shares: all rows."""
+    """Take as many rows as possible such that each part has its share and no row occurs twice.
+    Without shares, take all rows."""
     if sources[0].share is None:
         return parts
     total = min(len(part) / source.share for part, source in zip(parts, sources))
@@ -825,12 +826,12 @@ def mix(parts, sources):
 
 
 def column(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """A whole column of numbers or strings as an array."""
+    """Return a whole column of numbers or strings as an array."""
     return rows.select_columns([name]).with_format("numpy")[:][name]
 
 
 def digest(rows: datasets.Dataset) -> str:
-    """A short hash of these rows in this order, by their prompts and lengths."""
+    """Hash these rows in this order, by their prompts and lengths."""
     columns = [column(rows, name) for name in ("prompt_key", "tokens", "chosen_length")]
     content = b"".join(values.tobytes() for values in columns)
     return hashlib.blake2b(content, digest_size=12).hexdigest()
@@ -850,7 +851,7 @@ def hold_out(rows: datasets.Dataset, share: float) -> tuple[datasets.Dataset, da
 # --- The report -----------------------------------------------------------------------------------
 
 def list_rows(groups):
-    """{reason: {count, first}} -> one sentence."""
+    """Format {reason: {count, first}} as one sentence."""
     sentences = []
     for name, entry in groups.items():
         sentence = f"{name}: {', '.join(entry['first'])}"
@@ -861,7 +862,7 @@ def list_rows(groups):
 
 
 def describe(account: dict) -> str:
-    """The account of load_tokens in words."""
+    """Format the account of load_tokens: rows kept and dropped, and rows with a note."""
     line = f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
@@ -875,7 +876,7 @@ def describe(account: dict) -> str:
 
 
 def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None) -> dict:
-    """Numbers to know about token ids before training on them."""
+    """Compute the numbers of the report: lengths, repeated prompts and tokens of an epoch."""
     prompt = column(rows, "prompt_length")  # (N,), as all of these
     chosen = column(rows, "chosen_length")
     tokens = column(rows, "tokens")
@@ -905,7 +906,7 @@ def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None)
 
 
 def describe_statistics(numbers: dict) -> str:
-    """The numbers of `statistics` in words."""
+    """Format the numbers of `statistics` as the lines of the report."""
     lines = []
     for name, part in numbers["lengths"].items():
         lines.append(f"  {name:8} tokens: mean {part['mean']:.0f}, median {part['median']:.0f}, "
@@ -925,7 +926,7 @@ def describe_statistics(numbers: dict) -> str:
 
 
 def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) -> str:
-    """The first rows as the model sees them: the prompt, then in brackets the scored tokens,
+    """Format the first rows as the model sees them: the prompt, then in brackets the scored tokens,
     separated by bars.
 
     most    the largest number of characters to show: the end of a prompt, the beginning and the end
@@ -953,10 +954,10 @@ def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) ->
 # --- Token ids -> batches -------------------------------------------------------------------------
 
 def window(step: int, count: int, batch_size: int, seed: int, shuffle: bool) -> np.ndarray:
-    """Indices of the rows of one optimizer step, over all ranks.
+    """Return the indices of the rows of one optimizer step, over all ranks.
 
-    They depend on the arguments alone, so a run can stop and resume anywhere. An epoch sees each of
-    the `count` rows once; its last window holds the remaining rows, however few.
+    The indices depend only on the arguments, so a run can stop and resume anywhere. An epoch has
+    each of the `count` rows once; its last window has the remaining rows, however few.
     """
     epoch, number = divmod(step, math.ceil(count / batch_size))
     start = number * batch_size
@@ -965,6 +966,7 @@ def window(step: int, count: int, batch_size: int, seed: int, shuffle: bool) -> 
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(count, seed, epoch, shuffle):
+    """Return the order of the rows in an epoch."""
     if shuffle:
         return np.random.default_rng((seed, epoch)).permutation(count)
     return np.arange(count)
@@ -972,10 +974,10 @@ def epoch_order(count, seed, epoch, shuffle):
 
 def micro_batches(indices: np.ndarray, size: int, rank: int, ranks: int,
                   tokens: np.ndarray | None = None) -> list[tuple[np.ndarray, float]]:
-    """This rank's share of a window, in micro-batches of at most `size` rows. Returns pairs
+    """Split this rank's share of a window into micro-batches of at most `size` rows. Returns pairs
     (indices, weight).
 
-    tokens      of each entry of the window: then a micro-batch has at most `size` tokens
+    tokens      number of tokens of each row: then a micro-batch has at most `size` tokens
 
     All ranks get the same number of micro-batches, since every rank takes part in each forward of
     sharded weights. A rank with fewer rows gets micro-batches of one row and weight 0.
@@ -993,8 +995,8 @@ def micro_batches(indices: np.ndarray, size: int, rank: int, ranks: int,
 
 
 def split_by_tokens(indices, tokens, most):
-    """Split indices in their order into parts of at most `most` tokens. A longer row is a part of
-    its own."""
+    """Split indices in their order into parts of at most `most` tokens. A longer row is a
+    separate part."""
     parts, total = [], math.inf
     for index, count in zip(indices, tokens):
         if total + count > most:
@@ -1006,8 +1008,8 @@ def split_by_tokens(indices, tokens, most):
 
 
 def collate(rows: dict, pad_token_id: int) -> dict:
-    """{column: list of lists} -> a batch for dpo.py, both sides right-padded to the longest row of
-    either side."""
+    """Make a batch for dpo.py from {column: list of lists}, both sides right-padded to the longest
+    row of either side."""
     batch = ids_and_scores(rows)
     sides = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
     width = 0
@@ -1027,7 +1029,7 @@ def collate(rows: dict, pad_token_id: int) -> dict:
 
 
 def ids_and_scores(rows: dict) -> dict:
-    """The part of a batch that is not tokens: id and, where the rows have them, scores and the
+    """Make the part of a batch that is not tokens: id and, where the rows have them, scores and the
     reference's log-probs."""
     batch = {"id": rows["id"]}
     for name in ("chosen_score", "rejected_score", "ref_chosen_logp", "ref_rejected_logp"):
@@ -1043,7 +1045,7 @@ def pad_right(rows, width, value):
 # --- Flags, and `python data.py` ------------------------------------------------------------------
 
 def at_least(low: float, kind: type) -> Callable:
-    """The type of a flag that is a number."""
+    """Make the argparse type of a number that is at least `low`."""
     def number(text):
         value = kind(text)
         if not low <= value < math.inf:
@@ -1057,13 +1059,14 @@ def add_flags(add: Callable):
     add("--max_length", type=at_least(2, int), default=1024,
         help="tokens of prompt and answer together")
     add("--max_prompt_length", type=at_least(1, int),
-        help="default: what the answers leave, at least half of max_length")
+        help="tokens of the prompt (default: all that the longer answer does not need, at least "
+             "half of max_length)")
     add("--max_completion_length", type=at_least(1, int),
-        help="tokens of an answer with its EOS (default: no limit of its own)")
+        help="tokens of an answer with its EOS (default: max_length)")
     add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end",
-        help="which end of a long prompt stays")
+        help="the end of a long prompt to keep")
     add("--overlong", choices=("cut", "drop", "error"), default="cut",
-        help="what to do with a row beyond these lengths")
+        help="truncate a row beyond these lengths, drop it, or stop with an error")
     add("--columns", help="names of the file's columns, such as prompt=instruction,chosen=output")
     add("--chat_template", help="a file with a chat template (jinja) instead of the tokenizer's")
     add("--strict", action="store_true", help="a row that would be dropped is an error")
@@ -1072,8 +1075,8 @@ def add_flags(add: Callable):
 def read_flags(args: argparse.Namespace) -> tuple[Limits, tuple]:
     """Check the flags of add_flags. Returns (limits, columns)."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
-        raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves an answer no room "
-                        f"in --max_length {args.max_length}")
+        raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves no tokens for an "
+                        f"answer in --max_length {args.max_length}")
     if args.chat_template and not os.path.isfile(args.chat_template):
         raise UserError(f"--chat_template {args.chat_template}: no such file")
     columns = ()
@@ -1099,7 +1102,7 @@ def read_template(path: str) -> str:
 
 
 def check_template(path: str | None, accounts: list[dict]):
-    """A chat template that no row uses is an error."""
+    """Raise if no row uses the chat template."""
     if path and not any(account["messages"] for account in accounts):
         raise UserError(f"--chat_template {path}: no row holds messages, so it is not used")
 
@@ -1120,10 +1123,12 @@ def main(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
-    parser.add_argument("--eval_dataset", help="held-out rows, to count the prompts that both have")
-    parser.add_argument("--chosen_only", action="store_true", help="as --loss sft reads it")
+    parser.add_argument("--eval_dataset",
+                        help="held-out rows, to count the prompts in both data sets")
+    parser.add_argument("--chosen_only", action="store_true",
+                        help="read only the chosen answers, as --loss sft does")
     parser.add_argument("--scores", action="store_true",
-                        help="as --loss odpo reads it, with chosen_score and rejected_score")
+                        help="read chosen_score and rejected_score too, as --loss odpo does")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)

@@ -1,12 +1,14 @@
-"""The command line of train.py: every flag, and what contradicts what.
+"""The command line of train.py: defines every flag and rejects flags that contradict each other.
 
 `parse_args` reads the command line in three parts:
-1. A first parser reads --loss, --dataset and --resume, because they decide which flags there are
-   and which defaults they have. Each loss adds its own hyper-parameters as flags (`build_parser`),
-   the world has defaults of its own, and a resumed run starts from its saved flags.
-2. The full parser, with one `add_*_flags` function per group of flags. Here stand the defaults.
-3. `settle_adapter`, `settle_reference`, `check_args`, `check_loss` and `fill_defaults` handle what
-   several flags say together: they fill in what follows, and refuse what contradicts.
+1. A first parser reads --loss, --dataset and --resume, because they decide which flags exist and
+   which defaults the flags have. Each loss adds its own hyper-parameters as flags
+   (`build_parser`), the world has its own defaults, and a resumed run starts from its saved flags.
+2. The full parser reads all flags. One `add_*_flags` function per group of flags defines the flags
+   and their defaults.
+3. `settle_adapter`, `settle_reference`, `check_args`, `check_loss` and `fill_defaults` handle
+   combinations of flags: they derive the values of flags from other flags and reject
+   contradictions.
 
 No flag is accepted and then ignored: a flag that the run would not read is an error.
 """
@@ -52,11 +54,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to a flag's help, where there is one and the help does not tell it."""
+    """Adds the default to a flag's help, unless there is none or the help mentions it."""
 
     def _get_help_string(self, action):
-        untold = (None, False, ..., argparse.SUPPRESS)
-        if any(action.default is value for value in untold) or "default" in action.help:
+        not_shown = (None, False, ..., argparse.SUPPRESS)
+        if any(action.default is value for value in not_shown) or "default" in action.help:
             return action.help
         return f"{action.help} (default {action.default})"
 
@@ -75,7 +77,7 @@ def true_or_false(text):
 
 
 def add_source_flags(add):
-    """What to train on what."""
+    """Add the flags for the loss, the model, the data and the output folder."""
     add("--loss", default="sigmoid",
         help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world", help="policy: a folder, a hub id, or world")
@@ -83,78 +85,86 @@ def add_source_flags(add):
         help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
              "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out")
     add("--eval_dataset",
-        help="held-out rows; without it a share of the prompts is held out")
+        help="held-out rows (default: a share of the prompts, see --eval_share)")
     add("--eval_share", type=at_least(0, float),
         help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="default: a new folder below runs/")
     add("--resume", action="store_true",
-        help="go on from the newest checkpoint of --output_dir, with its flags")
+        help="continue from the newest checkpoint in --output_dir, with the flags of that run")
 
 
 def add_policy_flags(add, loss):
-    """What is trained, and what it is compared with."""
+    """Add the flags for the weights to train and for the reference."""
     add("--adapter",
-        help="start from this LoRA adapter, a folder of ours or of peft's, on top of --model")
+        help="start from this LoRA adapter on top of --model: a folder saved by train.py or PEFT")
     add("--lora_rank", type=at_least(1, int),
         help="train a new LoRA adapter of this rank, and nothing else")
-    add("--lora_alpha", type=above_zero, help="its scale times its rank (default: twice the rank)")
+    add("--lora_alpha", type=above_zero,
+        help="the scale of the adapter is alpha / rank (default: twice the rank)")
     add("--lora_target",
         help="names of linear layers, as q_proj,v_proj, or a regular expression "
              "(default: all but the head)")
-    add("--lora_dropout", type=at_least(0, float), default=0.0, help="of what enters the adapter")
-    add("--rslora", action="store_true", help="scale by alpha over the root of the rank")
+    add("--lora_dropout", type=at_least(0, float), default=0.0,
+        help="dropout on the input of the adapter")
+    add("--rslora", action="store_true", help="the scale is alpha / sqrt(rank)")
     add("--dora", action="store_true",
-        help="train the norms of the weights apart from their directions")
-    add("--quantize", choices=("nf4",), help="the frozen weights in 4 bits (QLoRA)")
+        help="train the norms of the weights separately from their directions")
+    add("--quantize", choices=("nf4",), help="store the frozen weights in 4 bits (QLoRA)")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward: less memory, more time")
     if not needs_reference(loss):
         return
     add("--ref", choices=("model", "adapter_off", "adapter", "cache", "none"),
-        help="the reference: a second model; the policy with its adapter off (default with "
-             "--lora_rank); a frozen copy of the adapter it starts from (default with --adapter); "
-             "log-probs computed once and kept on disk; none")
+        help="the reference. model: a second model (default without an adapter, or with "
+             "--ref_model); adapter_off: the policy without its adapter (default with "
+             "--lora_rank); adapter: a frozen copy of --adapter (default with --adapter); cache: "
+             "log-probs computed once and stored on disk; none: with --reference_free")
     add("--ref_model",
-        help="the second model of --ref model (default: what the policy starts from)")
+        help="the second model of --ref model (default: the model that the policy starts from)")
     add("--ref_batch_size", type=at_least(1, int),
         help="pairs per forward of --ref cache (default: micro_batch_size)")
     add("--sync_ref_every", type=at_least(1, int),
         help="TR-DPO: move the reference towards the policy after this many steps")
-    add("--sync_ref_alpha", type=above_zero, help="by this share of the way (default 0.6)")
+    add("--sync_ref_alpha", type=above_zero,
+        help="TR-DPO: weight of the policy in the moved reference, in (0, 1] (default 0.6)")
 
 
 def add_optimizer_flags(add):
+    """Add the flags for batches, number of steps and AdamW."""
     add("--batch_size", type=at_least(1, int), default=64,
         help="pairs per optimizer step, all ranks together")
     add("--micro_batch_size", type=at_least(1, int),
-        help="pairs per forward on one rank: less saves memory (default 4)")
+        help="pairs per forward on one rank: fewer need less memory (default 4)")
     add("--tokens_per_micro_batch", type=at_least(1, int),
-        help="in place of a number of pairs: as many as have so many tokens, prompts once")
-    add("--epochs", type=at_least(1, int), help="times through the data (default 1)")
+        help="in place of --micro_batch_size: most tokens per forward on one rank; the two answers "
+             "of a pair share its prompt, which counts once")
+    add("--epochs", type=at_least(1, int), help="passes over the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
     add("--lr", type=above_zero,
         help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; for adapters 10 times it)")
-    add("--lr_schedule", choices=SCHEDULES, default="linear", help="what follows the warm-up")
-    add("--warmup_steps", type=at_least(0, int), help="default: a tenth of the steps")
+    add("--lr_schedule", choices=SCHEDULES, default="linear", help="schedule after the warm-up")
+    add("--warmup_steps", type=at_least(0, int),
+        help="steps of linear warm-up (default: a tenth of the steps)")
     add("--max_grad_norm", type=above_zero, default=1.0,
         help="gradients are clipped to this norm")
 
 
 def add_run_flags(add):
+    """Add the flags for parallelism, precision, kernels, logs and checkpoints."""
     add("--parallel", choices=("ddp", "fsdp"), default="ddp",
-        help="fsdp: weights, gradients and optimizer in shards, one on each rank")
+        help="fsdp: shard weights, gradients and optimizer states over the ranks")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
-        help="of the computation; bfloat16: autocast over float32 weights; "
+        help="dtype of the computation; bfloat16: autocast over float32 weights; "
              "auto: bfloat16 on a GPU, float32 on a CPU")
     add("--attention", choices=("auto", "packed", "padded"), default="auto",
-        help="packed: each prompt once and no padding, by `sdpa` below; "
-             "auto: where that is right and faster")
+        help="packed: compute each prompt once and without padding, by sdpa; "
+             "auto: packed if the model supports it and it is faster")
     add("--compile", action="store_true",
-        help="torch.compile the MLPs and norms; the first steps wait for the compiler")
+        help="torch.compile the MLPs and norms; the first steps include compilation")
     add("--deterministic", action="store_true",
         help="on a GPU use deterministic kernels only: slower, but a run that is repeated or "
-             "resumed ends bit for bit the same; an operation that has none is an error. "
-             "On a CPU this holds without it")
+             "resumed ends bit for bit the same; an operation without such a kernel is an error. "
+             "Runs on a CPU are deterministic without this flag")
     add("--log_every", type=at_least(1, int), default=10,
         help="steps between rows of metrics.jsonl")
     add("--eval_every", type=at_least(0, int), default=200,
@@ -162,13 +172,13 @@ def add_run_flags(add):
     add("--save_every", type=at_least(0, int), default=200,
         help="steps between checkpoints (0: only when interrupted)")
     add("--keep_checkpoints", type=at_least(1, int),
-        help="older ones are removed (default 2; 1 if a checkpoint is above 10 GB)")
+        help="number of newest checkpoints to keep (default 2; 1 if one is above 10 GB)")
 
 
 def add_variant_flags(add):
-    """Variants of a loss, each where it is valid."""
+    """Add the flags for variants of a loss. `check_loss` rejects a variant that the loss lacks."""
     add("--reference_free", action="store_true",
-        help="zeros in place of the reference's log-probs")
+        help="use zeros in place of the reference's log-probs")
     add("--f_divergence", choices=("reverse_kl", "forward_kl", "js", "alpha"),
         help="f-DPO: losses.f_divergence_score replaces the log-ratios")
     add("--f_alpha", type=float, help="the alpha of --f_divergence alpha, in (0, 1] (default 0.5)")
@@ -179,35 +189,37 @@ def add_variant_flags(add):
 
 
 def build_parser(loss: Callable, description: str | None = None) -> Parser:
-    """Every flag of a run with this loss: the trainer's, and the loss's keyword arguments."""
+    """Make the parser of a run with this loss: the trainer's flags, and the loss's keyword
+    arguments as flags."""
     parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
-    add_source_flags(parser.add_argument_group("what to train on what").add_argument)
+    add_source_flags(parser.add_argument_group("loss, model and data").add_argument)
     policy = parser.add_argument_group("the policy and its reference")
     add_policy_flags(policy.add_argument, loss)
     add_optimizer_flags(parser.add_argument_group("the optimizer").add_argument)
     rows = parser.add_argument_group("the rows")
     data.add_flags(rows.add_argument)
     rows.add_argument("--shuffle", type=true_or_false, default=True, metavar="true|false",
-                      help="false: the order of the file")
-    rows.add_argument("--seed", type=at_least(0, int), default=0, help="of the order of the rows")
+                      help="false: keep the order of the file")
+    rows.add_argument("--seed", type=at_least(0, int), default=0,
+                      help="seed of the order of the rows, and of a new adapter and its dropout")
     add_run_flags(parser.add_argument_group("the run").add_argument)
     variants = parser.add_argument_group("variants of a loss, each where it is valid")
     add_variant_flags(variants.add_argument)
     own = parser.add_argument_group(f"the loss {loss.__name__}")
     for name, default in hyperparameters(loss).items():
         own.add_argument(f"--{name}", type=float, default=default,
-                         help="see the page of the loss in losses.py")
+                         help="see the docstring of the loss in losses.py")
     return parser
 
 
 def parse_args(
     argv: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, Callable, dict]:
-    """-> args, loss function, its hyper-parameters. The loss is read first: it adds flags.
+    """Parse the command line. Returns args, the loss function and its hyper-parameters.
 
     `description` is the text that --help prints above the flags.
     """
-    # First the flags that decide which others there are, and which defaults they have.
+    # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--loss", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
         first.add_argument(flag)
@@ -218,32 +230,33 @@ def parse_args(
     with naming_flags(["loss"]):
         loss = find(loss_name)
 
-    # Then all flags. The world has defaults of its own; a resumed run has the flags it began with.
+    # Then parse all flags. The world has its own defaults; a resumed run has its saved flags.
     parser = build_parser(loss, description)
-    known = vars(parser.parse_args([]))
-    brings = {}
+    all_flags = vars(parser.parse_args([]))
+    world_defaults = {}
     if (early.dataset or saved.get("dataset", "world")) == "world":
-        brings = world.flags(loss_name)
-    defaults = {name: value for name, value in brings.items() if name in known and name != "epochs"}
+        world_defaults = world.flags(loss_name)
+    defaults = {name: value for name, value in world_defaults.items()
+                if name in all_flags and name != "epochs"}
     if early.tokens_per_micro_batch:
         defaults.pop("micro_batch_size", None)
     parser.set_defaults(**defaults | saved)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        refuse_flag(unknown[0].split("=")[0], loss_name, known)
+        refuse_flag(unknown[0].split("=")[0], loss_name, all_flags)
 
-    # Last, what follows from several flags together.
+    # Last, check combinations of flags and derive values from them.
     settle_adapter(args, loss)
     settle_reference(args, loss)
     check_args(args, saved)
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
-    fill_defaults(args, loss, brings)
+    fill_defaults(args, loss, world_defaults)
     return args, loss, hyper
 
 
-def fill_defaults(args, loss, brings):
-    """Defaults that depend on other flags."""
+def fill_defaults(args, loss, world_defaults):
+    """Fill in the defaults that depend on other flags."""
     if not args.tokens_per_micro_batch:
         args.micro_batch_size = args.micro_batch_size or 4
     if not args.lr:
@@ -251,40 +264,41 @@ def fill_defaults(args, loss, brings):
         if args.adapter or args.lora_rank:
             args.lr = 5e-6 if needs_rejected(loss) else 1e-4
     if not args.max_steps:
-        args.epochs = args.epochs or brings.get("epochs", 1)
+        args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
         args.eval_share = 0.05
 
 
-# --- What follows from several flags, and what contradicts what -----------------------------------
+# --- Combinations of flags: derived values and contradictions -------------------------------------
 
-# Flags of a new adapter, and their values where they are not given.
+# Flags that configure a new adapter, and their defaults.
 LORA = {
     "lora_alpha": None, "lora_target": None, "lora_dropout": 0.0, "rslora": False, "dora": False,
 }
 
 
 def settle_adapter(args, loss):
-    """Fill in what follows from the flags of an adapter, and refuse what contradicts them."""
+    """Derive values from the flags of an adapter, and reject contradictions."""
     if args.adapter and args.model == "world":
         args.model = read_adapter(args.adapter)[2] or args.model
     for name, default in LORA.items():
         if getattr(args, name) == default:
             continue
         if args.adapter:
-            raise UserError(f"--{name}: is of a new adapter, so give --lora_rank and no --adapter")
+            raise UserError(f"--{name}: is read for a new adapter only; "
+                            "give --lora_rank and no --adapter")
         if not args.lora_rank:
-            raise UserError(f"--{name}: is of a new adapter, so give --lora_rank")
+            raise UserError(f"--{name}: is read for a new adapter only; give --lora_rank")
     if args.adapter and args.lora_rank:
-        raise UserError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has a rank of "
-                        "its own; give one of them")
+        raise UserError(f"--lora_rank {args.lora_rank}: --adapter {args.adapter} has its "
+                        "own rank; give one of the two flags")
     if args.lora_dropout and "batch" in loss.tags:
         raise UserError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its "
                         "log-probs twice, and they must be the same")
     if args.lora_dropout >= 1:
         raise UserError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
     if args.quantize and args.parallel == "fsdp":
-        raise UserError(f"--quantize {args.quantize}: weights of 4 bits are not sharded; "
+        raise UserError(f"--quantize {args.quantize}: 4-bit weights can't be sharded; "
                         "use --parallel ddp")
     if args.quantize and not (args.adapter or args.lora_rank):
         raise UserError(f"--quantize {args.quantize}: 4-bit weights can't be trained; "
@@ -294,6 +308,7 @@ def settle_adapter(args, loss):
 
 
 def default_reference(args):
+    """Choose --ref from the flags that were given."""
     if args.reference_free:
         return "none"
     if args.ref_model:
@@ -304,14 +319,14 @@ def default_reference(args):
 
 
 def settle_reference(args, loss):
-    """Fill in what follows from the flags of the reference, and refuse what contradicts them."""
+    """Derive values from the flags of the reference, and reject contradictions."""
     if not needs_reference(loss):
         args.ref, args.sync_ref_every = "none", None
         return
     args.ref = args.ref or default_reference(args)
     if args.ref == "none" and not args.reference_free:
-        raise UserError("--ref none: this loss has a reference; "
-                        "--reference_free puts zeros in its place")
+        raise UserError("--ref none: this loss reads a reference; "
+                        "--reference_free uses zeros in its place")
     if args.ref != "none" and args.reference_free:
         raise UserError(f"--ref {args.ref}: is not read with --reference_free")
     if args.ref == "adapter" and not args.adapter:
@@ -322,17 +337,18 @@ def settle_reference(args, loss):
         other = "reference_free" if args.reference_free else f"ref {args.ref}"
         raise UserError(f"--ref_model {args.ref_model}: is not read with --{other}")
     if args.ref_batch_size and args.ref != "cache":
-        raise UserError(f"--ref_batch_size {args.ref_batch_size}: is of --ref cache")
+        raise UserError(f"--ref_batch_size {args.ref_batch_size}: is read with --ref cache only")
     settle_moving_reference(args)
 
 
 def settle_moving_reference(args):
+    """Check the flags of TR-DPO, and set the default of --sync_ref_alpha."""
     every, alpha = args.sync_ref_every, args.sync_ref_alpha
     if every and args.ref not in ("model", "adapter"):
         raise UserError(f"--sync_ref_every {every}: a reference of --ref {args.ref} can't move")
     if every and args.ref == "model" and (args.adapter or args.lora_rank):
         raise UserError(f"--sync_ref_every {every}: --ref model has no adapter to move towards "
-                        "the policy's; start from one by --adapter, with --ref adapter")
+                        "the policy's adapter; start from one by --adapter, with --ref adapter")
     if alpha and not every:
         raise UserError(f"--sync_ref_alpha {alpha}: is read with --sync_ref_every")
     if alpha and alpha > 1:
@@ -341,8 +357,8 @@ def settle_moving_reference(args):
         args.sync_ref_alpha = 0.6
 
 
-def refuse_flag(flag, loss_name, known):
-    """Say of an unknown flag which losses read it, or which flag has the nearest name."""
+def refuse_flag(flag, loss_name, all_flags):
+    """Raise for an unknown flag. Name the losses that read it, or the nearest flag."""
     name = flag.removeprefix("--")
     if "ref" in name.split("_"):
         raise UserError(f"{flag}: --loss {loss_name} has no reference")
@@ -350,12 +366,15 @@ def refuse_flag(flag, loss_name, known):
     if readers:
         raise UserError(f"{flag} is not read by --loss {loss_name}; "
                         f"it is read by {', '.join(readers)}")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    near = difflib.get_close_matches(name, all_flags, n=1, cutoff=0)
     raise UserError(f"{flag}: there is no such flag; the nearest is --{near[0]}")
 
 
 def check_args(args, saved):
-    """What no flag's own type can see. `saved`: the flags of the run that is resumed, or {}."""
+    """Check combinations of flags that no flag's type can check.
+
+    `saved` has the flags of the run that is resumed; in a new run it is empty.
+    """
     for name in ["loss", *sorted(saved)] if saved else []:
         value = getattr(args, name, None)
         if name not in FREE_ON_RESUME and value != saved[name]:
@@ -369,8 +388,8 @@ def check_args(args, saved):
                         f"{args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
     if args.model == "world" and args.dataset != "world":
-        raise UserError(f"--dataset {args.dataset}: --model world knows no words but its own "
-                        "data's; give another --model")
+        raise UserError(f"--dataset {args.dataset}: --model world has only the words of its own "
+                        "data; give another --model")
     if args.eval_share is None:
         return
     if args.eval_share >= 1:
@@ -396,9 +415,9 @@ def check_loss(args, loss, hyper):
 
 @contextlib.contextmanager
 def naming_flags(names):
-    """Inside, a ValueError that begins with one of these names becomes a UserError about that flag.
+    """Turn a ValueError that begins with one of these names into a UserError about that flag.
 
-    losses.py, registry.py and variants.py refuse values of parameters and know no flags. Every
+    losses.py, registry.py and variants.py check parameters and do not know that they are flags. Any
     other ValueError is a bug.
     """
     try:

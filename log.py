@@ -1,7 +1,7 @@
-"""What a run prints and writes: the lines before the first step, the bar, metrics.jsonl.
+"""Writes the output of a run: the lines before the first step, the progress bar, metrics.jsonl.
 
-`introduce` prints what the run will do. `Log` then writes config.json once, one row of
-metrics.jsonl for each logged step, and draws the bar. Only rank 0 writes.
+`introduce` prints a summary of the run before its first step. `Log` then writes config.json once,
+one row of metrics.jsonl for each logged step, and draws the bar. Only rank 0 writes.
 """
 import json
 import sys
@@ -21,12 +21,12 @@ from world import brief
 
 
 def bar_interval() -> float:
-    """Seconds between updates of a progress bar: fewer where it goes to a file."""
+    """Return the seconds between updates of a progress bar: more where the bar goes to a file."""
     return 0.2 if sys.stderr.isatty() else 5
 
 
 class Log:
-    """config.json, metrics.jsonl, the bar and the lines between: on rank 0, silent elsewhere."""
+    """Writes config.json, metrics.jsonl, the bar and messages on rank 0, and nothing elsewhere."""
 
     def __init__(self, folder: Path, flags: dict, start: int, steps: int, ranks: Ranks):
         self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
@@ -35,12 +35,13 @@ class Log:
         if not self.on:
             return
         write_text(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
-        # Keep the rows up to the checkpoint: later steps are taken again. The last row may be torn.
-        kept = []
+        # A resumed run repeats the steps after its checkpoint, so keep only the rows up to there.
+        # The last row may be incomplete.
+        kept_rows = []
         for row in self.path.read_text().splitlines() if start else ():
             if row.endswith("}") and json.loads(row)["step"] <= start:
-                kept.append(row + "\n")
-        write_text(self.path, "".join(kept))
+                kept_rows.append(row + "\n")
+        write_text(self.path, "".join(kept_rows))
 
     def row(self, step: int, split: str, values: dict):
         if self.on:
@@ -59,7 +60,7 @@ class Log:
 
 def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable | None,
               splits: tuple, steps: int, folder: Path, plan: str, ranks: Ranks):
-    """Print what the run will do, before its first step."""
+    """Print a summary of the run before its first step."""
     if ranks.rank > 0:
         return
     rows, held_out = splits
@@ -80,7 +81,7 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
 
 
 def memory_line(policy, reference):
-    """What is in memory besides activations, on each rank."""
+    """Format the memory that each rank needs besides activations."""
     def size(tensors):
         return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 

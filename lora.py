@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and DoRA written out, saved in PEFT's files, and frozen weights in 4 bits (NF4).
+"""Implements LoRA, rsLoRA and DoRA, reads and writes PEFT's files, and quantizes to 4 bits (NF4).
 
 `add_adapter` replaces each target layer by a `Lora`: the frozen layer plus low-rank updates.
 `use_adapter` selects which update is active. `quantize` replaces linear layers by `NF4Linear`.
@@ -36,8 +36,8 @@ class LoraSettings(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """α/r (arXiv:2106.09685, Sec. 4.1). rsLoRA takes α/√r, because with α/r a large rank
-        learns more slowly (arXiv:2312.03732)."""
+        """Return α/r (arXiv:2106.09685, Sec. 4.1), or α/√r for rsLoRA, because with α/r a large
+        rank learns more slowly (arXiv:2312.03732)."""
         return self.alpha / (self.rank ** 0.5 if self.rslora else self.rank)
 
 
@@ -49,7 +49,7 @@ class Lora(torch.nn.Module):
 
     A (r, in) is random, B (out, r) starts at 0, s is the scale. DoRA's m (out,) starts at ‖W₀‖.
     The norm ‖·‖ is taken of each row of the (out, in) weight, and is detached (Sec. 4.3, eq. 11).
-    The paper draws A from a Gaussian; this code, like its authors' code, draws A as torch
+    The paper draws A from a Gaussian; the authors' code and this code draw A as torch
     initializes a linear layer, Kaiming uniform. A, B and m are fp32 or better.
     Dropout applies to the input of A, and only where gradients are enabled: references and
     evaluations have none.
@@ -107,24 +107,24 @@ class Lora(torch.nn.Module):
         return (y + correction).to(y.dtype)
 
     def weight(self, name):
-        """W₀ + s·BA, (out, in), before DoRA's magnitudes."""
+        """Compute W₀ + s·BA, (out, in), before DoRA's magnitudes."""
         A, B = self.A[name], self.B[name]
         base = dense_weight(self.base).to(A.dtype)
         return torch.addmm(base, B, A, alpha=self.settings[name].scale)
 
     @torch.no_grad()
     def norm(self, name):
-        """‖W₀ + s·BA‖, (out,), detached.
+        """Compute ‖W₀ + s·BA‖, (out,), detached.
 
-        Summed in fp64, so that CPU and GPU round to the same fp32 norm, except for rare ties. Then
-        a magnitude computed on the CPU, divided by the norm computed on a GPU, is exactly 1.
+        The sum is in fp64, so that CPU and GPU round to the same fp32 norm, except for rare ties.
+        Then a magnitude computed on the CPU, divided by the norm computed on a GPU, is exactly 1.
         """
         weight = self.weight(name)
         norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
         return norm.to(weight.dtype)
 
     def merged(self, name):
-        """The (out, in) weight of a plain layer that equals base and update together."""
+        """Compute the (out, in) weight of a plain layer equal to base and update together."""
         weight = self.weight(name)
         if self.settings[name].dora:
             weight = weight * (self.magnitude[name] / self.norm(name))[:, None]
@@ -132,14 +132,14 @@ class Lora(torch.nn.Module):
 
 
 def dense_weight(layer):
-    """The (out, in) weight of a linear layer of any kind."""
+    """Return the (out, in) weight of a linear layer of any kind."""
     if isinstance(layer, NF4Linear):
         return layer.dense()
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def linear_layers(model) -> dict:
-    """{name: layer} of every linear layer but the head; an adapted layer counts as one."""
+    """Return {name: layer} of every linear layer but the head. An adapted layer is one layer."""
     head = model.get_output_embeddings()
     inside = {layer.base for layer in lora_layers(model).values()}
     kinds = (torch.nn.Linear, Conv1D, NF4Linear, Lora)
@@ -154,7 +154,7 @@ def lora_layers(model) -> dict:
 
 
 def target_modules(model, target: str | None) -> list:
-    """Names of the layers to adapt.
+    """Return the names of the layers to adapt.
 
     target      None: all linear layers but the head; else names separated by commas, which match
                 the end of a layer's name, or a regular expression that matches a whole name
@@ -169,18 +169,18 @@ def target_modules(model, target: str | None) -> list:
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise UserError(f"--lora_target {target}: is no regular expression ({error})") from None
+        raise UserError(f"--lora_target {target}: is not a regular expression ({error})") from None
     endings = tuple(f".{ending}" for ending in target.split(","))
     chosen = [name for name in names if f".{name}".endswith(endings) or pattern.fullmatch(name)]
     if not chosen:
-        known = sorted({name.rsplit(".", 1)[-1] for name in names})
+        existing = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise UserError(f"--lora_target {target}: no linear layer has such a name; there are "
-                        f"{', '.join(known)}")
+                        f"{', '.join(existing)}")
     return chosen
 
 
 def has_stacked_experts(model) -> bool:
-    """Whether the model keeps the weights of its experts in 3-D tensors."""
+    """Return whether the model stores the weights of its experts in 3-D tensors."""
     experts = (tensor for name, tensor in model.named_parameters() if "expert" in name)
     return any(tensor.ndim == 3 for tensor in experts)
 
@@ -188,7 +188,7 @@ def has_stacked_experts(model) -> bool:
 def add_adapter(model, name: str, targets: list, settings: LoraSettings, seed: int = 0):
     """Add an update to each target and freeze everything else. The first update is active.
 
-    The update depends on the seed alone: no global random state is read or changed.
+    The update depends only on the seed: no global random state is read or changed.
     """
     if not lora_layers(model):
         model.requires_grad_(False)
@@ -205,8 +205,8 @@ def add_adapter(model, name: str, targets: list, settings: LoraSettings, seed: i
 
 @contextlib.contextmanager
 def use_adapter(model, name: str | None):
-    """Inside, the update of this name is active, or none. Afterwards, also after an exception,
-    the update that was active before is active again."""
+    """Activate the update of this name, or none, for the block. After the block, also after an
+    exception, the update that was active before is active again."""
     before = {layer: layer.active for layer in lora_layers(model).values()}
     try:
         for layer in before:
@@ -227,7 +227,7 @@ REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transf
 
 
 def adapter_tensors(model, name: str) -> dict:
-    """{key in the file: parameter}"""
+    """Return {key in the file: parameter} of the update of this name."""
     tensors = {}
     for path, layer in lora_layers(model).items():
         for key, part in PARTS.items():
@@ -237,7 +237,7 @@ def adapter_tensors(model, name: str) -> dict:
 
 
 def adapter_config(layers, name, base) -> dict:
-    """adapter_config.json for these {path: Lora}, which share their settings."""
+    """Make adapter_config.json for these {path: Lora}, which share their settings."""
     settings = next(iter(layers.values())).settings[name]
     return {
         "peft_type": "LORA",
@@ -274,7 +274,7 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
 
 
 def read_adapter(folder) -> tuple:
-    """-> LoraSettings, {layer: {key: tensor}}, name of the base model."""
+    """Read an adapter -> LoraSettings, {layer: {key: tensor}}, name of the base model."""
     folder = pathlib.Path(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -284,13 +284,15 @@ def read_adapter(folder) -> tuple:
             f"{folder}: no usable adapter here: adapter_config.json and adapter_model.safetensors "
             f"are needed ({error})") from error
 
-    # Refuse settings that this code would ignore
-    odd = {key: config[key] for key in REFUSED if config.get(key)}
-    odd |= {"peft_type": config.get("peft_type")} if config.get("peft_type") != "LORA" else {}
-    odd |= {"bias": config["bias"]} if config.get("bias", "none") != "none" else {}
-    if odd:
+    # Reject settings that this code would ignore
+    unsupported = {key: config[key] for key in REFUSED if config.get(key)}
+    if config.get("peft_type") != "LORA":
+        unsupported["peft_type"] = config.get("peft_type")
+    if config.get("bias", "none") != "none":
+        unsupported["bias"] = config["bias"]
+    if unsupported:
         raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, of one rank and "
-                        f"without trained biases; this one has {odd}")
+                        f"without trained biases; this one has {unsupported}")
 
     layers = {}
     for key, tensor in tensors.items():
@@ -321,10 +323,10 @@ def load_adapter(model, folder, name: str = "policy", trainable: bool = True):
     for layer, tensors in layers.items():
         saved |= {f"base_model.model.{layer}.{key}": tensor for key, tensor in tensors.items()}
     for key in sorted(parameters.keys() | saved.keys()):
-        found = tuple(saved[key].shape) if key in saved else "missing"
-        wanted = tuple(parameters[key].shape) if key in parameters else "missing"
-        if found != wanted:
-            raise UserError(f"{folder}: {key} is {found}, but should be {wanted}")
+        saved_shape = tuple(saved[key].shape) if key in saved else "missing"
+        expected_shape = tuple(parameters[key].shape) if key in parameters else "missing"
+        if saved_shape != expected_shape:
+            raise UserError(f"{folder}: {key} is {saved_shape}, but should be {expected_shape}")
         parameters[key].data.copy_(saved[key])
         parameters[key].requires_grad_(trainable)
 
@@ -358,10 +360,10 @@ E4M3_MAX = 448  # largest 8-bit float of 4 exponent and 3 mantissa bits
 
 @functools.cache
 def nf4_levels(device=torch.device("cpu")):
-    """The 16 levels of the 4-bit NormalFloat, (16,).
+    """Compute the 16 levels of the 4-bit NormalFloat, (16,).
 
-    They are quantiles of a normal distribution scaled into [-1, 1], with an exact 0 and one more
-    level above 0 than below. The outermost quantile, 0.9677083, is that of the authors' code.
+    The levels are quantiles of a normal distribution scaled into [-1, 1], with an exact 0 and one
+    more level above 0 than below. The outermost quantile, 0.9677083, is from the authors' code.
     """
     upper = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     lower = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
@@ -372,14 +374,14 @@ def nf4_levels(device=torch.device("cpu")):
 
 @functools.cache
 def nf4_pairs(device=torch.device("cpu")):
-    """The two levels that each byte of codes stands for, (256, 2)."""
+    """Tabulate the two levels of each byte of codes, (256, 2)."""
     byte = torch.arange(256)
     codes = torch.stack([byte >> 4, byte & 15], dim=1)  # (256, 2)
     return nf4_levels()[codes].to(device)
 
 
 def nf4_quantize(weight) -> tuple:
-    """Any shape -> codes (n/2,) uint8, two to a byte, and absmax (n/64,) fp32.
+    """Quantize a weight to codes (n/2,) uint8, two to a byte, and absmax (n/64,) fp32.
 
     Each block of 64 weights is divided by its largest absolute value, absmax; a code is the index
     of the nearest level. The last block is padded with zeros.
@@ -395,7 +397,7 @@ def nf4_quantize(weight) -> tuple:
 
 
 def nf4_unpack(codes, absmax, pairs, dtype):
-    """codes (n/2,), absmax (n/64,), pairs (256, 2) -> (n/64, 64) weights in `dtype`.
+    """Unpack codes (n/2,) with absmax (n/64,) and pairs (256, 2) to (n/64, 64) weights in `dtype`.
 
     A byte is looked up as a pair of levels instead of being split into two codes first. Bytes of
     memory traffic per weight, in eager mode and for bf16: codes to int32 0.5 + 2, look-up 2 + 4,
@@ -409,7 +411,7 @@ def nf4_unpack(codes, absmax, pairs, dtype):
 
 @functools.cache
 def nf4_unpacker(device_type):
-    """nf4_unpack, compiled for CUDA where Triton is installed; a CPU gains nothing."""
+    """Return nf4_unpack, compiled for CUDA if Triton is installed. A CPU gains nothing from it."""
     if device_type == "cuda" and importlib.util.find_spec("triton"):
         return torch.compile(nf4_unpack, dynamic=True)
     return nf4_unpack
@@ -440,14 +442,15 @@ class NF4Linear(torch.nn.Module):
         self.register_buffer("scales", scales.view(torch.uint8))  # (n/64/256, 256)
 
     def absmax(self):
-        """The scale of each block of 64, (n/64,) fp32. Never compiled, because a compiler may fuse
-        the product and the sum, which rounds differently. The tensor is small, so this is cheap."""
+        """Compute the scale of each block of 64, (n/64,) fp32. This is never compiled, because a
+        compiler may fuse product and sum, which rounds differently. The tensor is small, so the
+        eager code is cheap."""
         scales = self.scales.view(torch.float8_e4m3fn).float() / E4M3_MAX
         absmax = (scales * self.largest[:, None]).flatten() + self.mean
         return absmax[:2 * len(self.codes) // BLOCK]
 
     def dense(self, dtype=torch.float32):
-        """The weight, (out, in)."""
+        """Unpack the weight, (out, in)."""
         device = self.codes.device
         unpack = nf4_unpacker(device.type)
         weights = unpack(self.codes, self.absmax(), nf4_pairs(device), dtype)
@@ -461,8 +464,8 @@ class NF4Linear(torch.nn.Module):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x Wᵀ, where backward unpacks W again. Autograd would keep the dense weights of all layers
-    from forward to backward, and so lose the memory that 4-bit weights save."""
+    """Computes x Wᵀ, and unpacks W again in backward. Autograd would keep the dense weights of all
+    layers from forward to backward, and so lose the memory that 4-bit weights save."""
 
     @staticmethod
     def forward(ctx, x, layer):

@@ -51,7 +51,7 @@ of train.py, and a positional argument with a default (`delta`, `mean_chosen_len
 the whole optimizer step, which the caller passes.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
-that names the parameter. It also gives the properties that the signature cannot express, as marks:
+that names the parameter. Properties that the signature cannot express are tags in the same line:
 
     margin   the log-probs enter through one margin alone, so a constant per prompt cancels, and an
              f-divergence score (f_divergence_score) or a zero reference (--reference_free) is valid
@@ -96,7 +96,7 @@ def sigmoid(
     Formula    L = −(1−ε) log σ(βh) − ε log σ(−βh)        = −log σ(βh) + ε βh
     Gradient   ∂L/∂w = −β (σ(−βh) − ε) = −∂L/∂l. The weight σ(−βh) says how wrong the order of the
                implicit rewards still is. It never reaches 0, so without smoothing h grows forever
-               on pairs that can be told apart. With smoothing the gradient changes its sign where
+               on pairs that can be separated. With smoothing the gradient changes its sign where
                σ(βh) > 1 − ε, and h settles at log((1−ε)/ε) / β.
     Args       four (B,) log-probs; beta > 0 (paper 0.1; 0.5 for summaries); label_smoothing
                in [0, 0.5)
@@ -124,7 +124,7 @@ def robust(
     Paper      Provably Robust DPO: Aligning Language Models with Noisy Feedback, arXiv:2403.00409
     Formula    L = [ −(1−ε) log σ(βh) + ε log σ(−βh) ] / (1−2ε)        = −log σ(βh) − ε/(1−2ε) βh
     Gradient   ∂L/∂w = −β [ (1−ε) σ(−βh) + ε σ(βh) ] / (1−2ε) = −∂L/∂l. Its size falls to βε/(1−2ε)
-               and no further: right pairs are pushed on forever, the loss is unbounded below, and a
+               and no further: right pairs always get a gradient, the loss is unbounded below, and a
                negative value is no error.
     Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (paper 0.1)
     Elsewhere  Often confused with cDPO (`sigmoid` with label smoothing), whose βh term has the
@@ -177,7 +177,8 @@ def exo_pair(
                  = σ(z) log[σ(z)/(1−ε)] + σ(−z) log[σ(−z)/ε]
     Gradient   ∂L/∂w = β σ(z) σ(−z) (z − log((1−ε)/ε)) = −∂L/∂l. It is 0 where the policy is as
                confident as the labels, and against y_w beyond. It also vanishes for pairs that are
-               very wrong, which a mode-seeking divergence gives up; DPO pushes those hardest.
+               very wrong, which a mode-seeking divergence ignores; DPO pushes such pairs
+               hardest.
     Args       four (B,) log-probs; beta > 0; label_smoothing in (0, 0.5) (1e-3; at 0 the loss would
                be +inf)
     Elsewhere  The authors' code uses unnormalized targets (0, −10) in log space, that is ε = e⁻¹⁰
@@ -205,7 +206,8 @@ def discopop(
 
     Paper      Discovering Preference Optimization Algorithms with and for Large Language Models,
                arXiv:2406.08414, Sec. 6.1, eq. 5
-               A language model proposed it. Eq. 4 as printed has a wrong sign; eq. 5 is the loss.
+               A language model proposed the loss. Eq. 4 as printed has a wrong sign; eq. 5 is
+               right.
     Formula    L = (1 − m) sp(−z) + m e^(−z),        m = σ(z/τ), z = βh
     Gradient   ∂L/∂w = β L′(z) = −∂L/∂l,
                L′(z) = −(1−m) σ(−z) − m e^(−z) + m(1−m)/τ [e^(−z) − sp(−z)]. The loss is not
@@ -291,7 +293,7 @@ def rdpo(
                one get a smaller gradient.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0; rdpo_alpha >= 0, per token
                (authors' scripts 0.005 to 0.05)
-    Elsewhere  The sign is that of the authors' code and of SimPO's Tables 3 and 7; one survey
+    Elsewhere  The sign agrees with the authors' code and SimPO's Tables 3 and 7; one survey
                prints a minus, against its own derivation. SamPO's code calls α lenN.
     """
     a = policy_chosen_logps - ref_chosen_logps
@@ -314,8 +316,8 @@ def odpo(
     Args       four (B,) log-probs; chosen_scores > rejected_scores, both (B,): s_w and s_l, a score
                of each answer on any scale (checked on CPU tensors); beta > 0; odpo_alpha >= 0
                (authors' code 1, sentiment task 0.5; 0 is DPO)
-    Elsewhere  Other functions of the scores than the log are possible, and α can stand outside:
-               turbo-alignment takes Δ itself.
+    Elsewhere  Functions of the scores other than the log are possible, and α can be
+               outside of them: turbo-alignment takes Δ itself.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -327,8 +329,8 @@ def odpo(
 # --------------------------------------------------------------------------------------------------
 # Reward losses: functions of the two log-ratios a and b (or of the implicit rewards r_w = βa and
 # r_l = βb), not of their difference alone. They say what the probability of each answer should do,
-# relative to π_ref. Most of them therefore hold the chosen answer up where a margin loss would let
-# it fall.
+# relative to π_ref. So most of them keep the chosen answer probable where a margin loss would let
+# its probability fall.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0")
@@ -341,8 +343,8 @@ def nca_pair(
                arXiv:2402.05369v3, Table 1 (two answers)
     Formula    L = −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l)
     Gradient   ∂L/∂w = −β (1 − (3/2) σ(r_w)), ∂L/∂l = (β/2) σ(r_l): the gradient of each answer
-               depends on its own reward alone. The minimum in r_w is finite, log 2, so the
-               likelihood of y_w is held up.
+               depends on its own reward alone. The minimum in r_w is finite, log 2, so
+               the likelihood of y_w does not fall without bound.
     Args       four (B,) log-probs; beta > 0 (0.1 or 0.01 in the paper's experiments)
     Elsewhere  The same in the authors' code and TRL. `bco_pair` with delta = 0 counts y_w as no
                part of the noise and y_l as all of it.
@@ -384,8 +386,8 @@ def update_delta(
     """The δ of BCO for the next step: a moving average of ½ (mean r_w + mean r_l), BCO's eq. 7.
 
     The average is exponential. train.py calls this function after each step with the means over
-    all pairs of the step. The decay is our choice, because we found none stated; 0.9 averages over
-    about ten steps.
+    all pairs of the step. The decay is our choice, because we found no stated value; 0.9 averages
+    over about ten steps.
     """
     return decay * delta + (1 - decay) * (chosen_reward + rejected_reward) / 2
 
@@ -394,7 +396,7 @@ def update_delta(
 def sppo_hard(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.001,
 ):
-    """SPPO on fixed pairs: regress the log-ratio of y_w onto η/2 and that of y_l onto −η/2.
+    """SPPO on fixed pairs: regress the log-ratios of y_w and y_l onto η/2 and −η/2.
 
     Paper      Self-Play Preference Optimization for Language Model Alignment, arXiv:2405.00675v5,
                Sec. 4.5, eq. 4.12
@@ -475,7 +477,7 @@ def apo_down(
     Paper      Anchored Preference Optimization and Contrastive Revisions, arXiv:2408.06266
     Formula    L = σ(r_w) + 1 − σ(r_w − r_l)
     Gradient   with s(x) = σ(x) σ(−x): ∂L/∂w = β [s(r_w) − s(βh)], ∂L/∂l = β s(βh). To first order
-               at π_ref y_w does not move; once the pair is told apart, y_w falls.
+               at π_ref y_w does not move; where |βh| > |r_w|, y_w falls.
     Args       four (B,) log-probs; beta > 0
     Elsewhere  The paper has no 1. TRL adds it, and so do we. The gradient is the same.
     """
@@ -517,7 +519,7 @@ def cal_dpo(
                arXiv:2412.14516
     Formula    L = −log σ(h) + c [ (a − 1/(2β))² + (b + 1/(2β))² ]
     Gradient   ∂L/∂w = −σ(−h) + 2c (a − 1/(2β)), ∂L/∂l = σ(−h) + 2c (b + 1/(2β)): the squares soon
-               dominate, and hold y_w up.
+               dominate, and keep y_w from falling.
     Args       four (B,) log-probs; beta > 0, which sets the targets and does NOT scale h;
                cal_dpo_weight >= 0, c in the formula (paper 1)
     Elsewhere  The authors' code has c = 0.5 and averages the squares over the batch before it adds
@@ -547,7 +549,7 @@ def chipo(
                active.
     Args       four (B,) log-probs; beta > 0 (paper 0.05 and 0.005); chipo_r_max > 0, R in the
                formula: the largest true reward. None: no clip.
-    Elsewhere  Copies that clip each side by itself, or clamp β·u, are another loss. `capped_exp`
+    Elsewhere  Copies that clip each side separately, or clamp β·u, are another loss. `capped_exp`
                extends eᵃ linearly beyond the cap (a > 44 in fp32), so that the gradient stays
                finite and is not lost.
     """
@@ -609,8 +611,8 @@ def aot_unpaired(
     Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). It does not
                matter which rejected answer came with which chosen one. The result is in sorted
                order.
-    Elsewhere  `aot_pair` in TRL 0.9 to 0.28, although it is the unpaired form; that name finds this
-               function here too.
+    Elsewhere  `aot_pair` in TRL 0.9 to 0.28, although it is the unpaired form. Here the name
+               `aot_pair` selects this function too.
     """
     u = (policy_chosen_logps - ref_chosen_logps).sort().values
     v = (policy_rejected_logps - ref_rejected_logps).sort().values
@@ -625,9 +627,9 @@ LOSSES["aot_pair"] = aot_unpaired
 
 
 # --------------------------------------------------------------------------------------------------
-# Reference-free losses: no second model. A likelihood term, or the scale of the reward, holds the
-# policy in place. Where the likelihood is averaged over tokens, these are the tokens of the batch:
-# −w/n̄, as in `sft`.
+# Reference-free losses: no second model. A likelihood term, or the scale of the reward, limits how
+# far the policy moves. An averaged likelihood is an average over the tokens of the batch, −w/n̄,
+# as in `sft`.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0", cpo_alpha=">= 0", label_smoothing="[0, 0.5)")
@@ -641,7 +643,7 @@ def cpo(
                eq. 5; the preference term alone is eq. 3
     Formula    L = −(1−ε) log σ(β(w − l)) − ε log σ(−β(w − l)) − α w/n̄
     Gradient   ∂L/∂w = −β (σ(−β(w − l)) − ε) − α/n̄, ∂L/∂l = β (σ(−β(w − l)) − ε): only y_w has the
-               second, constant pull.
+               second, constant term.
     Args       two (B,) log-probs; chosen_lengths (B,) >= 1; mean_chosen_length: see `sft`; beta > 0
                (paper 0.1); cpo_alpha >= 0 (the paper has no such weight: 1); label_smoothing
                in [0, 0.5)
@@ -706,8 +708,8 @@ def alphapo(
     Gradient   the gradient of SimPO at this margin, times s′(x) = e^(−αx): with α > 0 improbable
                answers are moved more, with α < 0 less.
     Args       two (B,) log-probs, two (B,) lengths >= 1; beta > 0 (2.5); gamma finite (0.1);
-               alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. The
-               three values are those that TRL's documentation quotes from the paper.
+               alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. TRL's
+               documentation quotes the three values from the paper.
     Elsewhere  TRL computes exp(logp)^(−α), which underflows to NaN for long sums. Here it is one
                expm1, which `capped_exp` extends linearly beyond the cap.
     """
@@ -726,7 +728,7 @@ def orpo(
 ):
     """ORPO: supervised fine-tuning with a penalty on the odds of the rejected answer.
 
-    It needs no reference, and no stage before it.
+    ORPO needs no reference, and no training stage before it.
 
     Paper      ORPO: Monolithic Preference Optimization without Reference Model, arXiv:2403.07691v2,
                eqs. 6 and 7; odds are eq. 4
@@ -778,7 +780,8 @@ def slic(
 
 
 # --------------------------------------------------------------------------------------------------
-# Likelihood: no pair and no reference. It trains the reference policy, and anchors other losses.
+# Likelihood: no pair and no reference. `sft` trains the reference policy, and regularizes other
+# losses in a sum.
 # --------------------------------------------------------------------------------------------------
 
 @loss()
@@ -788,14 +791,14 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
     Paper      Maximum likelihood, the stage before every other here: arXiv:2305.18290v3, Sec. 3
     Formula    L_i = −w_i / n̄,        n̄ = mean of n_w over the batch, so that
                mean_i L_i = −Σ w_i / Σ n_w
-    Gradient   ∂L_i/∂w_i = −1/n̄: every token of the batch pulls with the same strength, also in
-               long answers.
+    Gradient   ∂L_i/∂w_i = −1/n̄: every token of the batch has the same weight, also in long
+               answers.
     Args       policy_chosen_logps (B,), chosen_lengths (B,) >= 1; mean_chosen_length: n̄ of the
                whole optimizer step, a number that train.py passes when these B pairs are only a
                part of the step. If it is left out, these pairs are the batch.
     Elsewhere  TRL's "sft" loss averages over the tokens of one device's micro-batch, so
                accumulation changes its gradient. With n̄ passed in, ours is the same for every
-               split. RPO (arXiv:2404.19733) averages each answer by itself.
+               split. RPO (arXiv:2404.19733) averages each answer separately.
     """
     if mean_chosen_length is None:
         mean_chosen_length = chosen_lengths.to(policy_chosen_logps.dtype).mean()
@@ -803,13 +806,13 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# A link for margin losses: other divergences than the KL between π and π_ref.
+# f-DPO: margin losses under an f-divergence other than the reverse KL between π and π_ref.
 # --------------------------------------------------------------------------------------------------
 
 def f_divergence_score(
     logratio: torch.Tensor, f_divergence: str = "reverse_kl", alpha: float = 0.5,
 ) -> torch.Tensor:
-    """f-DPO: the score s(a) that replaces the log-ratio a for another f-divergence than reverse KL.
+    """f-DPO's score s(a) replaces the log-ratio a for f-divergences other than reverse KL.
 
     Paper      Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse
                Divergence Constraints, arXiv:2309.16240

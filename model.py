@@ -1,4 +1,4 @@
-"""Load, make, save and merge models.
+"""Loads, makes, saves and merges models.
 
     python model.py new --tokenizer DIR --hidden_size 256 --layers 4 --out DIR
     python model.py merge --adapter DIR --out DIR
@@ -45,9 +45,9 @@ transformers.logging.disable_progress_bar()
 # --- Load -----------------------------------------------------------------------------------------
 
 def load_pretrained(auto_class, name: str, **options):
-    """auto_class.from_pretrained, where every failure is a UserError of one sentence."""
-    looks_local = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
-    if (looks_local or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
+    """Call auto_class.from_pretrained, and raise each failure as a UserError of one sentence."""
+    is_local_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    if (is_local_path or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
         raise UserError(f"{name}: no such model folder")
     try:
         return auto_class.from_pretrained(name, **options)
@@ -64,12 +64,12 @@ def load_tokenizer(name: str):
 
 
 def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, upcast=True):
-    """A causal language model with every weight read from its files and every dropout off.
+    """Load a causal language model with every weight from its files and every dropout off.
 
     dtype       of the parameters; modules that transformers keeps in fp32 stay in fp32
     device      on "meta" the model has shapes without values
     four_bits   quantize the linear layers, each from the CPU to the device
-    upcast      False: parameters of a 16-bit file stay in its dtype, for `parallel.place`
+    upcast      False: parameters of a 16-bit file stay in its dtype, for `parallel.scatter`
 
     Policy and reference are both loaded by this function, so that they differ only by training.
     Another dtype, or dropout on one side, would make a log-ratio that is not 0 at the start.
@@ -92,11 +92,11 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
 
 
 def read_model(name, dtype):
-    """The model on the CPU in the narrower of the files' dtype and `dtype`.
+    """Read the model to the CPU in the narrower of the files' dtype and `dtype`.
 
     Some buffers are in no file and are computed when a model is built. A later upcast cannot
-    recover such a buffer once it is rounded to 16 bits, as Gemma's scale of the embeddings would
-    be. Such a model is read in `dtype` itself.
+    recover such a buffer once it is rounded to 16 bits, for example Gemma's scale of the
+    embeddings. Such a model is read in `dtype` itself.
     """
     stored = files_dtype(name) if dtype in (torch.float32, torch.float64) else None
     model, info = load_pretrained(
@@ -107,13 +107,13 @@ def read_model(name, dtype):
     if missing:
         raise UserError(
             f"{name}: {len(missing)} weights are not in the files or have another shape, such as "
-            f"{missing[0]}; transformers would start them at random")
+            f"{missing[0]}; transformers would initialize them randomly")
     return model
 
 
 def files_dtype(name):
-    """The dtype of a model's safetensors files if it is the same 16-bit one for all their
-    floating-point tensors, else None. Mixed files are read in the wider dtype asked for."""
+    """Return the dtype of a model's safetensors files if all their floating-point tensors have the
+    same 16-bit dtype, else None. Mixed files are read in the dtype that the caller asks for."""
     dtypes = set()
     try:
         for path in safetensors_files(name):
@@ -128,7 +128,7 @@ def files_dtype(name):
 
 
 def safetensors_files(name) -> list:
-    """Paths of the weights of a folder or a Hub model, downloaded if necessary."""
+    """Return the paths of the weights of a folder or a Hub model, downloaded if necessary."""
     optional = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, "model.safetensors.index.json", **optional)
     if index is None:
@@ -138,7 +138,7 @@ def safetensors_files(name) -> list:
 
 
 def computed_buffers(model) -> list:
-    """The buffers that are in no file, because the model computes them."""
+    """Return the buffers that are in no file, because the model computes them."""
     buffers = []
     for module in model.modules():
         names = module._non_persistent_buffers_set
@@ -170,7 +170,7 @@ def move(model, device: torch.device, dtype=None):
 
 
 def moved_tensor(old, device, dtype):
-    """A parameter or buffer on the device, widened there."""
+    """Copy a parameter or buffer to the device and widen it there."""
     is_parameter = isinstance(old, torch.nn.Parameter)
     new = old.detach().to(device)
     if dtype and new.is_floating_point() and (is_parameter or new.element_size() == 2):
@@ -216,7 +216,7 @@ def compile_blocks(model):
 # --- Make and save --------------------------------------------------------------------------------
 
 def new_model(tokenizer, hidden_size: int, layers: int, seed: int = 0, **overrides):
-    """A Llama with random weights and the tokenizer's vocabulary."""
+    """Make a Llama with random weights and the tokenizer's vocabulary."""
     torch.manual_seed(seed)
     options = {
         "vocab_size": len(tokenizer),
@@ -279,7 +279,7 @@ def merge_command(args):
     if flags.get("quantize"):
         quantize(merged)
         error = (merged(ids).logits - adapted).abs()
-        print(f"put into 4 bits again, they would differ by at most {error.max():.2g}, "
+        print(f"quantized to 4 bits again, its logits would differ by at most {error.max():.2g}, "
               f"{error.mean():.2g} on average")
 
 

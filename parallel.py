@@ -1,4 +1,4 @@
-"""One process or many: ranks, DDP, FSDP2 and collectives.
+"""Runs a model on one process or many: ranks, DDP, FSDP2 and collectives.
 
 No other file calls torch.distributed, except for the sharded files of a checkpoint. Every function
 here also works with one process, where it does nothing.
@@ -37,16 +37,16 @@ def init_distributed() -> Ranks:
         return Ranks(0, 1, device)
     # Long, because the other ranks wait while rank 0 tokenizes. torchrun, not this timeout,
     # detects a process that has died.
-    patience = datetime.timedelta(hours=2)
+    timeout = datetime.timedelta(hours=2)
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=patience, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=patience)
+        dist.init_process_group("gloo", timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
-    """make(device) -> the module that computes on this rank.
+    """Build the module of this rank by make(device).
 
     ddp     each rank makes a whole module on its device, the ranks of a machine one after another
     fsdp    each rank has a shard of each parameter (FSDP2). Each block, and then the root, gathers
@@ -90,8 +90,8 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
 
 
 def in_turn(make, ranks: Ranks):
-    """make() on each rank, one rank of a machine at a time, so that host memory holds one model on
-    its way to a GPU, not one per GPU."""
+    """Call make() on each rank, one rank of a machine at a time, so that host memory has
+    one model on its way to a GPU, not one per GPU."""
     if ranks.size == 1:
         return make()
     local_rank = int(os.environ.get("LOCAL_RANK", ranks.rank))
@@ -117,24 +117,25 @@ def scatter(source, module, dtypes, ranks: Ranks):
             full.copy_(source.get_parameter(name))
         part = distribute_tensor(full, parameter.device_mesh, parameter.placements)
         parameter.to_local().copy_(part.to_local())
-    for name, buffer in module.named_buffers():  # also buffers in no file: inv_freq
+    for name, buffer in module.named_buffers():  # also buffers that are in no file: inv_freq
         if source:
             buffer.copy_(source.get_buffer(name))
         dist.broadcast(buffer, 0)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a sharded parameter or gradient. A collective: all ranks must call it."""
+    """Gather the full tensor of a sharded parameter or gradient. All ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank stores."""
+    """Return the part of a tensor that this rank stores."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """Wrap in DDP, which averages gradients over the ranks in backward; FSDP does so by itself."""
+    """Wrap a module in DDP, which averages gradients over the ranks in backward. FSDP averages them
+    without a wrapper."""
     if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
     # Without device_ids: DDP would copy the labels to the GPU.
@@ -142,13 +143,13 @@ def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside DDP's wrapper, if it has one."""
+    """Return the module inside DDP's wrapper, or a module without wrapper as it is."""
     return module.module if isinstance(module, DDP) else module
 
 
 def sync_gradients(module: torch.nn.Module, on: bool) -> None:
     """Set whether the next backward averages gradients over ranks. Only the last backward of an
-    optimizer step has to."""
+    optimizer step needs the average."""
     if isinstance(module, DDP):
         module.require_backward_grad_sync = on
     elif isinstance(module, FSDPModule):
@@ -156,7 +157,7 @@ def sync_gradients(module: torch.nn.Module, on: bool) -> None:
 
 
 def reset_shards(module: torch.nn.Module) -> None:
-    """Bring FSDP back to its state before a forward or backward that an exception cut short.
+    """Bring FSDP back to its state before a forward or backward that raised an exception.
 
     After the exception the modules keep their gathered weights and FSDP believes that it is still
     inside a forward. Without this reset, model.parameters() returns the gathered tensors, which no
@@ -189,26 +190,26 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def broadcast(value: Any, ranks: Ranks) -> Any:
-    """Rank 0's value, on every rank. Any object that pickle can copy."""
-    box = [value]
+    """Return rank 0's value on every rank. The value may be any object that pickle can copy."""
+    values = [value]
     if ranks.size > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def gather(value: Any, ranks: Ranks) -> list:
-    """The values of all ranks, on every rank."""
-    box = [value] * ranks.size
+    """Return the list of all ranks' values on every rank."""
+    values = [value] * ranks.size
     if ranks.size > 1:
-        dist.all_gather_object(box, value)
-    return box
+        dist.all_gather_object(values, value)
+    return values
 
 
 def first_reason(reason: str | None, ranks: Ranks) -> str | None:
-    """The reason of the lowest rank that has one, on every rank; None where no rank has one."""
-    for found in gather(reason, ranks):
-        if found is not None:
-            return found
+    """Return on every rank the reason of the lowest rank that has one; None if no rank has one."""
+    for rank_reason in gather(reason, ranks):
+        if rank_reason is not None:
+            return rank_reason
     return None
 
 

@@ -1,7 +1,7 @@
-"""The reference: a second model, the policy without its adapter, a frozen adapter, or a cache.
+"""Loads the reference: a second model, the policy without its adapter, a frozen adapter, a cache.
 
-`load_reference` returns whatever --ref names as one callable, so that the loop sees no difference.
-On top of it:
+`load_reference` returns the reference of --ref as a callable, so the training loop is the same for
+every kind. The other functions:
 
     fingerprint        hashes the weights that no step changes; a resumed run must have the same
     move_reference     TR-DPO: moves the reference towards the policy
@@ -65,7 +65,7 @@ def load_weights(args: Namespace, name: str | pathlib.Path, dtype: str, device: 
 
 def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
                    ranks: Ranks) -> Callable | None:
-    """-> the reference of dpo.preference_logps, or None without a reference."""
+    """Return the reference of dpo.preference_logps, or None with --ref none."""
     if args.ref == "none":
         return None
     if args.ref == "model" or args.ref_model or args.ref == "cache" and not lora_layers(policy):
@@ -87,10 +87,11 @@ def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
 
 def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,
                 ranks: Ranks) -> str:
-    """A hash of the weights that no step changes: the reference's, and those below an adapter.
+    """Hash the weights that no step changes: the reference's weights, and the base of an adapter.
 
-    In a bfloat16 run it is of weights rounded to bfloat16, because `load_weights` keeps a frozen
-    reference in float32 under ddp and in bfloat16 under fsdp, and a run may change between them.
+    In a bfloat16 run the weights are first rounded to bfloat16, because `load_weights` keeps a
+    frozen reference in float32 under ddp and in bfloat16 under fsdp, and a resumed run may change
+    between the two.
     A collective: all ranks must call it.
     """
     fixed = {}
@@ -114,7 +115,7 @@ def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,
 # --- A reference that moves -----------------------------------------------------------------------
 
 def moving_tensors(args: Namespace, policy: FastLogps, reference: Callable | None) -> dict:
-    """{name: tensor} of a reference that moves.
+    """Return {name: tensor} of a reference that moves, {} of a fixed one.
 
     Call this every time instead of keeping the result: FSDP may replace the shards at the first
     forward.
@@ -123,13 +124,13 @@ def moving_tensors(args: Namespace, policy: FastLogps, reference: Callable | Non
         return {}
     if args.ref == "adapter":
         return adapter_tensors(policy.model, "reference")
-    # A tied weight once: moved under each of its names, it would go too far.
+    # A tied weight appears once: moving it under each of its names would move it several times.
     return without_ties(reference.state_dict(keep_vars=True))
 
 
 @torch.no_grad()
 def move_reference(args: Namespace, policy: FastLogps, reference: Callable | None):
-    """TR-DPO (arXiv:2404.09656): θ_ref <- α θ + (1 − α) θ_ref, buffers too."""
+    """Move the reference, buffers too: θ_ref <- α θ + (1 − α) θ_ref (TR-DPO, arXiv:2404.09656)."""
     source = policy.state_dict()
     if args.ref == "adapter":
         source = adapter_tensors(policy.model, "policy")
@@ -153,7 +154,7 @@ ROUNDING = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.05, "bfloat16": 0.4}
 
 
 def rounding(dtype, lengths, device):
-    """Largest difference of log-probs due to rounding, in nats, for answers of these lengths."""
+    """Bound the difference of log-probs due to rounding, in nats, for answers of these lengths."""
     if dtype == "float32" and device.type == "cuda":
         dtype = "tf32"
     return ROUNDING[dtype] * lengths ** 0.5
@@ -162,23 +163,24 @@ def rounding(dtype, lengths, device):
 @torch.no_grad()
 def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch: dict,
                 cached: bool) -> float:
-    """Check that policy and reference are equal before the first update -> the loss at zero margin.
+    """Check that policy and reference are equal before the first update. Returns the mean loss at
+    equality.
 
     If they differ, this program or the setup has an error, and training would begin from a wrong
-    log-ratio. Computed in the same way, policy and reference give the same loss. A `cached`
+    log-ratio. Equal models that are computed in the same way give the same loss. A `cached`
     reference was computed in batches of other shapes, so its log-probs may differ by rounding.
     """
     tensors = pair_logps(task, policy, reference, batch)
     names = [name for name in tensors if name.startswith("policy_")]
     equal = {name.replace("policy_", "ref_"): tensors[name] for name in names}
-    found, metrics = preference_loss(tensors, task.loss, task.hyper, task.score)
+    actual, metrics = preference_loss(tensors, task.loss, task.hyper, task.score)
     expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, task.score)
-    if not found.isfinite().all():
-        values = {"loss": found.sum().item(), "grad_norm": 0.0}
+    if not actual.isfinite().all():
+        values = {"loss": actual.sum().item(), "grad_norm": 0.0}
         raise_not_finite(0, values, [(batch["id"], metrics)])
-    excess = (found - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: unequal
+    excess = (actual - expected).abs() / (1e-5 + 1e-5 * expected.abs())  # (B,), above 1: unequal
     if cached:
-        excess = torch.zeros_like(found)
+        excess = torch.zeros_like(actual)
         for name in names:
             lengths = tensors[name.removeprefix("policy_").replace("logps", "lengths")]
             distance = (tensors[name] - tensors[name.replace("policy_", "ref_")]).abs()
@@ -186,18 +188,18 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
     worst = int(excess.argmax())
     if excess[worst] > 1:
         raise UserError(
-            f"before the first step the loss of {batch['id'][worst]} is {found[worst]:.6f}, but "
+            f"before the first step the loss of {batch['id'][worst]} is {actual[worst]:.6f}, but "
             f"{expected[worst]:.6f} where policy and reference are equal. So they are not: look "
             "for another dtype on one side, dropout left on, an adapter on one side (one that "
             "came from SFT is part of the reference too: --ref adapter), or a reference that is "
-            "not what the policy starts from (if that is meant, name it with --ref_model)")
+            "not what the policy starts from (if this is intended, name it by --ref_model)")
     return expected.mean().item()
 
 
 # --- The cache ------------------------------------------------------------------------------------
 
 def cache_key(args, weights, splits, dtype):
-    """A hash of all that the log-probs depend on: weights, token ids, dtype, ld_alpha, 4 bits."""
+    """Hash all inputs of the cached log-probs: weights, token ids, dtype, ld_alpha, --quantize."""
     digest = hashlib.blake2b(digest_size=12)
     digest.update(f"{weights} {dtype} {args.ld_alpha} {args.quantize}".encode())
     for rows in splits:
@@ -208,7 +210,7 @@ def cache_key(args, weights, splits, dtype):
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
-    """(len(indices), 2) log-probs of chosen and rejected. A progress bar if there is a title."""
+    """Compute (len(indices), 2) log-probs of chosen and rejected. A title shows a progress bar."""
     def compute(batch):
         with torch.autocast(**task.autocast):
             out = concatenated_forward(reference, batch)
@@ -264,21 +266,21 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, weights
 
 
 def read_cache(path, name, rows):
-    """(rows, 2) log-probs of a split from the file."""
+    """Read the (rows, 2) log-probs of a split from the file."""
     try:
         tables = load_file(path)
         table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n")
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error}); "
-                        "delete it, and it is made again") from error
+                        "delete the file, and the next run computes it again") from error
     if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
-        raise UserError(f"{path}: does not hold the log-probs of every {name} row; "
-                        "delete it, and it is made again")
+        raise UserError(f"{path}: does not have the log-probs of every {name} row; "
+                        "delete the file, and the next run computes it again")
     return table
 
 
 def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
-    """Compute the log-probs of four rows again and compare them with the file's."""
+    """Compute the log-probs of four rows again and compare them with the log-probs of the file."""
     some = np.linspace(0, len(rows) - 1, min(4, len(rows))).astype(int)
     again = reference_logps(args, reference, rows, some, tokenizer, task, ranks)
     bound = rounding(task.dtype, answer_lengths(rows)[some], task.device)
@@ -287,13 +289,13 @@ def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
         return
     worst = int(excess.amax(1).argmax())
     row = rows[int(some[worst])]["id"]
-    raise UserError(f"{path}: holds other log-probs than the reference gives now for row {row}: "
+    raise UserError(f"{path}: has other log-probs than the reference gives now for row {row}: "
                     f"{table[some][worst].tolist()} and {again[worst].tolist()}; "
-                    "delete it, and it is made again")
+                    "delete the file, and the next run computes it again")
 
 
 def answer_lengths(rows):
-    """(rows, 2) tokens of the chosen and of the rejected answers."""
+    """Return the (rows, 2) numbers of tokens of the chosen and of the rejected answers."""
     chosen = data.column(rows, "chosen_length")
     rejected = data.column(rows, "tokens") - data.column(rows, "prompt_length") - chosen
     return torch.from_numpy(np.stack([chosen, rejected], 1))

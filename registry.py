@@ -4,9 +4,9 @@
     LOSSES["sigmoid"]                         # the function of that name
     find("sigmoid:0.8,bco_pair:0.2,sft:1")    # a weighted sum, as --loss takes it
 
-A loss is written in one place. Its signature says what it needs: the tensor arguments come first,
-the keyword-only arguments are its hyper-parameters. The functions below read the signature. With
-them dpo.py computes the tensors, train.py makes the flags, and `table` prints the losses.
+Each loss is defined by one function. Its signature lists its inputs: the tensor arguments come
+first, the keyword-only arguments are its hyper-parameters. The functions below read the signature.
+With them dpo.py computes the tensors, flags.py makes the flags, and `table` prints the losses.
 """
 import difflib
 import functools
@@ -65,7 +65,7 @@ def loss(*tags: str, **ranges: str) -> Callable:
 
 
 def check_shapes(loss_name, given):
-    """All tensors of pairs must have one shape (B,)."""
+    """Raise ValueError unless all tensors of pairs have one shape (B,)."""
     shapes = {}
     for name, value in given.items():
         if name.endswith(("_logps", "_lengths", "_scores")) and value is not None:
@@ -76,7 +76,7 @@ def check_shapes(loss_name, given):
 
 
 def check_ranges(ranges, given):
-    """Every argument must be in its range. None and an argument left out stand for the default."""
+    """Raise ValueError unless every argument is in its range. None, or no value, is the default."""
     for name, text in ranges.items():
         value = given.get(name)
         bound = text.removeprefix("> ")
@@ -89,14 +89,15 @@ def check_ranges(ranges, given):
 
 
 def check_above(name, value, bound_name, bound):
-    """One tensor must be above another in every pair. Tensors on a GPU are not checked: to read a
-    value would make the CPU wait in every micro-batch, and data.py drops such rows on loading."""
+    """Raise ValueError unless one tensor is above another in every pair. Tensors on a GPU are not
+    checked: reading a value would make the CPU wait in every micro-batch, and data.py drops such
+    rows on loading."""
     if value.device.type == "cpu" and not (value > bound).all():
         raise ValueError(f"{name} must be above {bound_name} in every pair")
 
 
 def in_range(value: float, text: str) -> bool:
-    """Whether a finite number is in the range "> 0", ">= 0", "!= 0", "finite", "[0, 0.5)" or the
+    """Return whether a number is in the range "> 0", ">= 0", "!= 0", "finite", "[0, 0.5)" or the
     like. Infinity and NaN are in no range."""
     compare_low, low, compare_high, high = read_range(text)
     return math.isfinite(value) and compare_low(value, low) and compare_high(value, high)
@@ -120,35 +121,35 @@ def describe_range(text):
     return text if text == "finite" else f"{text} and finite"
 
 
-# --- What a signature says ------------------------------------------------------------------------
+# --- Reading the signature of a loss --------------------------------------------------------------
 
 def tensor_arguments(function: Callable) -> list[str]:
-    """Names of the tensors that a loss takes, in order."""
+    """Return the names of the tensors that a loss takes, in order."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
 
 def hyperparameters(function: Callable) -> dict:
-    """{name: default} of a loss. train.py makes them its flags. In a sum, the default is `...`
-    where the parts have different ones."""
+    """Return {name: default} of the hyper-parameters of a loss, which become flags of train.py. In
+    a sum, the default is `...` where the parts have different defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def needs_reference(function: Callable) -> bool:
-    """Whether a loss reads log-probs of the reference model."""
+    """Return whether a loss reads log-probs of the reference model."""
     return any(name.startswith("ref_") for name in tensor_arguments(function))
 
 
 def needs_rejected(function: Callable) -> bool:
-    """Whether a loss compares two answers. Only `sft` does not."""
+    """Return whether a loss compares two answers. Only `sft` does not."""
     return any("rejected" in name for name in tensor_arguments(function))
 
 
 # --- Sums of losses -------------------------------------------------------------------------------
 
 def find(spec: str) -> Callable:
-    """The loss that `NAME` or `NAME:WEIGHT,NAME:WEIGHT` names. A weight left out is 1."""
+    """Return the loss for a spec `NAME` or `NAME:WEIGHT,NAME:WEIGHT`. The default weight is 1."""
     weights = {}
     for part in spec.split(","):  # "sigmoid:0.8"
         name, _, weight = part.strip().partition(":")
@@ -172,7 +173,7 @@ def read_weight(spec, name, text):
 
 
 def combine(weights: dict[str, float]) -> Callable:
-    """Σ weight · loss over {name: weight}, as a loss.
+    """Make the loss Σ weight · loss from {name: weight}.
 
     A hyper-parameter that several parts have is one hyper-parameter of the sum. Where the defaults
     of the parts differ, the sum has no default (`...`), and the caller must give a value.
@@ -180,9 +181,9 @@ def combine(weights: dict[str, float]) -> Callable:
     Known sums:
         sigmoid,sft                     RPO, arXiv:2404.19733v3, eq. 1. With a reference of zeros
                                         it is CPO.
-        sigmoid:0.8,bco_pair:0.2,sft:1  MPO, arXiv:2411.10442, Sec. 4.1, eq. 3. The weights are
-                                        those that TRL's documentation quotes.
-    RPO and MPO average the likelihood over each answer by itself, `sft` over all tokens.
+        sigmoid:0.8,bco_pair:0.2,sft:1  MPO, arXiv:2411.10442, Sec. 4.1, eq. 3. TRL's
+                                        documentation quotes these weights.
+    RPO and MPO average the likelihood over each answer separately, `sft` over all tokens.
     """
     functions = {name: LOSSES[name] for name in weights}
     sum_name = ",".join(f"{name}:{weight:g}" for name, weight in weights.items())
@@ -194,7 +195,7 @@ def combine(weights: dict[str, float]) -> Callable:
             if value is ...:
                 raise ValueError(f"{name} must be given: it has different defaults in the parts "
                                  f"of {sum_name}")
-        # Each part gets those arguments that its signature names.
+        # Each part gets the arguments that its signature names.
         total = 0
         for name, function in functions.items():
             accepted = inspect.signature(function).parameters
@@ -202,7 +203,7 @@ def combine(weights: dict[str, float]) -> Callable:
             total = total + weights[name] * function(**arguments)
         return total
 
-    # The sum answers the same questions as a loss in LOSSES.
+    # The sum has the same attributes as a loss in LOSSES.
     weighted_sum.__name__ = sum_name
     weighted_sum.__signature__ = merge_signatures(functions.values())
     weighted_sum.parts = weights
@@ -211,7 +212,7 @@ def combine(weights: dict[str, float]) -> Callable:
 
 
 def merge_signatures(functions: Iterable[Callable]) -> inspect.Signature:
-    """Each parameter once: tensors, then tensors with a default, then hyper-parameters."""
+    """Merge signatures, each parameter once: tensors, tensors with a default, hyper-parameters."""
     merged = {}
     for function in functions:
         for name, parameter in inspect.signature(function).parameters.items():
@@ -228,8 +229,8 @@ def merge_signatures(functions: Iterable[Callable]) -> inspect.Signature:
 
 
 def merge_tags(functions):
-    """A sum depends on the batch if one part does. It has any other mark only if all of its parts
-    that compare two answers have the mark."""
+    """Merge the tags of the parts of a sum. The sum has "batch" if one part has the tag, and any
+    other tag only if all of its parts that compare two answers have the tag."""
     pairwise = [function.tags - {"batch"} for function in functions if needs_rejected(function)]
     merged = set.intersection(*pairwise) if pairwise else set()
     if any("batch" in function.tags for function in functions):
@@ -240,7 +241,7 @@ def merge_tags(functions):
 # --- python losses.py -----------------------------------------------------------------------------
 
 def table() -> list[str]:
-    """The losses as the lines of a Markdown table, read from signatures and docstrings."""
+    """Return the lines of a Markdown table of the losses, from signatures and docstrings."""
     rows = ["| loss | paper | reference | hyper-parameters |", "|---|---|---|---|"]
     for name, function in LOSSES.items():
         if name != function.__name__:
@@ -255,8 +256,8 @@ def table() -> list[str]:
 
 
 def curve(function: Callable, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A margin loss and its derivative at the margins h, with default hyper-parameters. The answers
-    have 30 and 20 tokens (1 and 1 where the loss averages), and scores that differ by e."""
+    """Compute a margin loss and its derivative at the margins h, with default hyper-parameters. The
+    answers have 30 and 20 tokens (1 and 1 where the loss averages), and scores that differ by e."""
     h = h.clone().requires_grad_()
     zeros, ones = torch.zeros_like(h), torch.ones_like(h)
     averages = "average" in function.tags
@@ -282,10 +283,10 @@ def plot(path):
     rows = math.ceil(len(functions) / 3)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
     z = torch.linspace(-6, 6, 601, dtype=torch.float64)  # βh
-    for place, function in enumerate(functions, 1):
+    for panel_number, function in enumerate(functions, 1):
         defaults = hyperparameters(function)
         value, slope = curve(function, z / defaults["beta"])
-        panel = figure.add_subplot(rows, 3, place)
+        panel = figure.add_subplot(rows, 3, panel_number)
         panel.plot(z, value, "tab:blue", label="L")
         panel.plot(z, slope / defaults["beta"], "tab:red", label="∂L/∂(βh)")
         panel.grid(color="0.9")
@@ -297,7 +298,7 @@ def plot(path):
 
 
 def main():
-    """The command `python losses.py`."""
+    """Run the command `python losses.py`."""
     arguments = sys.argv[1:]
     if not arguments:
         print("\n".join(table()))

@@ -1137,7 +1137,7 @@ def test_a_wrong_sum_is_refused_by_name(spec, message):
 
 
 # --------------------------------------------------------------------------------------------------
-# What holds for every loss
+# Properties of every loss
 # --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MARGIN)

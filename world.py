@@ -6,8 +6,8 @@ on neighboring words too, so it is not a sum over words.
 
 dpo.train_sft trains a reference policy on samples of a Markov chain. Pairs are sampled from
 that reference and labeled by Bradley-Terry on the true reward, P(y beats y') = σ(r(y) - r(y')). The
-DPO paper (arXiv:2305.18290v3, Sec. 4) makes its claims in this setting; here they are measured
-instead of estimated.
+DPO paper (arXiv:2305.18290v3, Sec. 4) makes its claims in this setting; here its claims can be
+computed exactly instead of estimated.
 
 Tables are (X, A): X things by A answers, in the order of THINGS and of `answers()`.
 """
@@ -32,7 +32,7 @@ LENGTH = 3  # words of an answer
 # Standard deviation of the true reward. Of two answers that are one standard deviation apart, the
 # better one wins 88 times in 100.
 STD = 2.0
-BETA = 1.0  # of the objective J, where the loss has no beta of its own
+BETA = 1.0  # weight of the KL divergence in J, unless the beta of the loss sets it
 
 MODEL = {
     "hidden_size": 64,
@@ -53,8 +53,8 @@ COMMON = {
 SFT = COMMON | {"lr": 3e-3, "epochs": 4}  # of the reference policy
 # The defaults of train.py in the world.
 FLAGS = COMMON | {"lr": 2e-3, "epochs": 2, "beta": BETA, "eval_every": 64}
-# The defaults of single losses: some average over the 4 tokens of an answer, and the beta of some
-# does not scale the log-ratio but sets its target.
+# Other defaults for single losses: some losses average over the 4 tokens of an answer, and in some
+# beta does not scale the log-ratio but sets its target.
 OWN_FLAGS = {
     "ipo": {"beta": 0.5},
     "sigmoid_norm": {"beta": 4.0},
@@ -69,7 +69,7 @@ OWN_FLAGS = {
 
 
 def flags(loss: str) -> dict:
-    """The defaults of train.py in the world, for this loss."""
+    """Return the defaults of train.py in the world, for this loss."""
     return FLAGS | OWN_FLAGS.get(loss, {})
 
 
@@ -80,7 +80,7 @@ def prompts() -> list[str]:
 
 
 def answers() -> list[str]:
-    """All A answers; the last word changes fastest. Each begins with the space after the prompt."""
+    """List all A answers; the last word changes fastest. Each answer begins with a space."""
     texts = []
     for words in itertools.product(WORDS, repeat=LENGTH):
         texts.append("".join(f" {word}" for word in words))
@@ -88,13 +88,13 @@ def answers() -> list[str]:
 
 
 def answer_words() -> torch.Tensor:
-    """(A, LENGTH) indices into WORDS."""
+    """Return the words of all answers as (A, LENGTH) indices into WORDS."""
     indices = torch.arange(len(WORDS))
     return torch.cartesian_prod(*[indices] * LENGTH)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word."""
+    """Make a tokenizer with one token per word."""
     tokens = ["<pad>", "<unk>", "<eos>", "the", "is", *THINGS, *WORDS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -104,7 +104,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def draw(seed, *shapes):
-    """Standard normal tables, the same on every machine."""
+    """Draw standard normal tables, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     tables = []
     for shape in shapes:
@@ -113,12 +113,12 @@ def draw(seed, *shapes):
 
 
 def neighbors(words):
-    """The columns of answer_words in pairs: (first, second), (second, third)."""
+    """Pair the columns of answer_words: (first, second), (second, third)."""
     return zip(words.T, words.T[1:])
 
 
 def true_reward() -> torch.Tensor:
-    """(X, A), with mean 0 and standard deviation STD over the answers to a prompt.
+    """Compute the true reward (X, A), with mean 0 and standard deviation STD for each prompt.
 
     The reward of an answer is how well each word fits the thing, plus how well neighboring words go
     together; some things reward words that go together, the others punish them.
@@ -134,8 +134,8 @@ def true_reward() -> torch.Tensor:
 
 
 def chain_logps() -> torch.Tensor:
-    """(X, A) log-probs of the Markov chain: the first word depends on the thing, each other word on
-    the word before it."""
+    """Compute (X, A) log-probs under the Markov chain: the first word depends on the thing, each
+    other word on the word before it."""
     things, vocabulary, words = len(THINGS), len(WORDS), answer_words()
     first_scores, next_scores = draw(2, (things, vocabulary), (vocabulary, vocabulary))
     first_logps = (0.5 * first_scores).log_softmax(-1)  # (X, V)
@@ -219,7 +219,7 @@ def metrics(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[
 
 
 def expectation(logps, values):
-    """The mean of values (X, A) under a policy; the mean over prompts."""
+    """Return the mean of values (X, A) under a policy, averaged over prompts."""
     return (logps.exp() * values).sum(-1).mean()
 
 
@@ -274,7 +274,8 @@ def sum_up(values: dict) -> str:
 # and eval.jsonl.
 
 def folder() -> pathlib.Path:
-    """The name has a hash of this file, so a world made by other code is another folder."""
+    """Return the folder of the world. Its name has a hash of this file, so other code has another
+    folder."""
     digest = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
     return pathlib.Path("runs") / f"world-{digest[:8]}"
 

@@ -250,12 +250,13 @@ def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(loa
     long = "x" * 10_000 + " end"
     kept, account = load([row(long)], limits=Limits(max_length=64))
     tokens = kept[0]
-    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>" and "1 rows: prompt cut" in account
+    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>"
+    assert "1 rows: prompt truncated" in account
     assert tokenizer.decode(tokens["prompt_ids"]).endswith("x end")
     assert len(tokens["prompt_ids"]) + max(len(tokens[f"{side}_ids"]) for side in BOTH) == 64
 
 
-# --- rows without a preference
+# --- rows without a training signal
 
 
 def test_useless_rows_are_dropped_counted_and_named(load):
@@ -271,7 +272,7 @@ def test_useless_rows_are_dropped_counted_and_named(load):
     for reason in (
         "empty answer: ",
         "chosen equals rejected: ",
-        "chosen equals rejected once cut: ",
+        "chosen equals rejected after truncation: ",
     ):
         assert reason in account
     assert all(f"rows.jsonl, row {number}" in account for number in (2, 3, 4, 5))
@@ -616,7 +617,7 @@ def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
     end = chat.convert_tokens_to_ids("<|im_end|>")
     assert end not in kept[0]["chosen_ids"]
     assert len(kept[0]["chosen_ids"]) == 3
-    assert "1 rows: answers cut" in account
+    assert "1 rows: answers truncated" in account
 
 
 def test_the_bos_of_a_template_appears_once_and_stays_when_the_prompt_is_cut(load, tokenizer):
@@ -698,7 +699,7 @@ def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_a
     ]
     kept, account = load(rows, tokenizer=chat)
     assert len(kept) == 1
-    reason = "the chat template writes the prompt otherwise when an answer follows"
+    reason = "the chat template writes the prompt differently when an answer follows"
     assert f"1 dropped ({reason}: " in account
 
 
@@ -949,7 +950,7 @@ def test_an_answer_that_is_only_white_space_is_dropped(load, blank):
 def test_long_rows_are_cut_dropped_or_an_error_as_overlong_says(load):
     rows, short = [row(), row("a cat " * 40)], dict(max_length=32)
     kept, account = load(rows, limits=Limits(**short))
-    assert len(kept) == 2 and "1 rows: prompt cut: " in account
+    assert len(kept) == 2 and "1 rows: prompt truncated: " in account
     kept, account = load(rows, limits=Limits(**short, overlong="drop"))
     assert len(kept) == 1 and "1 dropped (too long: " in account and "row 2)" in account
     message = "too long: .*row 2. Fix these rows, or leave out --overlong error"
@@ -1110,7 +1111,7 @@ def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anythin
     ):
         result = run_report(tmp_path / name, "--model", folder, *more)
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
-        assert "10 of 10 rows kept\n  1 rows: prompt cut: " in result.stdout
+        assert "10 of 10 rows kept\n  1 rows: prompt truncated: " in result.stdout
         assert "scored tokens in brackets" in result.stdout
 
 

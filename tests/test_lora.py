@@ -377,7 +377,7 @@ def test_lora_target_selects_layers_by_the_end_of_their_name_or_by_a_regular_exp
 
 @pytest.mark.parametrize("target, message", [
     ("c_attn", "no linear layer has such a name; there are down_proj, gate_proj"),
-    ("q_proj(", "is no regular expression"),
+    ("q_proj(", "is not a regular expression"),
     ("lm_head", "no linear layer has such a name"),
 ])
 def test_a_target_that_matches_no_layer_raises_an_error(tokenizer, target, message):
@@ -521,7 +521,7 @@ def test_model_py_merge_prints_how_far_the_saved_model_is_from_the_adapted_model
     assert result.returncode == 0, result.stderr
     pattern = r"differ from the adapted model's by at most (\S+),"
     assert float(re.search(pattern, result.stdout)[1]) < 1e-4
-    assert "put into 4 bits again, they would differ by at most" in result.stdout
+    assert "quantized to 4 bits again, its logits would differ by at most" in result.stdout
     assert weights(merged).keys() == weights(folder).keys()
 
 
@@ -898,7 +898,7 @@ def test_a_damaged_cache_raises_an_error_that_says_to_delete_it(
     fit(ref="cache", max_steps=1)
     path, = cached_references(tmp_path)
     damage(path)
-    with pytest.raises(ValueError, match="delete it, and it is made again"):
+    with pytest.raises(ValueError, match="delete the file, and the next run computes it again"):
         fit(ref="cache", max_steps=1, out="next")
 
 
@@ -1015,13 +1015,13 @@ def test_the_default_learning_rate_of_an_adapter_is_ten_times_that_of_full_train
 
 @pytest.mark.parametrize("flags, message", [
     ("--lora_alpha 8",
-     "--lora_alpha: is of a new adapter, so give --lora_rank"),
+     "--lora_alpha: is read for a new adapter only; give --lora_rank"),
     ("--dora",
-     "--dora: is of a new adapter"),
+     "--dora: is read for a new adapter only"),
     ("--lora_target q_proj --adapter x --model m",
      "and no --adapter"),
     ("--lora_rank 4 --adapter x --model m",
-     "--lora_rank 4: --adapter x has a rank of its own"),
+     "--lora_rank 4: --adapter x has its own rank"),
     ("--lora_rank 4 --lora_dropout 1",
      "--lora_dropout 1.0: leaves nothing"),
     ("--quantize nf4",
@@ -1031,13 +1031,13 @@ def test_the_default_learning_rate_of_an_adapter_is_ten_times_that_of_full_train
     ("--ref adapter_off",
      "--ref adapter_off: there is no adapter to turn off"),
     ("--ref none",
-     "--ref none: this loss has a reference"),
+     "--ref none: this loss reads a reference"),
     ("--ref model --reference_free",
      "--ref model: is not read with --reference_free"),
     ("--ref_model x --lora_rank 4 --ref adapter_off",
      "--ref_model x: is not read with --ref adapter_off"),
     ("--ref_batch_size 4",
-     "--ref_batch_size 4: is of --ref cache"),
+     "--ref_batch_size 4: is read with --ref cache only"),
     ("--sync_ref_every 4 --ref cache",
      "--sync_ref_every 4: a reference of --ref cache can't move"),
     ("--sync_ref_every 4 --lora_rank 2",

@@ -495,7 +495,7 @@ def test_a_cached_reference_may_differ_by_rounding_in_nats_per_root_of_tokens_an
     assert 30 < tables["train"].abs().min() and tables["train"].abs().max() < 100
     save_file(tables | {"train": tables["train"] + shift}, path)
     if stops:
-        message = "holds other log-probs than the reference gives now for row"
+        message = "has other log-probs than the reference gives now for row"
         with pytest.raises(ValueError, match=message):
             fit(**flags, out="again")
     else:
@@ -706,9 +706,10 @@ def test_resume_needs_a_run(tmp_path):
     (["--batch_size", "0"], "argument --batch_size: must be >= 1, got 0"),
     (["--epochs", "1", "--max_steps", "2"],
      "--epochs 1 and --max_steps 2 both say how long to train"),
-    (["--model", "world", "--dataset", "rows.jsonl"], "--model world knows no words but its own"),
+    (["--model", "world", "--dataset", "rows.jsonl"],
+     "--model world has only the words of its own data"),
     (["--max_prompt_length", "16"],
-     "--max_prompt_length 16: leaves an answer no room in --max_length 16"),
+     "--max_prompt_length 16: leaves no tokens for an answer in --max_length 16"),
     (["--eval_share", "0.5"], "--eval_share 0.5: the held-out rows are the world's own"),
     (["--model", "m", "--dataset", "d", "--eval_share", "1"],
      "--eval_share 1.0: leaves nothing to train on"),
