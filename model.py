@@ -197,7 +197,7 @@ def compile_blocks(model):
     because their shapes depend on the values. MLPs with 4-bit weights are left out, because
     lora.nf4_unpacker compiles their unpacking. Layers of one kind share their compiled code, and
     the names in state_dict do not change. Compiled code allows one backward per forward: compile
-    after packing.can_pack.
+    after verify.can_pack.
     """
     kinds = model._no_split_modules or ()
     blocks = [block for block in model.modules() if type(block).__name__ in kinds]
