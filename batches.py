@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 def split_step(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
-        size: int | None = None) -> list[Piece]:
+               size: int | None = None) -> list[Piece]:
     """This rank's micro-batches of the `count` pairs of a step -> [Piece].
 
     tokens      (count,) numbers of tokens, read with --tokens_per_micro_batch

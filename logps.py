@@ -42,7 +42,9 @@ class FastLogps(SequenceLogps):
         if targets is None:
             return self.model(**inputs, use_cache=False).logits
         token_logps, squares = self.token_logps(targets, alignment, inputs)  # (N,), (N,)
-        weighted = token_logps if targets.weights is None else token_logps * targets.weights
+        weighted = token_logps
+        if targets.weights is not None:
+            weighted = token_logps * targets.weights.to(token_logps.dtype)
         logps = targets.sum_rows(weighted)
         if not alignment:
             return logps, targets.lengths

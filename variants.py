@@ -105,7 +105,8 @@ def length_weights(labels, ld_alpha):
     lengths = rank[:, -1].view(2, -1)  # (2, B)
     shorter = lengths.amin(0)  # (B,)
     common = shorter.repeat(2)[:, None]  # (2B, 1)
-    return torch.where(rank <= common, 1.0, ld_alpha)
+    ones = torch.ones(labels.shape, dtype=torch.float64)
+    return ones.masked_fill(rank > common, ld_alpha)
 
 
 # --- Which losses they are valid for --------------------------------------------------------------
