@@ -29,15 +29,14 @@ from dpo import SIDES, concatenated_inputs, preference_logps, preference_loss
 from parallel import Ranks, gather, shard, sum_over_ranks
 from variants import Variants, with_wpo
 
-# Padded rows with at most this many logits have them computed in full, 64 MiB in fp32.
-FULL_LOGITS = 2**24
+FULL_LOGITS = 2**24  # a padded batch up to this many logits, 64 MiB in fp32, computes all of them
 
 # --- Rows to micro-batches ------------------------------------------------------------------------
 
 class Piece(NamedTuple):
     """A micro-batch of this rank, as a slice of the pairs of an optimizer step."""
     pairs: slice
-    weight: float  # 1; or 0 for a filler pair, so that all ranks run as many forwards
+    weight: float  # 1; or 0 for a filler pair, so that all ranks run the same number of forwards
 
 
 def split_step(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
@@ -50,10 +49,13 @@ def split_step(args: Namespace, count: int, tokens: np.ndarray, ranks: Ranks,
     A Piece is a slice, because slicing a tensor on a GPU copies nothing. Indices from the CPU would
     need a copy for which the CPU waits.
     """
-    size, by_tokens = size or args.micro_batch_size, None
-    if not size:
-        size, by_tokens = args.tokens_per_micro_batch, tokens
-    pieces = data.micro_batches(np.arange(count), size, ranks.rank, ranks.size, by_tokens)
+    size = size or args.micro_batch_size
+    pairs = np.arange(count)
+    if size:
+        pieces = data.micro_batches(pairs, size, ranks.rank, ranks.size)
+    else:
+        most = args.tokens_per_micro_batch
+        pieces = data.micro_batches(pairs, most, ranks.rank, ranks.size, tokens)
     return [Piece(slice(places[0], places[-1] + 1), weight) for places, weight in pieces]
 
 
@@ -73,12 +75,12 @@ def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
     """
     batch = data.ids_and_scores(rows)
     if row_format.packed:
-        return batch | {"inputs": packing.collate(rows, row_format.weigh)}
+        return batch | {"inputs": packing.pack_rows(rows, row_format.weigh)}
     pad = tokenizer.pad_token_id
     if pad is None:
-        pad = tokenizer.eos_token_id  # masked either way
+        pad = tokenizer.eos_token_id  # not scored, and after all tokens that are
     sides = SIDES if "rejected_ids" in rows else SIDES[:1]
-    inputs = concatenated_inputs(data.collate(rows, pad), sides)
+    inputs = concatenated_inputs(data.pad_rows(rows, pad), sides)
     if not row_format.masked:
         inputs["attention_mask"] = packing.no_mask()
     logits = inputs["input_ids"].numel() * len(tokenizer)
@@ -170,8 +172,8 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     if variants.wpo:
         loss = with_wpo(loss)
         options["alignment"] = True
-    # WPO needs more of the logits than their log-probs. On a GPU the head returns logits in bf16,
-    # and logps.FastLogps has its own product for fp32.
+    # No full logits for WPO, which needs log Σ π² too, and none in bf16 on a GPU: there the head
+    # rounds logits to bf16, and FastLogps computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
     full_logits = not variants.wpo and not rounded
     row_format = RowFormat(packed, masked, variants.weigh, full_logits)
@@ -240,22 +242,25 @@ def raise_not_finite(number: int, values: dict, seen: list, ranks: Ranks | None 
                      policy: torch.nn.Module | None = None):
     """Raise because the loss or the gradient is not finite, and name the rows or weights that cause
     it. The next update would spread the NaN or inf to every weight."""
-    rows, ids, spoiled = [], [], []
+    rows, ids, weights = [], [], []
     for batch_ids, metrics in seen:
         ids += batch_ids
         for i, row in enumerate(batch_ids):
             if not all(value[i].isfinite() for value in metrics.values()):
                 numbers = ", ".join(f"{name} {value[i]:.6g}" for name, value in metrics.items())
                 rows.append(f"{row}: {numbers}")
-    for name, parameter in policy.named_parameters() if policy else ():
-        if parameter.grad is not None and not shard(parameter.grad).isfinite().all():
-            spoiled.append(name)
+    if policy is not None:
+        for name, parameter in policy.named_parameters():
+            if parameter.grad is not None and not shard(parameter.grad).isfinite().all():
+                weights.append(name)
     if ranks:
-        rows, spoiled, ids = (sum(gather(found, ranks), []) for found in (rows, spoiled, ids))
+        rows = sum(gather(rows, ranks), [])
+        weights = sum(gather(weights, ranks), [])
+        ids = sum(gather(ids, ranks), [])
     where = "\n".join(rows[:8])
     if not rows:
         where = (f"every pair's loss is finite, so it is the backward pass that overflows, in "
-                 f"{', '.join(spoiled[:4])} and {max(0, len(spoiled) - 4)} more, on the rows "
+                 f"{', '.join(weights[:4])} and {max(0, len(weights) - 4)} more, on the rows "
                  f"{'; '.join(ids[:8])}; try a lower --lr")
     raise FloatingPointError(f"step {number}: the loss is {values['loss']}, the gradient norm "
                              f"{values['grad_norm']}; nothing of this step was saved\n{where}")

@@ -36,7 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 import train
-from errors import UserError, run_script
+from errors import Parser, UserError, run_script
 from model import load_model, load_tokenizer
 from parallel import init_distributed
 
@@ -161,7 +161,7 @@ def empty_folder():
         yield
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """The results of a run of train.main."""
     recorder: Recorder
     lengths: np.ndarray  # (N, 3) tokens of prompt, chosen and rejected
@@ -200,8 +200,8 @@ def train_flags(args):
     return argv
 
 
-def run(args, ranks, lines):
-    """Train on these lines of JSON. Returns a Run."""
+def run_training(args, ranks, lines):
+    """Train on these lines of JSON. Returns a TrainedRun."""
     with empty_folder():
         pathlib.Path("rows.jsonl").write_text("".join(lines))
         with recorded() as recorder:
@@ -217,7 +217,7 @@ def run(args, ranks, lines):
         chosen = data.column(rows, "chosen_length")
         rejected = data.column(rows, "tokens") - prompt - chosen
     lengths = np.stack([prompt, chosen, rejected], 1)
-    return Run(recorder, lengths, config["flags"]["attention"], metrics)
+    return TrainedRun(recorder, lengths, config["flags"]["attention"], metrics)
 
 
 def read_lines(path, count):
@@ -300,7 +300,7 @@ def measure(args):
     """Train, and return the fields of the JSON line."""
     torch.set_num_threads(args.threads)
     ranks, count = init_distributed(), args.batch_size * args.steps
-    result = run(args, ranks, read_lines(args.data, count))
+    result = run_training(args, ranks, read_lines(args.data, count))
     dropped = count - len(result.lengths)
     if dropped > 0:
         raise UserError(f"--data {args.data}: {dropped} of its first rows have no training "
@@ -412,13 +412,6 @@ def compare(args):
         "peak_above_state_mb": above,
         "shares_of_peak": shares,
     }
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a UserError."""
-
-    def error(self, message):
-        raise UserError(message)
 
 
 def main(argv):

@@ -61,7 +61,7 @@ def read_config(folder: str | pathlib.Path) -> dict:
         return {}
 
 
-def read_flags(folder: str | None) -> dict:
+def saved_flags(folder: str | None) -> dict:
     """The flags of the run that --resume continues."""
     if folder is None:
         raise UserError("--resume needs the --output_dir of the run to go on with")

@@ -1007,7 +1007,7 @@ def split_by_tokens(indices, tokens, most):
     return [np.array(part) for part in parts]
 
 
-def collate(rows: dict, pad_token_id: int) -> dict:
+def pad_rows(rows: dict, pad_token_id: int) -> dict:
     """Make a batch for dpo.py from {column: list of lists}, both sides right-padded to the longest
     row of either side."""
     batch = ids_and_scores(rows)
@@ -1072,7 +1072,7 @@ def add_flags(add: Callable):
     add("--strict", action="store_true", help="a row that would be dropped is an error")
 
 
-def read_flags(args: argparse.Namespace) -> tuple[Limits, tuple]:
+def read_limits(args: argparse.Namespace) -> tuple[Limits, tuple]:
     """Check the flags of add_flags. Returns (limits, columns)."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves no tokens for an "
@@ -1132,7 +1132,7 @@ def main(argv):
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    limits, columns = read_flags(args)
+    limits, columns = read_limits(args)
     tokenizer = load_report_tokenizer(args)
 
     # The data sets, as training would load them.

@@ -4,11 +4,11 @@
     python dpo.py --model ./sft-model --dataset pairs.jsonl   # DPO on your own model and pairs
 
 `train`, the loop, calls preference_logps (log-probs of both answers under policy and reference) and
-preference_loss (losses.py, and metrics). train.py calls them too. It adds saved models, many GPUs,
-LoRA, checkpoints, evaluation, and the faster log-probs of packing.py and logps.py.
+preference_loss (losses.py, and metrics). train.py calls them too. It adds micro-batches, bfloat16,
+many GPUs, LoRA, held-out rows, saved models, and the faster log-probs of packing.py and logps.py.
 
 Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T tokens, V vocabulary.
-A batch comes from data.collate: for each side, `chosen` and `rejected`, right-padded (B, T) tensors
+A batch comes from data.pad_rows: for each side, chosen and rejected, right-padded (B, T) tensors
 `{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`.
 """
 import argparse
@@ -69,7 +69,7 @@ class SequenceLogps(torch.nn.Module):
 
     def forward(self, labels=None, **inputs):
         """input_ids, attention_mask and labels (2B, T) -> logps (2B,), lengths (2B,)."""
-        if labels is None:  # see logps.FastLogps
+        if labels is None:  # the second path of a subclass, logps.FastLogps
             return self.fast_forward(**inputs)
         logits = self.model(**inputs, use_cache=False).logits  # (2B, T, V)
         return get_batch_logps(logits, labels)
@@ -87,9 +87,10 @@ def concatenated_inputs(batch, sides=SIDES):
 
 
 def concatenated_forward(model, batch, sides=SIDES, **options):
-    """Both sides in one forward of a SequenceLogps -> {side}_logps and {side}_lengths, (B,) each.
+    """Both sides in one forward of a SequenceLogps -> {side}_logps, {side}_lengths and, with
+    alignment=True (for WPO, see logps.FastLogps), {side}_alignment, (B,) each.
 
-    One call has half the overhead of two, and DDP can synchronize only one use of each weight.
+    One forward has half the overhead of two. DDP expects one before each backward.
     """
     outputs = model(**concatenated_inputs(batch, sides), **options)
     tensors = {}
@@ -106,10 +107,10 @@ def sides_of(loss):
 def preference_logps(policy, reference, batch, loss, reference_free=False, **options):
     """All tensors that a loss may take from a batch of pairs -> {name: (B,)}.
 
-    policy, reference   SequenceLogps, or a wrapper of one. The reference is called if the loss has
-                        `ref_*` arguments; with reference_free its log-probs are zeros instead
-    batch               optionally with `chosen_scores`, `rejected_scores`, and the cached
-                        `ref_chosen_logps` and `ref_rejected_logps`, (B,)
+    policy, reference   SequenceLogps, or a wrapper of one. The reference is not called if its
+                        log-probs are in the batch. They are zeros if the loss has no `ref_*`
+                        arguments, or with reference_free
+    batch               optionally with {side}_scores and the cached ref_{side}_logps, (B,) each
     """
     sides = sides_of(loss)
     tensors = {name: batch[name] for name in batch if name.endswith(("_scores", "_logps"))}
@@ -120,40 +121,40 @@ def preference_logps(policy, reference, batch, loss, reference_free=False, **opt
         for side in sides:
             tensors[f"ref_{side}_logps"] = outputs[f"{side}_logps"]
     # Only the policy's log-probs have a graph.
-    outputs = concatenated_forward(policy, batch, sides, **options)
+    policy_outputs = concatenated_forward(policy, batch, sides, **options)
     for side in sides:
-        logps = outputs.pop(f"{side}_logps")
+        logps = policy_outputs.pop(f"{side}_logps")
         reference_logps = tensors.get(f"ref_{side}_logps")
         if reference_free or reference_logps is None:
             reference_logps = torch.zeros_like(logps)
         tensors[f"policy_{side}_logps"] = logps
         tensors[f"ref_{side}_logps"] = reference_logps.to(logps.dtype)
-    return tensors | outputs
+    return tensors | policy_outputs  # its lengths and alignments
 
 
 def preference_loss(tensors, loss, hyper, score=None):
     """The loss of each pair (B,) with a graph, and its metrics, {name: (B,)}, without.
 
     tensors   from `preference_logps`; the loss gets those that its signature names
-    hyper     keyword-only arguments of the loss, where they are not its defaults
+    hyper     {name: value} of keyword-only arguments of the loss that are not its defaults
     score     f-DPO: a function that replaces the log-probs in `tensors`, see variants.py
+    Example   losses, metrics = preference_loss(tensors, LOSSES["sigmoid"], {"beta": 0.1})
     """
     logps = {f"logps/{side}": tensors[f"policy_{side}_logps"] for side in sides_of(loss)}
     if score:
         tensors = score(tensors)
-    arguments = hyperparameters(loss) | hyper
-    beta = arguments.get("beta", 1.0)
-    arguments |= {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
-    losses = loss(**arguments)  # (B,)
+    hyper = hyperparameters(loss) | hyper
+    inputs = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
+    losses = loss(**inputs, **hyper)  # (B,)
     metrics = {"loss": losses} | logps
     if needs_rejected(loss):
-        metrics |= rewards(loss, tensors, beta)
+        metrics |= rewards(loss, tensors, hyper.get("beta", 1.0))
     return losses, {name: value.detach() for name, value in metrics.items()}
 
 
 def rewards(loss, tensors, beta):
-    """{metric: (B,)}: beta times the log-ratio of policy to reference in nats, per token where the
-    loss averages over tokens. A tie does not count as accurate."""
+    """{metric: (B,)}: beta times the log-ratio of policy to reference in nats (the log-prob where
+    the reference is zeros), per token where the loss averages. A tie does not count as accurate."""
     chosen = beta * (tensors["policy_chosen_logps"] - tensors["ref_chosen_logps"])
     rejected = beta * (tensors["policy_rejected_logps"] - tensors["ref_rejected_logps"])
     if "average" in loss.tags:
@@ -168,8 +169,10 @@ def rewards(loss, tensors, beta):
 
 
 def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
-    """Train on rows of data.load_tokens, and yield the metrics of each step. The settings are lr,
-    lr_schedule, batch_size and, unless it is a tenth of the steps, warmup_steps."""
+    """Train on rows of data.load_tokens, and yield the metrics of each step.
+
+    settings   lr, lr_schedule, batch_size, and optionally warmup_steps (default: steps // 10)
+    """
     device = policy.model.device
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked either way
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"], weight_decay=0.0)
@@ -178,8 +181,8 @@ def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
     for step in range(steps):
         # The next pairs, in the random order of this epoch.
         indices = data.window(step, len(rows), settings["batch_size"], seed=0, shuffle=True)
-        batch = data.collate(rows[indices], pad)
-        del batch["id"]
+        batch = data.pad_rows(rows[indices], pad)
+        del batch["id"]  # strings
         batch = {name: value.to(device) for name, value in batch.items()}
 
         # Log-probs under policy and reference, the loss of each pair, the gradient of their mean.
@@ -210,9 +213,9 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a folder, or a name on the Hub (default: the world's)")
     parser.add_argument("--dataset", help="pairs, as train.py reads them (default: the world's)")
-    parser.add_argument("--beta", type=data.at_least(1e-6, float), help="0.1; in the world 1")
-    parser.add_argument("--steps", type=data.at_least(1, int), help="one epoch; in the world two")
-    args = parser.parse_args(argv)
+    parser.add_argument("--beta", type=data.at_least(1e-6, float), help="default: 0.1, or 1")
+    parser.add_argument("--steps", type=data.at_least(1, int), help="default: 1 epoch, or 2")
+    args = parser.parse_args(argv)  # the second defaults are those of the world
     if bool(args.model) != bool(args.dataset):
         parser.error("give both --model and --dataset, or neither for the world")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,7 +240,7 @@ def main(argv):
         means = {name: value.mean().item() for name, value in metrics.items()}
         print(f"step {step} train: {world.brief(means)}")
         if home:
-            values = world.evaluate(policy, home, tokenizer, hyper["beta"], device)
+            values = world.evaluate_policy(policy, home, tokenizer, hyper["beta"], device)
             print(f"step {step} world: {world.brief(values)}")
     if home:
         print(world.sum_up(values))

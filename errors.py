@@ -1,4 +1,5 @@
 """Errors that a user can fix, and how a script reports them."""
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -6,6 +7,13 @@ from collections.abc import Callable
 class UserError(ValueError):
     """A mistake that the user can fix: one line that names file, row, field or flag and says what
     to do. Every other exception is a bug and shows its traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as a UserError."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def run_script(main: Callable[[list[str]], None]):

@@ -1,6 +1,6 @@
 """Write files and folders under a temporary name, then rename them.
 
-A rename is atomic, so a reader, or a run that is resumed after a kill, finds the old content or the
+A rename is atomic, so a reader, or a run that is resumed after a kill, finds the old file or the
 new one and never half a file. Every temporary name is in a folder of its own, {PARTIAL}xxxxxxxx, in
 the folder of the target: a rename works only within one file system. The temporary folder is
 deleted on an exception. After a kill it is still there: see `delete_partial`.
@@ -22,10 +22,11 @@ PARTIAL = ".partial-"
 
 @contextlib.contextmanager
 def moved_into(folder: str | pathlib.Path, last: str | None = None) -> Iterator[pathlib.Path]:
-    """Yield a temporary folder, then move its files into `folder`, the file named `last` last."""
+    """Yield a temporary folder, then move its files into `folder`. The file named `last` is moved
+    last: where it is, the others are too."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # If the cleanup fails, the files are in place all the same, or another error is on its way.
+    # A failed cleanup is ignored: the files are in place, or the original exception propagates.
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder,
                                      ignore_cleanup_errors=True) as aside:
         yield pathlib.Path(aside)

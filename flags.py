@@ -22,9 +22,9 @@ import torch
 
 import data
 import world
-from checkpoint import read_flags
+from checkpoint import saved_flags
 from data import at_least
-from errors import UserError
+from errors import Parser, UserError
 from lora import read_adapter
 from losses import (
     LOSSES,
@@ -47,11 +47,6 @@ FREE_ON_RESUME = {
 
 
 # --- The parser -----------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Adds the default to a flag's help, unless there is none or the help mentions it."""
@@ -225,7 +220,7 @@ def parse_args(
         first.add_argument(flag)
     first.add_argument("--resume", action="store_true")
     early = first.parse_known_args(argv)[0]
-    saved = read_flags(early.output_dir) if early.resume else {}
+    saved = saved_flags(early.output_dir) if early.resume else {}
     loss_name = early.loss or saved.get("loss", "sigmoid")
     with naming_flags(["loss"]):
         loss = find(loss_name)
@@ -386,7 +381,7 @@ def check_args(args, saved):
     if args.tokens_per_micro_batch and args.micro_batch_size:
         raise UserError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
                         f"{args.tokens_per_micro_batch}: give one")
-    data.read_flags(args)
+    data.read_limits(args)
     if args.model == "world" and args.dataset != "world":
         raise UserError(f"--dataset {args.dataset}: --model world has only the words of its own "
                         "data; give another --model")

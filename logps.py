@@ -1,8 +1,8 @@
 """Log-probs without full logits: the head runs only where a token is scored, in chunks.
 
-`FastLogps` is a dpo.SequenceLogps that also takes packed rows, and padded rows whose logits would
-be many. It computes logits at the N positions that predict a scored token, (N, V) instead of
-(2B, T, V), and not all of them at once: `ChunkedLogps`.
+`FastLogps` is a dpo.SequenceLogps that also takes packed rows, and padded rows with many logits. It
+computes logits at the N positions that predict a scored token, (N, V) instead of (2B, T, V), and
+not all of them at once: `ChunkedLogps`. (A model that scales or caps its logits computes all.)
 
 Letters: 2B rows, T tokens, N scored tokens, H hidden size, V vocabulary.
 """
@@ -41,7 +41,7 @@ class FastLogps(SequenceLogps):
             packing.enable(self.model)
         if targets is None:
             return self.model(**inputs, use_cache=False).logits
-        token_logps, squares = self.token_logps(targets, alignment, inputs)  # (N,), (N,)
+        token_logps, squares = self.score(targets, alignment, inputs)  # (N,), (N,)
         weighted = token_logps
         if targets.weights is not None:
             weighted = token_logps * targets.weights.to(token_logps.dtype)
@@ -51,19 +51,20 @@ class FastLogps(SequenceLogps):
         aligned = targets.sum_rows(token_logps.detach() - squares) / targets.lengths
         return logps, targets.lengths, aligned
 
-    def token_logps(self, targets, squares, inputs):
-        """-> log π of each scored token (N,) and, with squares, log Σ_v π(v)² there (N,)."""
+    def score(self, targets, with_squares, inputs):
+        """-> log π of each scored token (N,) and, with_squares, log Σ_v π(v)² there (N,)."""
         head = self.model.get_output_embeddings()
         if self.bare_head:
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, targets.predictors)  # (N, H)
             keep = torch.is_grad_enabled()
-            return ChunkedLogps.apply(hidden, head.weight, head.bias, targets.ids, keep, squares)
+            return ChunkedLogps.apply(hidden, head.weight, head.bias, targets.ids, keep,
+                                      with_squares)
         # This model scales or caps its logits after the head, so its own forward computes them.
         logits = self.model(**inputs, use_cache=False).logits  # (2B, T, V)
         logits = logits.flatten(0, 1).index_select(0, targets.predictors)  # (N, V)
         token_logps = selected_logps(logits, targets.ids)
-        return token_logps, log_sum_of_squares(logits.detach()) if squares else None
+        return token_logps, log_sum_of_squares(logits.detach()) if with_squares else None
 
 
 @torch.no_grad()
@@ -130,31 +131,31 @@ class ChunkedLogps(torch.autograd.Function):
     def backward(ctx, gradient, _):
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
         inputs, weight_, bias_ = cast(ctx.dtype, hidden, weight, bias)
-        of_hidden, of_weight, of_bias = torch.empty_like(hidden), None, None
+        grad_hidden, grad_weight, grad_bias = torch.empty_like(hidden), None, None
         if ctx.needs_input_grad[1]:
-            of_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
+            grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
-            of_bias = torch.zeros_like(bias, dtype=normalizer.dtype)
+            grad_bias = torch.zeros_like(bias, dtype=normalizer.dtype)
         buffer = None
         for rows in chunks(hidden, len(weight)):
             if ctx.kept:  # empty in a second backward, which recomputes all logits
-                delta = ctx.kept.pop(0)
+                logits = ctx.kept.pop(0)
             else:
-                delta = buffer = logits_of(inputs[rows], weight_, bias_, buffer)
-            # In place: (onehot(target) − π) times the gradient of the log-prob.
-            for part, places in cached_parts(delta, rows):
+                logits = buffer = logits_of(inputs[rows], weight_, bias_, buffer)
+            # Overwrite logits with their gradient: (onehot(target) − π) times that of the log-prob.
+            for part, places in cached_parts(logits, rows):
                 factor = gradient[places, None]
                 pi = (part - normalizer[places, None]).exp_()
                 part.copy_(pi.mul_(-factor).scatter_add_(1, targets[places, None], factor))
-            delta = delta.to(ctx.dtype)
-            of_hidden[rows] = delta @ weight_
-            if of_bias is not None:
-                of_bias += delta.sum(0, dtype=of_bias.dtype)
-            if of_weight is not None:
-                add_product(of_weight, delta.T, inputs[rows])
-        of_weight, = cast(weight.dtype, of_weight)
-        of_bias, = cast(weight.dtype, of_bias)
-        return of_hidden, of_weight, of_bias, None, None, None
+            logits = logits.to(ctx.dtype)
+            grad_hidden[rows] = logits @ weight_
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+            if grad_weight is not None:
+                add_product(grad_weight, logits.T, inputs[rows])
+        grad_weight, = cast(weight.dtype, grad_weight)
+        grad_bias, = cast(weight.dtype, grad_bias)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def log_sum_of_squares(logits):

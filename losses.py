@@ -24,7 +24,8 @@ Symbols, the same in every docstring (B pairs; x a prompt, y_w its chosen, y_l i
                                           scored, prompt and padding are not
     a, b      w − w°, l − l°              the log-ratios; r_w = βa and r_l = βb are the implicit
                                           rewards
-    h         a − b                       the margin: how much more than π_ref π prefers y_w
+    h         a − b                       the margin: how much more strongly π prefers y_w to y_l
+                                          than π_ref does
     w̄, l̄      w/n_w, l/n_l                averages per token; ā, b̄ and h̄ are the log-ratios and
                                           the margin of averages
     n̄         mean of n_w                 over the pairs of an optimizer step, so that the mean of
@@ -47,14 +48,15 @@ Conventions. All tensors are (B,), and so is the result: one loss per pair. A lo
 log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
 lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
 signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
-of train.py, and a positional argument with a default (`delta`, `mean_chosen_length`) is a number of
-the whole optimizer step, which the caller passes.
+of train.py, and a positional argument with a default is optional for the caller: `delta` and
+`mean_chosen_length` are numbers of the whole optimizer step.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
 
-    margin   the log-probs enter through one margin alone, so a constant per prompt cancels, and an
-             f-divergence score (f_divergence_score) or a zero reference (--reference_free) is valid
+    margin   the log-probs enter through one margin alone. So an f-divergence score, which is known
+             up to a constant per prompt, may replace a log-ratio of sums (f_divergence_score), and
+             zeros the reference (--reference_free)
     average  the margin, or each of the two rewards, is an average per token
     batch    the loss of a pair depends on the other pairs of the batch
 
@@ -77,10 +79,11 @@ from registry import (  # noqa: F401  (other files import these from here: LOSSE
 )
 
 # --------------------------------------------------------------------------------------------------
-# Margin losses: functions of h alone. The chosen and the rejected answer get gradients of the same
-# size and opposite sign, and a constant added to both log-probs of a prompt changes nothing. These
-# losses say which answer to prefer, not how probable either answer should be, so both probabilities
-# may fall while h rises. They differ in the shape of the curve: how hard they push pairs that are
+# Margin losses: the log-probs enter through h alone. The chosen and the rejected answer get
+# gradients of the same size and opposite sign, and a constant added to both log-probs of a prompt
+# changes nothing. (Where the loss averages over tokens, both hold for the averages.) These losses
+# say which answer to prefer, not how probable either answer should be, so both probabilities may
+# fall while h rises. They differ in the shape of the curve: how hard they push pairs that are
 # wrong, right, or very right.
 # --------------------------------------------------------------------------------------------------
 
@@ -96,7 +99,7 @@ def sigmoid(
     Formula    L = −(1−ε) log σ(βh) − ε log σ(−βh)        = −log σ(βh) + ε βh
     Gradient   ∂L/∂w = −β (σ(−βh) − ε) = −∂L/∂l. The weight σ(−βh) says how wrong the order of the
                implicit rewards still is. It never reaches 0, so without smoothing h grows forever
-               on pairs that can be separated. With smoothing the gradient changes its sign where
+               on pairs that can be separated. With smoothing the gradient is reversed where
                σ(βh) > 1 − ε, and h settles at log((1−ε)/ε) / β.
     Args       four (B,) log-probs; beta > 0 (paper 0.1; 0.5 for summaries); label_smoothing
                in [0, 0.5)

@@ -283,7 +283,7 @@ def merge_command(args):
               f"{error.mean():.2g} on average")
 
 
-def parse_args(argv):
+def parse_command(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -304,7 +304,7 @@ def parse_args(argv):
 
 
 def main(argv: list[str]):
-    args = parse_args(argv)
+    args = parse_command(argv)
     if args.command == "merge":
         merge_command(args)
         return

@@ -276,7 +276,7 @@ def find_targets(labels: torch.Tensor, predictors: torch.Tensor | None = None,
 
 # --- Batches ------------------------------------------------------------------------------------
 
-def collate(rows: dict, weigh: Callable | None = None) -> dict:
+def pack_rows(rows: dict, weigh: Callable | None = None) -> dict:
     """{column: list of lists} -> the arguments of logps.FastLogps.
 
     input_ids, position_ids   (1, T)

@@ -128,7 +128,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
     """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
     needs_scores = "chosen_scores" in tensor_arguments(loss)
-    limits, columns = data.read_flags(args)
+    limits, columns = data.read_limits(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
         held_out = args.eval_dataset or home / "eval.jsonl"
@@ -340,11 +340,13 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
     # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
     seen = []  # ids and metrics of each micro-batch, for the error about a loss that is not finite
+    # zip asks for a piece first, so it ends before it takes a batch of the next step.
     for piece, batch in zip(step.pieces, batches):
         if ranks.size > 1:
             sync_gradients(policy, on=piece is step.pieces[-1])
-        if logp_grads:
-            # dL/dlogp already contains the reference, so this forward does not need one.
+        if task.compares_pairs:
+            # dL/dlogp already contains the reference, so this forward does not need one. The
+            # gradient of this sum is that of the loss; its value is not the loss.
             out = pair_logps(task, policy, None, batch, reference_free=True)
             losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
             metrics = {name: every[piece.pairs] for name, every in all_metrics.items()}
@@ -405,7 +407,7 @@ def mean_over_ranks(totals, norm, count, ranks):
 # --- Between steps --------------------------------------------------------------------------------
 
 def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
-    """Mean metrics over the held-out rows. A loss that compares pairs gets all rows at once."""
+    """Mean metrics over the held-out rows. The loss gets the log-probs of all rows at once."""
     def logps(batch):
         return pair_logps(task, model, reference, batch)
 
@@ -466,7 +468,8 @@ def choose_folder(args, ranks):
         base = "runs/" + re.sub("[:,]", "+", args.loss)
         name = broadcast(free_name(pathlib.Path(base)), ranks)
     folder = pathlib.Path(name)
-    if folder.exists():  # raises if another run is writing there, or without --resume, has written
+    if folder.exists():
+        # Raises if another run writes there, or if a run is there and --resume is not given.
         with claim(folder, args.resume, ranks):
             pass
     return folder
@@ -604,10 +607,11 @@ def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
         splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, delta,
                                   run.tokenizer, ranks)
     if run.home:
-        # Only in a margin loss of sums is beta the weight of the KL that sets the optimum.
+        # Beta is the weight of the KL in the objective only for margin losses of sums.
         is_margin = run.task.loss.tags == {"margin"}
         beta = run.task.hyper["beta"] if is_margin else world.BETA
-        splits["world"] = world.evaluate(run.model, run.home, run.tokenizer, beta, ranks.device)
+        splits["world"] = world.evaluate_policy(run.model, run.home, run.tokenizer, beta,
+                                                ranks.device)
     for split, metrics in splits.items():
         log.row(number, split, metrics)
         log.say(f"step {number} {split}: {world.brief(metrics)}")

@@ -3,7 +3,7 @@
     reference_free   zeros for the reference's log-probs
     f_divergence     f-DPO: a score of the log-ratio replaces it (losses.f_divergence_score)
     wpo              WPO: weigh each pair by the probability of its answers under the policy
-    ld_alpha         LD-DPO: weigh the tokens by which one answer is longer than the other
+    ld_alpha         LD-DPO: multiply the log-probs of the longer answer's excess tokens by it
 
 `check_variants` refuses a loss for which a variant is not valid.
 """
@@ -29,7 +29,7 @@ LIKELIHOOD_WEIGHTS = ("cpo_alpha", "nll_weight", "slic_lambda")
 
 
 class Variants(NamedTuple):
-    """The flags of these names."""
+    """Values of --reference_free, --f_divergence, --f_alpha, --wpo and --ld_alpha."""
     reference_free: bool = False
     f_divergence: str | None = None
     f_alpha: float | None = None  # read if f_divergence is "alpha"; its default there is 0.5
@@ -75,18 +75,18 @@ def with_wpo(loss: Callable) -> Callable:
     The new loss takes two more tensors, chosen_alignment and rejected_alignment, (B,) each: see
     logps.FastLogps. The authors' code clamps the weight at 1, the paper does not.
     """
-    names = ("chosen_alignment", "rejected_alignment")
-
     @functools.wraps(loss)
     def weighted(*tensors, chosen_alignment, rejected_alignment, **named):
         weight = (chosen_alignment + rejected_alignment).exp()  # (B,)
         return loss(*tensors, **named) * weight
 
-    parameters = [*inspect.signature(loss).parameters.values()]
-    position = len(tensor_arguments(loss))
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    alignments = [inspect.Parameter(name, kind, default=None) for name in names]
-    parameters[position:position] = alignments
+    # dpo.preference_loss reads the names of the tensors from the signature, where they come before
+    # the keyword-only hyper-parameters, and passes all arguments by name.
+    parameters = list(inspect.signature(loss).parameters.values())
+    for name in ("chosen_alignment", "rejected_alignment"):
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameter = inspect.Parameter(name, kind, default=None)
+        parameters.insert(len(tensor_arguments(loss)), parameter)
     weighted.__signature__ = inspect.Signature(parameters)
     return weighted
 
@@ -135,7 +135,7 @@ def check_variants(loss: Callable, hyper: dict, variants: Variants):
     if f_alpha is not None and f_divergence != "alpha":
         raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
     if wpo and ("batch" in loss.tags or not needs_rejected(loss)):
-        raise ValueError(f"wpo: a weight belongs to a pair; the losses of {name} do not")
+        raise ValueError(f"wpo: it weighs pairs, but {name} has no separate loss for each pair")
     if wpo and any(has_likelihood(part, hyper) for part in parts):
         raise ValueError(f"wpo: {name} has a likelihood term, which is not a preference and must "
                          "not be weighted as one")
@@ -148,14 +148,14 @@ def check_variants(loss: Callable, hyper: dict, variants: Variants):
 
 
 def check_margin(flag, name, reading):
-    """Both variants add a constant per prompt to the log-ratios, which only a margin cancels."""
+    """An f-divergence score is known up to a constant per prompt, and zeros as the reference leave
+    the log-probs themselves. Both make sense only in a margin."""
     if not reading:
         raise ValueError(f"{flag}: {name} has no reference as it is")
     if not all("margin" in part.tags for part in reading):
         margins = ", ".join(each for each in LOSSES if "margin" in LOSSES[each].tags)
-        raise ValueError(f"{flag}: {name} reads more than a margin, so the constant per prompt "
-                         f"that {flag} adds to the log-ratios would not cancel; valid losses are "
-                         f"{margins}")
+        raise ValueError(f"{flag}: {name} reads more than a margin, and {flag} is defined for a "
+                         f"margin alone; valid losses are {margins}")
 
 
 def check_f_divergence(name, parts, reading, reference_free):

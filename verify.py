@@ -1,7 +1,7 @@
 """Does a model support packed rows, and padded rows without a mask? Tried on two short pairs.
 
 `can_pack` and `can_drop_mask` compare log-probs and gradients of the run's own model, in the run's
-own dtype, with those of single rows. Nothing is assumed of an architecture.
+own dtype, with those of single rows. No list of architectures is needed.
 
 Letters as in packing.py: B pairs, S sides, L tokens of the longest answer, H hidden size.
 """
@@ -67,16 +67,18 @@ def verify(module, compare: Callable) -> str | None:
     reasons = []
     try:
         with narrow_windows(model, WINDOW), torch.enable_grad():
-            for enabled in {False, autocast}:
+            for enabled in [False, True] if autocast else [False]:
                 with torch.autocast(device, dtype, enabled=enabled):
                     reasons += compare(module)
     except Exception as error:
-        # Kernels and models raise errors of many types. An error raised by this project is a bug.
+        # Kernels and models raise errors of many types. A RuntimeError below a line of this project
+        # is a torch kernel that refuses its input. Every other error raised in a file of this
+        # project is a bug.
         refused = isinstance(error, (RuntimeError, Unsupported))
         if not refused and raised_here(error):
             raise
         first_line = next(iter(str(error).splitlines()), "")
-        return f"it fails on packed rows ({type(error).__name__}: {first_line})"
+        return f"it fails on the trial rows ({type(error).__name__}: {first_line})"
     finally:
         model.config._attn_implementation = before
     return reasons[0] if reasons else None
@@ -106,7 +108,7 @@ def compare_packed(module) -> list[str]:
     expected, rounding, reasons = unpacked_trials(module)
     prompts, answers, _ = trial_rows(module.model)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    batch = packing.collate(dict(zip(names, (prompts, *answers))))
+    batch = packing.pack_rows(dict(zip(names, (prompts, *answers))))
     logps, embedded = logps_and_embeddings(module, **batch)  # (S B,), (1, T, H)
     ends = np.cumsum(batch["packed"]).reshape(len(prompts), -1)  # of prompt, chosen, rejected
     for i, (side, pair) in enumerate(itertools.product((0, 1), range(len(prompts)))):

@@ -229,7 +229,7 @@ def answer_logps(policy: Callable, home: pathlib.Path, tokenizer, device) -> tor
     every, _ = data.load_tokens(str(home / "every.jsonl"), tokenizer, ("chosen",), data.Limits())
     logps = []
     for i in range(0, len(every), 1024):
-        batch = data.collate(every[i:i + 1024], tokenizer.pad_token_id)
+        batch = data.pad_rows(every[i:i + 1024], tokenizer.pad_token_id)
         inputs = {}
         for name in ("input_ids", "attention_mask", "labels"):
             inputs[name] = batch[f"chosen_{name}"].to(device)  # (1024, T)
@@ -237,7 +237,7 @@ def answer_logps(policy: Callable, home: pathlib.Path, tokenizer, device) -> tor
     return torch.cat(logps).view(len(THINGS), -1).cpu()
 
 
-def evaluate(policy: Callable, home: pathlib.Path, tokenizer, beta: float, device) -> dict:
+def evaluate_policy(policy: Callable, home: pathlib.Path, tokenizer, beta: float, device) -> dict:
     """The `metrics` of a dpo.SequenceLogps."""
     reference = torch.from_numpy(np.load(home / "reference.npy"))
     return metrics(answer_logps(policy, home, tokenizer, device), reference, beta)

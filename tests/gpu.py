@@ -182,9 +182,9 @@ def try_heads(heads, key_heads, size, window):
     for name, counts in lengths.items():
         rows[name] = [random.integers(2, WORDS, size=count).tolist() for count in counts]
 
-    exact = logps_and_gradient(module, data.collate(rows, 1), torch.float32)
-    padded = logps_and_gradient(module, data.collate(rows, 1), torch.bfloat16)
-    packed = logps_and_gradient(module, {"inputs": packing.collate(rows)}, torch.bfloat16)
+    exact = logps_and_gradient(module, data.pad_rows(rows, 1), torch.float32)
+    padded = logps_and_gradient(module, data.pad_rows(rows, 1), torch.bfloat16)
+    packed = logps_and_gradient(module, {"inputs": packing.pack_rows(rows)}, torch.bfloat16)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         verdict = verify.can_pack(module)
     return relative_errors(packed, exact), relative_errors(padded, exact), verdict

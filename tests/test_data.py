@@ -18,11 +18,11 @@ import data
 from data import (
     IGNORE,
     Limits,
-    collate,
     describe,
     hold_out,
     load_tokens,
     micro_batches,
+    pad_rows,
     split_prompt,
     truncate,
     window,
@@ -292,7 +292,7 @@ def test_scores_are_read_from_json_and_csv_for_a_loss_that_needs_them(load):
     for r, (better, worse) in zip(rows, ((2, -0.5), (1e9 + 1e-6, 1e9))):
         r |= {"chosen_score": better, "rejected_score": worse}
     from_json = load(rows, scored=True)[0]
-    batch = collate(from_json[[0, 1]], 0)
+    batch = pad_rows(from_json[[0, 1]], 0)
     assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6]
     assert batch["rejected_scores"].tolist() == [-0.5, 1e9]
     lines = ["prompt,chosen,rejected,chosen_score,rejected_score"]
@@ -503,7 +503,7 @@ def test_a_batch_is_padded_on_the_right_and_scores_answers_alone():
         "chosen_ids": [[8, 0], [9, 9, 0]],
         "rejected_ids": [[1, 2, 3, 0], [0]],
     }
-    batch = collate(rows, pad_token_id=4)
+    batch = pad_rows(rows, pad_token_id=4)
     assert batch["chosen_input_ids"].tolist() == [[5, 6, 8, 0, 4, 4], [7, 9, 9, 0, 4, 4]]
     assert batch["chosen_labels"].tolist() == [
         [IGNORE, IGNORE, 8, 0, IGNORE, IGNORE],

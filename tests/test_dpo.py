@@ -29,7 +29,7 @@ ROWS = [
     ([11], [12, 13, 14, 15, 0], [16, 17, 0]),
     ([20, 21, 22, 23, 24], [25, 0], [26, 27, 28, 29, 0]),
 ]
-BATCH = data.collate(rows_of(*ROWS), 1)
+BATCH = data.pad_rows(rows_of(*ROWS), 1)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -126,7 +126,7 @@ def test_the_log_probs_of_a_row_depend_on_no_other_row_and_on_no_padding(model):
     longer = ([2] * 30, [3, 0], [4, 0])
     for i, row in enumerate(ROWS):
         for pad in (1, 0, 39):  # 0 is EOS: the EOS of an answer is scored, padding is not
-            alone = concatenated_forward(model, data.collate(rows_of(row, longer), pad))
+            alone = concatenated_forward(model, data.pad_rows(rows_of(row, longer), pad))
             for name in ("chosen_logps", "rejected_logps"):
                 assert torch.allclose(alone[name][0], together[name][i], atol=1e-10)
 
@@ -134,7 +134,7 @@ def test_the_log_probs_of_a_row_depend_on_no_other_row_and_on_no_padding(model):
 def test_the_loss_of_a_pair_is_the_same_alone_and_in_a_batch(model, other):
     together, _ = preference_step(model, other, BATCH, ipo, {"beta": 0.1})
     for i, row in enumerate(ROWS):
-        alone, _ = preference_step(model, other, data.collate(rows_of(row), 1), ipo, {"beta": 0.1})
+        alone, _ = preference_step(model, other, data.pad_rows(rows_of(row), 1), ipo, {"beta": 0.1})
         assert torch.allclose(alone[0], together[i])
 
 
@@ -158,7 +158,7 @@ def test_the_reference_runs_first_and_without_a_graph(model):
 def test_sft_runs_neither_reference_nor_rejected_answers(model):
     columns = rows_of(*ROWS)
     del columns["rejected_ids"]
-    batch = data.collate(columns, 1)
+    batch = data.pad_rows(columns, 1)
     losses, metrics = preference_step(model, None, batch, sft)
     logps, lengths = model(**concatenated_inputs(batch, ("chosen",)))
     assert torch.allclose(losses.mean(), -logps.sum() / lengths.sum())
@@ -174,7 +174,7 @@ def test_a_loss_without_reference_calls_none(model, name):
 
 def test_scores_reach_the_loss_that_takes_them(model, other):
     scores = {"chosen_score": [1.0, 5.0, 0.5], "rejected_score": [0.0, 2.0, 0.25]}
-    batch = data.collate(rows_of(*ROWS) | scores, 1)
+    batch = data.pad_rows(rows_of(*ROWS) | scores, 1)
     found = preference_step(model, other, batch, odpo, {"beta": 0.3})[1]
     plain = preference_step(model, other, BATCH, sigmoid, {"beta": 0.3})[1]
     offset = torch.tensor([1.0, 3.0, 0.25], dtype=torch.float64).log()

@@ -778,7 +778,7 @@ def test_after_300_steps_from_an_sft_adapter_the_reference_is_still_the_sft_mode
     model = models.load_model(folder, torch.float64)
     load_adapter(model, sft)
     with torch.no_grad():
-        expected = concatenated_forward(SequenceLogps(model), data.collate(held_out[:], 0))
+        expected = concatenated_forward(SequenceLogps(model), data.pad_rows(held_out[:], 0))
 
     eval_rows = [row for row in metrics if row["split"] == "eval"]
     assert [row["step"] for row in eval_rows] == [100, 200, 300]

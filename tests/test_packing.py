@@ -291,7 +291,7 @@ def test_attention_refuses_an_argument_that_packed_rows_cannot_have(argument):
 
 def test_a_prompt_is_computed_once_and_nothing_is_padded():
     columns = {"prompt_ids": [[5, 6, 7]], "chosen_ids": [[8, 9, 0]], "rejected_ids": [[4, 0]]}
-    batch = packing.collate(columns)
+    batch = packing.pack_rows(columns)
     # The last token of an answer predicts nothing and is not fed.
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]

@@ -121,6 +121,16 @@ def test_a_function_has_at_most_60_lines_and_the_median_function_at_most_12():
     assert statistics.median(lines for _, lines in lengths) <= 12
 
 
+def test_no_two_functions_or_classes_have_one_name():
+    """Except the `main` of each script."""
+    files = {}
+    for file, tree in SOURCES.items():
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
+                files.setdefault(node.name, []).append(file)
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}
+
+
 def test_the_body_of_a_function_in_losses_has_at_most_15_lines():
     for node in SOURCES["losses"].body:
         if isinstance(node, ast.FunctionDef):

@@ -61,7 +61,7 @@ class Table(torch.nn.Module):
         )
 
 
-BATCH = data.collate(ROWS, 0)
+BATCH = data.pad_rows(ROWS, 0)
 INPUTS = dpo.concatenated_inputs(BATCH)
 POLICY = Table(0, INPUTS["input_ids"].shape, True)
 REFERENCE = Table(1, INPUTS["input_ids"].shape, False)

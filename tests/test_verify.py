@@ -148,15 +148,15 @@ def test_the_check_changes_neither_the_model_nor_the_random_numbers(name, option
 # --- Every wrong layout is refused ----------------------------------------------------------------
 
 def change_batch(change):
-    """A wrong packing.collate, whose batches are changed in place."""
-    collate = packing.collate
+    """A wrong packing.pack_rows, whose batches are changed in place."""
+    pack_rows = packing.pack_rows
 
-    def changed_collate(rows):
-        batch = collate(rows)
+    def changed_pack_rows(rows):
+        batch = pack_rows(rows)
         change(batch)
         return batch
 
-    return "collate", changed_collate
+    return "pack_rows", changed_pack_rows
 
 
 def restart_positions(batch):
