@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import data
 import dpo
 from logps import FastLogps
-from losses import LOSSES, find, hyperparameters, needs_rejected, orpo, sigmoid, simpo
+from losses import LOSSES, find, hyperparameters, orpo, sigmoid, simpo
 
 trl = pytest.importorskip("trl", minversion="1.0")
 
@@ -90,15 +90,10 @@ def trl_loss_and_gradient(loss_types, weights=None, discopop_tau=None, **setting
     return loss, torch.autograd.grad(loss, POLICY.logits)[0]
 
 
-def without_rejected(rows):
-    return {name: values for name, values in rows.items() if name != "rejected_ids"}
-
-
 def our_loss_and_gradient(spec, hyper=None, **variants):
     """The mean loss () of preference_step, and its gradient at the policy's logits."""
     policy, reference = FastLogps(POLICY), FastLogps(REFERENCE)
-    rows = ROWS if needs_rejected(find(spec)) else without_rejected(ROWS)
-    batch = make_batch(rows, **variants)
+    batch = make_batch(ROWS, **variants) if variants else BATCH
     losses, _ = preference_step(policy, reference, batch, find(spec), hyper, **variants)
     loss = losses.mean()
     return loss, torch.autograd.grad(loss, POLICY.logits)[0]
