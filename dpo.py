@@ -190,8 +190,9 @@ def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
         losses, metrics = preference_loss(tensors, loss, hyper)
         losses.mean().backward()
 
-        # Clip the gradient to norm 1, then update.
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        # Clip the gradient to norm 1 (NaN raises an error), then update.
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
+        metrics["grad_norm"] = norm
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

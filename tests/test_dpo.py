@@ -1,9 +1,12 @@
 """dpo.py: which tokens count, the metrics of a step, and a loop that trains as train.py does."""
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from steps import preference_step
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -262,3 +265,38 @@ def test_its_first_20_losses_and_gradients_are_those_of_train_py(
     for found, expected in zip(gradients, others):
         assert (found - expected).norm() < 1e-10 * expected.norm()
     assert losses[-1] < 0.9 * losses[0]
+
+
+# --- python dpo.py --------------------------------------------------------------------------------
+
+def test_dpo_py_trains_a_model_on_a_data_set_and_reports_mistakes_in_one_line(folder, pairs):
+    def run(*arguments):
+        script = [sys.executable, str(ROOT / "dpo.py"), *arguments]
+        return subprocess.run(script, capture_output=True, text=True, timeout=120)
+
+    result = run("--model", folder, "--dataset", pairs, "--steps", "3", "--beta", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert "22 of 22 rows kept" in result.stdout
+    assert re.search(r"step 3 train: loss 0\.69\d+ accuracy", result.stdout)
+    for arguments, message in (
+        (("--model", folder), "give both --model and --dataset"),
+        (("--beta", "0"), "argument --beta: must be >= 1e-06, got 0"),
+        (("--model", folder, "--dataset", "/nowhere.jsonl"), "/nowhere.jsonl: no such file"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_a_gradient_that_is_not_finite_stops_the_loop(tokenizer, folder, pairs):
+    model = load_model(folder)
+    model.lm_head.weight.data[5, 5] = float("nan")
+    policy = SequenceLogps(model)
+    rows, _ = data.load_tokens(pairs, tokenizer, dpo.SIDES, data.Limits())
+    settings = {"lr": 1e-2, "lr_schedule": "linear", "batch_size": 8}
+    with pytest.raises(RuntimeError, match="non-finite"):
+        next(dpo.train(policy, policy, rows, tokenizer, sigmoid, {}, settings, 3))
+
+
+def test_dpo_py_has_at_most_250_lines():
+    assert len((ROOT / "dpo.py").read_text().splitlines()) <= 250
