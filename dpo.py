@@ -11,7 +11,6 @@ Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T t
 A batch comes from data.pad_rows: for each side, chosen and rejected, right-padded (B, T) tensors
 `{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`.
 """
-import argparse
 import math
 
 import torch
@@ -20,7 +19,7 @@ from transformers import get_scheduler
 
 import data
 import world
-from errors import run_script
+from errors import Parser, run_script
 from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
 from model import load_model, load_tokenizer
 
@@ -190,13 +189,12 @@ def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
         losses, metrics = preference_loss(tensors, loss, hyper)
         losses.mean().backward()
 
-        # Clip the gradient to norm 1 (NaN raises an error), then update.
+        # Clip the gradient to norm 1, and raise an error if it is not finite. Then update.
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
-        metrics["grad_norm"] = norm
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        yield metrics
+        yield metrics | {"grad_norm": norm}
 
 
 # --- python dpo.py --------------------------------------------------------------------------------
@@ -211,7 +209,7 @@ def train_sft(model, rows, tokenizer):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a folder, or a name on the Hub (default: the world's)")
     parser.add_argument("--dataset", help="pairs, as train.py reads them (default: the world's)")
     parser.add_argument("--beta", type=data.at_least(1e-6, float), help="default: 0.1, or 1")
@@ -229,9 +227,10 @@ def main(argv):
     tokenizer = load_tokenizer(source)
     policy = SequenceLogps(load_model(source, device=device))
     reference = SequenceLogps(load_model(source, device=device)).requires_grad_(False)
-    rows, account = data.load_tokens(dataset, tokenizer, SIDES, data.Limits())
+    positions = getattr(policy.model.config, "max_position_embeddings", 1024)
+    limits = data.Limits(min(1024, positions))  # tokens of prompt and answer
+    rows, account = data.load_tokens(dataset, tokenizer, SIDES, limits)
     print(data.describe(account))
-
     hyper = {"beta": args.beta or settings["beta"]}
     steps = args.steps or settings["epochs"] * math.ceil(len(rows) / settings["batch_size"])
     updates = train(policy, reference, rows, tokenizer, LOSSES["sigmoid"], hyper, settings, steps)
