@@ -173,7 +173,7 @@ def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
     settings   lr, lr_schedule, batch_size, and optionally warmup_steps (default: steps // 10)
     """
     device = policy.model.device
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked either way
+    pad = tokenizer.pad_token_id or 0  # masked, whatever it is
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"], weight_decay=0.0)
     warmup_steps = settings.get("warmup_steps", steps // 10)
     scheduler = get_scheduler(settings["lr_schedule"], optimizer, warmup_steps, steps)
@@ -209,7 +209,7 @@ def train_sft(model, rows, tokenizer):
 
 
 def main(argv):
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description="SFT, then DPO, in the world; or DPO on your own")
     parser.add_argument("--model", help="a folder, or a name on the Hub (default: the world's)")
     parser.add_argument("--dataset", help="pairs, as train.py reads them (default: the world's)")
     parser.add_argument("--beta", type=data.at_least(1e-6, float), help="default: 0.1, or 1")
