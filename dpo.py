@@ -223,10 +223,10 @@ def main(argv):
         settings, home = world.FLAGS, world.make(train_sft, device)
         source, dataset = str(home / "reference"), str(home / "pairs.jsonl")
 
-    # Policy and reference start from the same weights.
+    # Policy and reference start from the same weights; only the policy gets an optimizer.
     tokenizer = load_tokenizer(source)
     policy = SequenceLogps(load_model(source, device=device))
-    reference = SequenceLogps(load_model(source, device=device)).requires_grad_(False)
+    reference = SequenceLogps(load_model(source, device=device))
     positions = getattr(policy.model.config, "max_position_embeddings", 1024)
     limits = data.Limits(min(1024, positions))  # tokens of prompt and answer
     rows, account = data.load_tokens(dataset, tokenizer, SIDES, limits)
