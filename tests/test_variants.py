@@ -116,6 +116,46 @@ def test_wpo_gives_a_policy_that_is_sure_of_both_answers_weight_1_and_the_paper_
     assert weight > 1
 
 
+def greedy_answer(model, prompt, length=4):
+    """The most probable token at each position. None is less probable than a sampled token."""
+    ids = list(prompt)
+    for _ in range(length):
+        logits = model.model(input_ids=torch.tensor([ids])).logits[0, -1]  # (V,)
+        ids.append(logits.argmax().item())
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("name, others", [
+    ("sigmoid", {}),
+    ("sigmoid", {"ld_alpha": 0.3}),
+    ("hinge", {"f_divergence": "js"}),
+    ("simpo", {}),
+    ("sigmoid:0.5,hinge:2", {}),
+])
+def test_the_metric_wpo_weight_is_the_factor_of_each_loss_and_the_clamp_limits_it_to_1(
+        model, other, name, others):
+    """The authors' code: torch.clamp(torch.exp(chosen + rejected), max=1). The answers of the first
+    pair are greedy, so that its weight is above 1."""
+    loss, prompt = find(name), ROWS[0][0]
+    greedy = greedy_answer(model, prompt)
+    rows = [(prompt, greedy, greedy[:2]), *ROWS[1:]]
+
+    def step(**variants):
+        batch = make_batch(rows_of(*rows), **variants)
+        return preference_step(model, other, batch, loss, {"beta": 0.3}, **variants)
+
+    plain, plain_metrics = step(**others)
+    losses, metrics = step(wpo=True, **others)
+    clamped, clamped_metrics = step(wpo=True, wpo_clamp=True, **others)
+    weights = metrics.pop("wpo/weight")
+    assert torch.allclose(losses, plain * weights, rtol=1e-12)
+    assert weights[0] > 1 and weights[1:].max() < 1
+    assert torch.equal(clamped_metrics.pop("wpo/weight"), weights.clamp(max=1))
+    assert torch.allclose(clamped, plain * weights.clamp(max=1), rtol=1e-12)
+    assert metrics.keys() == plain_metrics.keys() == clamped_metrics.keys()
+    assert not weights.requires_grad
+
+
 # --- LD-DPO ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
@@ -170,6 +210,8 @@ def test_ld_dpo_of_equal_lengths_or_with_alpha_1_is_dpo(model, other):
     ("aot", {"wpo": True}, "wpo: it weighs pairs, but"),
     ("kto_pair", {"wpo": True}, "wpo: it weighs pairs, but"),
     ("sft", {"wpo": True}, "wpo: it weighs pairs, but"),
+    ("sigmoid", {"wpo_clamp": True}, "wpo_clamp: is read with wpo only"),
+    ("aot", {"wpo_clamp": True}, "wpo_clamp: is read with wpo only"),
     ("ipo", {"ld_alpha": 0.5}, "ld_alpha: it weighs the tokens of a pair, but ipo counts them"),
     ("sigmoid,sft", {"ld_alpha": 0.5}, "counts them"),
     ("sft", {"ld_alpha": 0.5}, "has no pairs"),
