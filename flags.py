@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -437,7 +438,7 @@ def check_output_dir(args):
         return
     folder = pathlib.Path(args.output_dir)
     for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
+        if os.path.lexists(path) and not path.is_dir():  # a broken link exists only for lexists
             raise UserError(f"--output_dir {folder}: {path} is a file, not a folder; choose "
                             "another name")
 

@@ -335,6 +335,11 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused_before_anything_is
         train.main(flags, ALONE)
     assert file.read_text() == "mine"
 
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=f"{link} is a file"):
+        train.main([*flags[:4], f"--output_dir={link}{below}"], ALONE)
+
 
 @pytest.mark.parametrize("loss", ["sft", "slic", "slic,sft"])
 def test_beta_is_refused_by_a_loss_without_beta_and_the_message_names_losses_that_read_it(loss):
