@@ -692,7 +692,7 @@ def test_resume_needs_a_run(tmp_path):
      "--ref_model x: is not read with --reference_free"),
     (["--lora_rank", "4", "--ref", "model", "--sync_ref_every", "1"],
      "--sync_ref_every 1: --ref model has no adapter to move"),
-    (["--loss", "aot", "--wpo"], "--wpo: a weight belongs to a pair"),
+    (["--loss", "aot", "--wpo"], "--wpo: it weighs pairs, but aot has no separate loss for each pair"),
     (["--loss", "sigmoid", "--ld_alpha", "2"], "--ld_alpha must be in [0, 1], got 2.0"),
     (["--betta", "0.1"], "--betta: there is no such flag; the nearest is --beta"),
     (["--bet", "0.1"], "--bet: there is no such flag; the nearest is --beta"),
