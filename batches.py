@@ -15,6 +15,7 @@ For example, 8 pairs on 2 ranks with --micro_batch_size 2: rank 0 gets the piece
 import collections
 import concurrent.futures
 import contextlib
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ import data
 import packing
 from dpo import SIDES, concatenated_inputs, preference_logps, preference_loss
 from parallel import Ranks, gather, shard, sum_over_ranks
-from variants import Variants, with_wpo
+from variants import Variants, weighted_preference_loss, with_wpo
 
 FULL_LOGITS = 2**24  # a padded batch up to this many logits, 64 MiB in fp32, computes all of them
 
@@ -157,7 +158,8 @@ class Task(NamedTuple):
     loss: Callable
     hyper: dict
     options: dict  # of dpo.preference_logps
-    score: Callable | None  # of dpo.preference_loss
+    preference_loss: Callable  # that of dpo.py; with WPO, one that adds a metric
+    score: Callable | None  # of preference_loss
     dtype: str
     autocast: dict  # arguments of torch.autocast
     device: torch.device
@@ -169,8 +171,11 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
               packed: bool = False, masked: bool = True) -> Task:
     """The Task of a loss with its variants."""
     options = {"reference_free": variants.reference_free}
+    loss_and_metrics = preference_loss
     if variants.wpo:
-        loss = with_wpo(loss)
+        clamp = variants.wpo_clamp
+        loss = with_wpo(loss, clamp)
+        loss_and_metrics = functools.partial(weighted_preference_loss, clamp=clamp)
         options["alignment"] = True
     # No full logits for WPO, which needs log Σ π² too, and none in bf16 on a GPU: there the head
     # rounds logits to bf16, and FastLogps computes them in fp32.
@@ -181,6 +186,7 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         loss=loss,
         hyper=hyper,
         options=options,
+        preference_loss=loss_and_metrics,
         score=variants.score,
         dtype=dtype,
         autocast=autocast_options(dtype, device),

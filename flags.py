@@ -15,7 +15,10 @@ No flag is accepted and then ignored: a flag that the run would not read is an e
 import argparse
 import contextlib
 import difflib
+import functools
 import math
+import os
+import pathlib
 from collections.abc import Callable
 
 import torch
@@ -49,13 +52,24 @@ FREE_ON_RESUME = {
 # --- The parser -----------------------------------------------------------------------------------
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to a flag's help, unless there is none or the help mentions it."""
+    """Adds the default to a flag's help, unless there is none or the help mentions it, and then the
+    default in the embedded world, where it is another."""
+
+    def __init__(self, prog, world_defaults=None, **options):
+        super().__init__(prog, **options)
+        self.world_defaults = world_defaults or {}
 
     def _get_help_string(self, action):
+        text = action.help
         not_shown = (None, False, ..., argparse.SUPPRESS)
-        if any(action.default is value for value in not_shown) or "default" in action.help:
-            return action.help
-        return f"{action.help} (default {action.default})"
+        if "default" not in text and not any(action.default is value for value in not_shown):
+            text += f" (default {action.default})"
+        in_world = self.world_defaults.get(action.dest, action.default)
+        if in_world == action.default:
+            return text
+        if text.endswith(")"):
+            return f"{text[:-1]}; in the world {in_world})"
+        return f"{text} (in the world {in_world})"
 
 
 def above_zero(text):
@@ -75,10 +89,12 @@ def add_source_flags(add):
     """Add the flags for the loss, the model, the data and the output folder."""
     add("--loss", default="sigmoid",
         help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
-    add("--model", default="world", help="policy: a folder, a hub id, or world")
+    add("--model", default="world",
+        help="policy: a folder, a hub id, or world (default: the base of --adapter, else world)")
     add("--dataset", default="world",
         help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
-             "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out")
+             "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out "
+             "(default: world, where the model is the world's too)")
     add("--eval_dataset",
         help="held-out rows (default: a share of the prompts, see --eval_share)")
     add("--eval_share", type=at_least(0, float),
@@ -136,7 +152,8 @@ def add_optimizer_flags(add):
     add("--epochs", type=at_least(1, int), help="passes over the data (default 1)")
     add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
     add("--lr", type=above_zero,
-        help="peak learning rate of AdamW (default 5e-7, for sft 1e-5; for adapters 10 times it)")
+        help="peak learning rate of AdamW (default 5e-7, with an adapter 5e-6; for sft 1e-5, with "
+             "an adapter 1e-4)")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="schedule after the warm-up")
     add("--warmup_steps", type=at_least(0, int),
         help="steps of linear warm-up (default: a tenth of the steps)")
@@ -179,6 +196,8 @@ def add_variant_flags(add):
     add("--f_alpha", type=float, help="the alpha of --f_divergence alpha, in (0, 1] (default 0.5)")
     add("--wpo", action="store_true",
         help="WPO: weigh a pair by how probable its answers are under the policy")
+    add("--wpo_clamp", action="store_true",
+        help="limit each weight of --wpo to 1, as the authors' code does; the paper has no limit")
     add("--ld_alpha", type=float, default=1.0,
         help="LD-DPO: weight of the tokens beyond the shorter answer's length, in [0, 1]")
 
@@ -186,7 +205,8 @@ def add_variant_flags(add):
 def build_parser(loss: Callable, description: str | None = None) -> Parser:
     """Make the parser of a run with this loss: the trainer's flags, and the loss's keyword
     arguments as flags."""
-    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
+    help_format = functools.partial(Help, world_defaults=world.flags(loss.__name__))
+    parser = Parser(description=description, formatter_class=help_format, allow_abbrev=False)
     add_source_flags(parser.add_argument_group("loss, model and data").add_argument)
     policy = parser.add_argument_group("the policy and its reference")
     add_policy_flags(policy.add_argument, loss)
@@ -216,7 +236,7 @@ def parse_args(
     """
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--loss", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
+    for flag in ("--loss", "--model", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
         first.add_argument(flag)
     first.add_argument("--resume", action="store_true")
     early = first.parse_known_args(argv)[0]
@@ -235,15 +255,21 @@ def parse_args(
                 if name in all_flags and name != "epochs"}
     if early.tokens_per_micro_batch:
         defaults.pop("micro_batch_size", None)
-    parser.set_defaults(**defaults | saved)
-    args, unknown = parser.parse_known_args(argv)
+    # These defaults are given as values, so that --help prints the parser's: those of real runs.
+    start = argparse.Namespace(**defaults | saved)
+    args, unknown = parser.parse_known_args(argv, start)
     if unknown:
         refuse_flag(unknown[0].split("=")[0], loss_name, all_flags)
 
     # Last, check combinations of flags and derive values from them.
+    check_empty(args)
+    if args.adapter and not saved and early.model is None:
+        args.model = base_of_adapter(args.adapter)
     settle_adapter(args, loss)
     settle_reference(args, loss)
     check_args(args, saved)
+    if not saved:
+        check_sources(args, early)
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
     fill_defaults(args, loss, world_defaults)
@@ -272,10 +298,24 @@ LORA = {
 }
 
 
+def check_empty(args):
+    """Refuse an empty text, such as an unset variable of a shell leaves: --dataset "$DATA"."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name}: its value is empty; give one, or leave the flag out")
+
+
+def base_of_adapter(adapter):
+    """The default of --model with --adapter."""
+    base = read_adapter(adapter)[2]
+    if not base:
+        raise UserError(f"--adapter {adapter}: its adapter_config.json names no base model; "
+                        "give --model")
+    return base
+
+
 def settle_adapter(args, loss):
     """Derive values from the flags of an adapter, and reject contradictions."""
-    if args.adapter and args.model == "world":
-        args.model = read_adapter(args.adapter)[2] or args.model
     for name, default in LORA.items():
         if getattr(args, name) == default:
             continue
@@ -382,9 +422,7 @@ def check_args(args, saved):
         raise UserError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
                         f"{args.tokens_per_micro_batch}: give one")
     data.read_limits(args)
-    if args.model == "world" and args.dataset != "world":
-        raise UserError(f"--dataset {args.dataset}: --model world has only the words of its own "
-                        "data; give another --model")
+    check_output_dir(args)
     if args.eval_share is None:
         return
     if args.eval_share >= 1:
@@ -392,6 +430,40 @@ def check_args(args, saved):
     if args.eval_dataset or args.dataset == "world":
         held_out = args.eval_dataset or "the world's own"
         raise UserError(f"--eval_share {args.eval_share}: the held-out rows are {held_out}")
+
+
+def check_output_dir(args):
+    """Refuse a folder that can't be made because a file is there, before a model is loaded."""
+    if not args.output_dir:
+        return
+    folder = pathlib.Path(args.output_dir)
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():  # a broken link exists only for lexists
+            raise UserError(f"--output_dir {folder}: {path} is a file, not a folder; choose "
+                            "another name")
+
+
+def check_sources(args, early):
+    """Refuse a new run where --model or --dataset was forgotten.
+
+    A run without the two flags trains the world's model on the world's data. Neither of them goes
+    with a real one, except where --dataset world is given: a real model may train on it.
+    `early` has None for a flag that was not given.
+    """
+    own_models = ("world", str(world.folder() / "reference"))
+    if args.dataset == "world" and early.dataset is None and args.model not in own_models:
+        source = f"--model {args.model}" if early.model else f"--adapter {args.adapter}"
+        raise UserError(f"{source}: give --dataset too, the pairs to train on; without it, a run "
+                        "trains on a toy world (if you mean that, give --dataset world)")
+    if args.model != "world":
+        return
+    only_words = "--model world has only the words of its own data"
+    if args.dataset != "world":
+        raise UserError(f"--dataset {args.dataset}: give --model too, the model to train; "
+                        f"{only_words}")
+    if args.eval_dataset:
+        raise UserError(f"--eval_dataset {args.eval_dataset}: give --model and --dataset too; "
+                        f"{only_words}")
 
 
 def read_variants(args: argparse.Namespace) -> Variants:

@@ -32,6 +32,7 @@ class Log:
         self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
+        self.first = True  # no step has ended yet
         if not self.on:
             return
         write_text(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
@@ -49,9 +50,23 @@ class Log:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
 
     def tick(self, values: dict):
+        """Advance the bar by one step with these metrics."""
+        if self.first and "wpo/weight" in values:
+            self.say_weight(values["wpo/weight"])
+        self.first = False
         text = brief(values, {"tokens_per_second": "tokens/s"})
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+
+    def say_weight(self, weight: float):
+        """Say what WPO does to the loss of the first step, if the mean weight is far from 1."""
+        text = f"--wpo: the mean weight of the pairs of the first step is {weight:.3g}"
+        if weight > 2:
+            self.say(f"{text}, which multiplies the loss: their tokens are more probable than "
+                     "tokens that the policy samples. --wpo_clamp limits each weight to 1")
+        elif weight < 0.5:
+            self.say(f"{text}, which scales the loss down: their tokens are less probable than "
+                     "tokens that the policy samples")
 
     def say(self, text: str):
         if self.on:

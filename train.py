@@ -61,7 +61,7 @@ from checkpoint import (
     save_checkpoint,
     tensor_bytes,
 )
-from dpo import preference_logps, preference_loss, train_sft
+from dpo import preference_logps, train_sft
 from errors import UserError
 from files import free_name
 from flags import SCHEDULES, parse_args, read_variants
@@ -318,7 +318,7 @@ def pair_losses(task, policy, reference, batch, state):
     """-> losses (B,) with a graph, {metric: (B,)} without."""
     with torch.autocast(**task.autocast):
         tensors = preference_logps(policy, reference, batch, task.loss, **task.options)
-        return preference_loss(tensors | state, task.loss, task.hyper, task.score)
+        return task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
 
 
 def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
@@ -419,7 +419,7 @@ def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
     tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
     tensors["delta"] = delta
-    _, metrics = preference_loss(tensors, task.loss, task.hyper, task.score)
+    _, metrics = task.preference_loss(tensors, task.loss, task.hyper, task.score)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
     return dict(zip(metrics, means))
 

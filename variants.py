@@ -2,7 +2,7 @@
 
     reference_free   zeros for the reference's log-probs
     f_divergence     f-DPO: a score of the log-ratio replaces it (losses.f_divergence_score)
-    wpo              WPO: weigh each pair by the probability of its answers under the policy
+    wpo, wpo_clamp   WPO: weigh each pair by the probability of its answers under the policy
     ld_alpha         LD-DPO: multiply the log-probs of the longer answer's excess tokens by it
 
 `check_variants` refuses a loss for which a variant is not valid.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from dpo import IGNORE
+from dpo import IGNORE, preference_loss
 from losses import (
     LOSSES,
     f_divergence_score,
@@ -29,11 +29,12 @@ LIKELIHOOD_WEIGHTS = ("cpo_alpha", "nll_weight", "slic_lambda")
 
 
 class Variants(NamedTuple):
-    """Values of --reference_free, --f_divergence, --f_alpha, --wpo and --ld_alpha."""
+    """Values of the flags of these names."""
     reference_free: bool = False
     f_divergence: str | None = None
     f_alpha: float | None = None  # read if f_divergence is "alpha"; its default there is 0.5
     wpo: bool = False
+    wpo_clamp: bool = False  # read with wpo
     ld_alpha: float = 1.0
 
     @property
@@ -68,17 +69,24 @@ def with_scores(tensors: dict, f_divergence: str, alpha: float) -> dict:
 
 # --- WPO ------------------------------------------------------------------------------------------
 
-def with_wpo(loss: Callable) -> Callable:
-    """The loss with each pair multiplied by a detached weight: the probability of its answers under
-    the policy, relative to answers that the policy samples (WPO, arXiv:2406.11827v2, eqs. 1 and 2).
+def pair_weights(chosen_alignment, rejected_alignment, clamp):
+    """The weights of WPO, (B,): the probability of both answers under the policy, relative to
+    answers that the policy samples (arXiv:2406.11827v2, eqs. 1 and 2).
 
-    The new loss takes two more tensors, chosen_alignment and rejected_alignment, (B,) each: see
-    logps.FastLogps. The authors' code clamps the weight at 1, the paper does not.
+    The alignments, (B,) each, have no graph: see logps.FastLogps. The paper has no upper limit. The
+    authors' code (scripts/run_wpo.py of github.com/wzhouad/WPO) clamps the weight of a pair at 1.
     """
+    weights = (chosen_alignment + rejected_alignment).exp()  # (B,)
+    return weights.clamp(max=1) if clamp else weights
+
+
+def with_wpo(loss: Callable, clamp: bool = False) -> Callable:
+    """The loss with each pair multiplied by its weight. The new loss takes two more tensors,
+    chosen_alignment and rejected_alignment, (B,) each."""
     @functools.wraps(loss)
     def weighted(*tensors, chosen_alignment, rejected_alignment, **named):
-        weight = (chosen_alignment + rejected_alignment).exp()  # (B,)
-        return loss(*tensors, **named) * weight
+        weights = pair_weights(chosen_alignment, rejected_alignment, clamp)  # (B,)
+        return loss(*tensors, **named) * weights
 
     # dpo.preference_loss reads the names of the tensors from the signature, where they come before
     # the keyword-only hyper-parameters, and passes all arguments by name.
@@ -89,6 +97,14 @@ def with_wpo(loss: Callable) -> Callable:
         parameters.insert(len(tensor_arguments(loss)), parameter)
     weighted.__signature__ = inspect.Signature(parameters)
     return weighted
+
+
+def weighted_preference_loss(tensors: dict, loss: Callable, hyper: dict,
+                             score: Callable | None = None, clamp: bool = False) -> tuple:
+    """dpo.preference_loss of a loss of `with_wpo`, with the weights as one more metric."""
+    losses, metrics = preference_loss(tensors, loss, hyper, score)
+    weights = pair_weights(tensors["chosen_alignment"], tensors["rejected_alignment"], clamp)
+    return losses, metrics | {"wpo/weight": weights}
 
 
 # --- LD-DPO ---------------------------------------------------------------------------------------
@@ -121,7 +137,7 @@ def has_likelihood(loss, hyper) -> bool:
 
 def check_variants(loss: Callable, hyper: dict, variants: Variants):
     """Raise a ValueError with the reason if the loss cannot be combined with these variants."""
-    reference_free, f_divergence, f_alpha, wpo, ld_alpha = variants
+    reference_free, f_divergence, f_alpha, wpo, wpo_clamp, ld_alpha = variants
     name = loss.__name__
     parts = [LOSSES[part] for part in loss.parts]
     reading = [part for part in parts if needs_reference(part)]
@@ -139,6 +155,8 @@ def check_variants(loss: Callable, hyper: dict, variants: Variants):
     if wpo and any(has_likelihood(part, hyper) for part in parts):
         raise ValueError(f"wpo: {name} has a likelihood term, which is not a preference and must "
                          "not be weighted as one")
+    if wpo_clamp and not wpo:
+        raise ValueError("wpo_clamp: is read with wpo only; give both, or neither")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
     if ld_alpha != 1 and not needs_rejected(loss):

@@ -245,8 +245,12 @@ def evaluate_policy(policy: Callable, home: pathlib.Path, tokenizer, beta: float
 
 # --- Metrics in words -----------------------------------------------------------------------------
 
+# With less probability than this on well-formed answers, the lines that print the share say so.
+ENOUGH_MASS = 0.75
+
 BRIEF = {
-    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+    "loss": "loss", "wpo/weight": "weight", "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
     "world/reward": "reward", "world/kl": "KL", "world/objective": "J", "world/optimum": "J*",
     "world/share": "share", "world/correlation": "correlation", "world/mass": "mass",
 }
@@ -255,8 +259,21 @@ BRIEF = {
 def brief(values: dict, more: dict | None = None) -> str:
     """The metrics of a step on one line."""
     shorts = BRIEF | (more or {})
-    names = {name: short for name, short in shorts.items() if name in values}
-    return " ".join(f"{short} {values[name]:.4g}" for name, short in names.items())
+    parts = {}
+    for name, short in shorts.items():
+        if name in values:
+            parts[name] = f"{short} {values[name]:.4g}"
+    if "world/share" in parts:
+        parts["world/share"] += malformed_note(values["world/mass"])
+    return " ".join(parts.values())
+
+
+def malformed_note(mass: float) -> str:
+    """A remark for `share`, which takes the policy renormalized on well-formed answers: without it,
+    a policy that mostly writes something else would look good. "" where there is no need."""
+    if mass >= ENOUGH_MASS:
+        return ""
+    return f" (of the {100 * mass:.2g} % of the probability that is on well-formed answers)"
 
 
 def sum_up(values: dict) -> str:
@@ -265,7 +282,8 @@ def sum_up(values: dict) -> str:
     return (f"\nexpected true reward {v['reward']:.3f}, KL to the reference {v['kl']:.3f} nats, "
             f"J = {v['objective']:.3f} of at most {v['optimum']:.3f}\n"
             f"probability on well-formed answers         {v['mass']:.3f}\n"
-            f"share of the achievable                    {v['share']:.3f}\n"
+            f"share of the achievable                    {v['share']:.3f}"
+            f"{malformed_note(v['mass'])}\n"
             f"correlation of implicit and true reward    {v['correlation']:.3f}")
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from batches import collate_on_cpu, make_task
-from dpo import preference_logps, preference_loss
+from dpo import preference_logps
 from losses import sigmoid
 from variants import Variants
 
@@ -143,7 +143,7 @@ def preference_step(policy, reference, batch, loss, hyper=None, **variants):
     see make_batch."""
     task = make_task(loss, hyper or {}, Variants(**variants), "float64", torch.device("cpu"))
     tensors = preference_logps(policy, reference, batch, task.loss, **task.options)
-    return preference_loss(tensors, task.loss, task.hyper, task.score)
+    return task.preference_loss(tensors, task.loss, task.hyper, task.score)
 
 
 def outcome(model, batch, loss=sigmoid, **variants):

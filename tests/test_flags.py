@@ -2,6 +2,7 @@
 refused."""
 import json
 import pathlib
+import re
 import tempfile
 
 import pytest
@@ -18,6 +19,8 @@ from conftest import (
 
 import model as models
 import train
+import world
+from errors import UserError
 from flags import build_parser
 from losses import LOSSES, find, hyperparameters
 
@@ -83,6 +86,7 @@ CHANGES = {
     "f_divergence": ({}, "js"),
     "f_alpha": ({"f_divergence": "alpha"}, 0.9),
     "wpo": ({}, True),
+    "wpo_clamp": ({"wpo": True, "adapter": "ADAPTER"}, True),
     "ld_alpha": ({}, 0.5),
 }
 REFUSED = {
@@ -250,3 +254,147 @@ def test_a_flag_of_another_loss_is_refused(loss):
 def test_a_repeated_run_is_the_same(observe):
     """Otherwise each comparison above would find a difference."""
     assert not differ(observe({}), observe({"output_dir": "out", "seed": 0}))
+
+
+# --- Forgotten flags ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--model org/name", "--model org/name: give --dataset too, the pairs to train on"),
+    ("--model START --loss ipo --lora_rank 4 --output_dir x", "START: give --dataset too"),
+    ("--model START --eval_dataset ROWS", "START: give --dataset too"),
+    ("--model START --loss sft --max_steps 3", "START: give --dataset too"),
+    ("--adapter ADAPTER", "--adapter ADAPTER: give --dataset too"),
+    ("--adapter ADAPTER --model START", "--model START: give --dataset too"),
+    ("--dataset ROWS", "--dataset ROWS: give --model too, the model to train"),
+    ("--dataset ROWS --model world", "--dataset ROWS: give --model too"),
+    ("--dataset ROWS --lora_rank 4 --eval_dataset PAIRS", "--dataset ROWS: give --model too"),
+    ("--eval_dataset ROWS", "--eval_dataset ROWS: give --model and --dataset too"),
+    ("--eval_dataset ROWS --dataset world", "--eval_dataset ROWS: give --model and --dataset too"),
+])
+def test_a_real_model_or_data_set_without_the_other_is_refused_and_no_toy_data_takes_its_place(
+        paths, flags, message):
+    for name, path in paths.items():
+        flags, message = (re.sub(rf"\b{name}\b", str(path), text) for text in (flags, message))
+    with pytest.raises(UserError) as error:
+        train.parse_args(flags.split())
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags, model", [
+    ("", "world"),
+    ("--model world --dataset world", "world"),
+    ("--model START --dataset world", "START"),
+    ("--model START --dataset world --eval_dataset ROWS", "START"),
+    ("--adapter ADAPTER --dataset ROWS", "START"),
+    ("--adapter ADAPTER --dataset world", "START"),
+    ("--adapter ADAPTER --dataset ROWS --model OTHER", "OTHER"),
+    ("--adapter ADAPTER --model world", "world"),
+])
+def test_the_world_is_trained_on_if_it_is_named_or_nothing_else_is(paths, flags, model):
+    arguments = [str(paths.get(part, part)) for part in flags.split()]
+    assert train.parse_args(arguments)[0].model == str(paths.get(model, model))
+
+
+def test_an_adapter_of_the_world_continues_in_the_world_without_other_flags(paths, tmp_path):
+    for path in paths["ADAPTER"].iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(world.folder() / "reference")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    args, _, _ = train.parse_args(["--adapter", str(tmp_path)])
+    assert args.dataset == "world" and args.model == str(world.folder() / "reference")
+
+    del config["base_model_name_or_path"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="names no base model; give --model"):
+        train.parse_args(["--adapter", str(tmp_path), "--dataset", "rows.jsonl"])
+
+
+@pytest.mark.parametrize("name", [
+    "model", "dataset", "eval_dataset", "adapter", "ref_model", "output_dir", "lora_target",
+    "columns", "chat_template",
+])
+def test_an_empty_value_as_an_unset_variable_of_a_shell_leaves_is_refused(name):
+    arguments = ["--model", "m", "--dataset", "d", "--lora_rank", "4", f"--{name}", ""]
+    with pytest.raises(UserError, match=f"--{name}: its value is empty"):
+        train.parse_args(arguments)
+
+
+@pytest.mark.parametrize("below", ["", "/run", "/deep/run"])
+def test_an_output_dir_that_is_a_file_or_below_one_is_refused_before_anything_is_loaded(
+        tmp_path, below):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    flags = ["--model", "/nowhere", "--dataset", "/nowhere.jsonl", f"--output_dir={file}{below}"]
+    for more in ([], ["--resume"]):
+        with pytest.raises(UserError, match=f"{file}.*"):
+            train.main([*flags, *more], ALONE)
+    with pytest.raises(UserError, match=f"--output_dir {file}{below}: {file} is a file"):
+        train.main(flags, ALONE)
+    assert file.read_text() == "mine"
+
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=f"{link} is a file"):
+        train.main([*flags[:4], f"--output_dir={link}{below}"], ALONE)
+
+
+@pytest.mark.parametrize("loss", ["sft", "slic", "slic,sft"])
+def test_beta_is_refused_by_a_loss_without_beta_and_the_message_names_losses_that_read_it(loss):
+    message = f"--beta is not read by --loss {loss}; it is read by sigmoid"
+    with pytest.raises(UserError, match=message):
+        train.parse_args(["--loss", loss, "--model", "m", "--dataset", "d", "--beta", "0.1"])
+
+
+# --- Help -----------------------------------------------------------------------------------------
+
+def help_of(arguments, capsys):
+    """-> {flag: its help on one line}, as `python train.py ARGUMENTS --help` prints it."""
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args([*arguments, "--help"])
+    assert stop.value.code == 0
+    parts = re.split(r"\n  --(\w+)", capsys.readouterr().out)
+    return {flag: " ".join(text.split()) for flag, text in zip(parts[1::2], parts[2::2])}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dataset", "world"], ["--model", "m"]], ids=str)
+def test_help_shows_the_defaults_of_real_runs_and_those_in_the_world_as_such(arguments, capsys):
+    shown = help_of(arguments, capsys)
+    for flag, end in {
+        "batch_size": "(default 64; in the world 256)",
+        "micro_batch_size": "(default 4; in the world 128)",
+        "epochs": "(default 1; in the world 2)",
+        "lr_schedule": "(default linear; in the world cosine)",
+        "max_length": "(default 1024; in the world 16)",
+        "dtype": "(default auto; in the world float32)",
+        "beta": "(default 0.1; in the world 1.0)",
+    }.items():
+        assert end in shown[flag]
+    assert "for sft 1e-5" in shown["lr"] and "in the world 0.002)" in shown["lr"]
+    assert "world" not in shown["seed"]  # the same everywhere
+
+
+def test_the_defaults_that_help_shows_are_those_that_a_run_gets(capsys):
+    """Of every loss, for each flag with `(default VALUE)` or `(default VALUE; in the world VALUE)`.
+    The default of sync_ref_alpha and f_alpha is read with another flag only."""
+    elsewhere = {"loss", "sync_ref_alpha", "f_alpha"}
+    for loss in LOSSES:
+        shown = help_of(["--loss", loss], capsys)
+        real = vars(train.parse_args(["--loss", loss, "--model", "m", "--dataset", "d"])[0])
+        in_world = vars(train.parse_args(["--loss", loss])[0])
+        compared = 0
+        for flag, text in shown.items():
+            match = re.search(r"\(default ([\w.-]+)(?:; in the world ([\w.-]+))?\)", text)
+            if match and flag not in elsewhere:
+                assert match[1] == str(real[flag])
+                assert (match[2] or match[1]) == str(in_world[flag])
+                compared += 1
+        assert compared >= 12
+
+
+def test_help_with_a_loss_shows_the_defaults_of_that_loss(capsys):
+    assert "(default 2.0; in the world 4.0)" in help_of(["--loss", "simpo"], capsys)["beta"]
+    assert "(default 50.0; in the world 1.0)" in help_of(["--loss", "dpop"], capsys)["dpop_lambda"]
+    assert "in the world 0.0005)" in help_of(["--loss", "apo_down"], capsys)["lr"]

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import differences, make_rows, tiny_model, write_jsonl
 from steps import make_batch, preference_step
 from test_dpo import BATCH, ROWS, rows_of
 
@@ -116,6 +116,46 @@ def test_wpo_gives_a_policy_that_is_sure_of_both_answers_weight_1_and_the_paper_
     assert weight > 1
 
 
+def greedy_answer(model, prompt, length=4):
+    """The most probable token at each position. None is less probable than a sampled token."""
+    ids = list(prompt)
+    for _ in range(length):
+        logits = model.model(input_ids=torch.tensor([ids])).logits[0, -1]  # (V,)
+        ids.append(logits.argmax().item())
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("name, others", [
+    ("sigmoid", {}),
+    ("sigmoid", {"ld_alpha": 0.3}),
+    ("hinge", {"f_divergence": "js"}),
+    ("simpo", {}),
+    ("sigmoid:0.5,hinge:2", {}),
+])
+def test_the_metric_wpo_weight_is_the_factor_of_each_loss_and_the_clamp_limits_it_to_1(
+        model, other, name, others):
+    """The authors' code: torch.clamp(torch.exp(chosen + rejected), max=1). The answers of the first
+    pair are greedy, so that its weight is above 1."""
+    loss, prompt = find(name), ROWS[0][0]
+    greedy = greedy_answer(model, prompt)
+    rows = [(prompt, greedy, greedy[:2]), *ROWS[1:]]
+
+    def step(**variants):
+        batch = make_batch(rows_of(*rows), **variants)
+        return preference_step(model, other, batch, loss, {"beta": 0.3}, **variants)
+
+    plain, plain_metrics = step(**others)
+    losses, metrics = step(wpo=True, **others)
+    clamped, clamped_metrics = step(wpo=True, wpo_clamp=True, **others)
+    weights = metrics.pop("wpo/weight")
+    assert torch.allclose(losses, plain * weights, rtol=1e-12)
+    assert weights[0] > 1 and weights[1:].max() < 1
+    assert torch.equal(clamped_metrics.pop("wpo/weight"), weights.clamp(max=1))
+    assert torch.allclose(clamped, plain * weights.clamp(max=1), rtol=1e-12)
+    assert metrics.keys() == plain_metrics.keys() == clamped_metrics.keys()
+    assert not weights.requires_grad
+
+
 # --- LD-DPO ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
@@ -170,6 +210,8 @@ def test_ld_dpo_of_equal_lengths_or_with_alpha_1_is_dpo(model, other):
     ("aot", {"wpo": True}, "wpo: it weighs pairs, but"),
     ("kto_pair", {"wpo": True}, "wpo: it weighs pairs, but"),
     ("sft", {"wpo": True}, "wpo: it weighs pairs, but"),
+    ("sigmoid", {"wpo_clamp": True}, "wpo_clamp: is read with wpo only"),
+    ("aot", {"wpo_clamp": True}, "wpo_clamp: is read with wpo only"),
     ("ipo", {"ld_alpha": 0.5}, "ld_alpha: it weighs the tokens of a pair, but ipo counts them"),
     ("sigmoid,sft", {"ld_alpha": 0.5}, "counts them"),
     ("sft", {"ld_alpha": 0.5}, "has no pairs"),
@@ -205,3 +247,68 @@ def test_a_loss_with_wpo_keeps_its_name_its_tags_and_its_hyperparameters():
         assert weighted.__name__ == loss.__name__
         assert weighted.tags == loss.tags
         assert hyperparameters(weighted) == hyperparameters(loss)
+
+
+# --- A run with WPO -------------------------------------------------------------------------------
+
+@pytest.fixture
+def one_word(tmp_path):
+    """A file of answers that repeat one word, which a weak model soon finds more probable than the
+    tokens that it samples."""
+    rows = []
+    for i, row in enumerate(make_rows(22)):
+        sides = {"chosen": " the" * (2 + i % 5), "rejected": " the" * (7 + i % 4)}
+        rows.append(row | sides)
+    return write_jsonl(tmp_path / "one_word.jsonl", rows)
+
+
+def test_a_run_logs_the_mean_weight_for_any_micro_batch_and_only_with_wpo(fit):
+    runs = []
+    for i, sizes in enumerate((
+        {"micro_batch_size": 3}, {"micro_batch_size": 8}, {"attention": "packed"},
+    )):
+        _, metrics = fit(wpo=True, dtype="float64", out=f"out-{i}", **sizes)
+        assert {row["split"] for row in metrics} == {"train", "eval"}
+        assert all(0 < row["wpo/weight"] < math.inf for row in metrics)
+        runs.append(metrics)
+    for other in runs[1:]:
+        assert not differences(runs[0][:1], other[:1], 1e-9)
+        assert not differences(runs[0], other, 1e-5)
+
+    _, plain = fit(out="plain")
+    assert all("wpo/weight" not in row for row in plain)
+    # At the first step policy and reference are equal, so each loss is log 2 times its weight.
+    first = runs[0][0]
+    assert first["loss"] == pytest.approx(math.log(2) * first["wpo/weight"], rel=1e-9)
+
+
+def test_a_weak_model_has_weights_above_1_which_one_line_names_and_the_clamp_limits(
+        fit, one_word, capsys):
+    weak, _ = fit(loss="sft", dataset=one_word, max_steps=3, out="weak")
+    capsys.readouterr()
+    _, free = fit(model=weak, dataset=one_word, wpo=True, out="free")
+    weight = free[0]["wpo/weight"]
+    assert weight > 2 and free[0]["loss"] == pytest.approx(math.log(2) * weight, rel=1e-5)
+    line, = mean_weight_lines(capsys)
+    assert f"first step is {weight:.3g}, which multiplies the loss" in line
+    assert "--wpo_clamp limits each weight to 1" in line
+
+    _, clamped = fit(model=weak, dataset=one_word, wpo=True, wpo_clamp=True, out="clamped")
+    weight = clamped[0]["wpo/weight"]
+    assert 0.5 < weight <= 1 and clamped[0]["loss"] == pytest.approx(math.log(2) * weight, rel=1e-5)
+    fit(model=weak, dataset=one_word, out="plain")
+    assert mean_weight_lines(capsys) == []
+
+
+def test_one_line_names_a_mean_weight_far_below_1(fit, capsys):
+    sure, _ = fit(loss="sft", lr=0.03, epochs=6, out="sure")
+    _, metrics = fit(model=sure, wpo=True, max_steps=2)
+    line, = mean_weight_lines(capsys)
+    weight = metrics[0]["wpo/weight"]
+    assert weight < 0.5 and f"first step is {weight:.3g}, which scales the loss down" in line
+    assert "--wpo_clamp" not in line
+
+
+def mean_weight_lines(capsys):
+    """The printed lines about the mean weight."""
+    return [line for line in capsys.readouterr().out.splitlines() if "mean weight" in line]

@@ -143,6 +143,22 @@ def test_the_reference_itself_has_share_0_and_kl_0():
     assert values["world/reward"] == pytest.approx(start)
 
 
+@pytest.mark.parametrize("mass, percent", [(0.2512, "25"), (0.7449, "74"), (0.003, "0.3")])
+def test_a_share_of_little_probability_is_printed_with_that_probability(mass, percent):
+    values = world.metrics(world.chain_logps() + np.log(mass), world.chain_logps(), 1.0)
+    note = f"(of the {percent} % of the probability that is on well-formed answers)"
+    assert re.search(rf"share \S+ {re.escape(note)} correlation", world.brief(values))
+    line = world.sum_up(values).splitlines()[-2]
+    assert line.startswith("share of the achievable") and line.endswith(f" {note}")
+
+
+@pytest.mark.parametrize("mass", [0.76, 0.912, 1.0])
+def test_a_share_of_most_of_the_probability_is_printed_without_a_remark(mass):
+    values = world.metrics(world.chain_logps() + np.log(mass), world.chain_logps(), 1.0)
+    assert "(" not in world.brief(values) + world.sum_up(values)
+    assert "(" not in world.brief({"loss": 0.5})
+
+
 def test_the_files_hold_json_rows_of_prompts_and_answers_of_the_world(world_folder):
     for name, count, keys in (
         ("sft", 16_384, {"prompt", "chosen"}),
