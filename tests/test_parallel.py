@@ -56,7 +56,9 @@ def record(flags, out, ranks):
         step = {}
         for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
             step[index] = parallel.whole(parameter.grad).clone()
-        gradients.append(step)
+        # torch initializes the state of an optimizer by a step with zero gradients.
+        if any(gradient.any() for gradient in step.values()):
+            gradients.append(step)
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
