@@ -325,8 +325,8 @@ def choose_split(path, files, split):
         chosen = [file for file in files if names[file] and kind_of_split(names[file]) == kind]
         variants = sorted({names[file] for file in chosen})
         if len(variants) > 1:
-            raise UserError(f"{path}: has the splits {', '.join(existing)}; name one of them, as in "
-                            f"{path}:{variants[0]}")
+            raise UserError(f"{path}: has the splits {', '.join(existing)}; name one of them, as "
+                            f"in {path}:{variants[0]}")
     if split is None or (kind == "train" and not chosen):
         chosen = [file for file in files if file in chosen or file in without]
     # A folder of one split alone is read by the name of the folder.
@@ -485,7 +485,9 @@ CONTEXT = {
     "video", "videopath", "videourl", "audio", "audiopath", "audiourl",
 }
 # Keys of a message alone: the same name of a column may be the judge's reasoning.
-MESSAGE_CONTEXT = CONTEXT | {"reasoning", "reasoningcontent", "reasoningdetail", "thinking", "think"}
+MESSAGE_CONTEXT = CONTEXT | {
+    "reasoning", "reasoningcontent", "reasoningdetail", "thinking", "think",
+}
 # Columns with the prompt under another name, in a row without the column prompt.
 PROMPT_NAMES = {
     "question", "instruction", "query", "problem", "user", "userprompt", "usermessage", "request",
