@@ -488,10 +488,10 @@ CONTEXT = {
 MESSAGE_CONTEXT = CONTEXT | {
     "reasoning", "reasoningcontent", "reasoningdetail", "thinking", "think",
 }
-# Columns with the prompt under another name, in a row without the column prompt.
+# Columns with the prompt under another name, in a row whose answers do not show where it ends.
 PROMPT_NAMES = {
-    "question", "instruction", "query", "problem", "user", "userprompt", "usermessage", "request",
-    "prompttext", "promptmessage", "task", "post",
+    "question", "instruction", "query", "problem", "userprompt", "usermessage", "prompttext",
+    "message", "conversation", "trajectory", "dialogue",
 }
 # False says that a row or a message should not be trained on, or that an answer is bad.
 SWITCHES = {"label", "train", "trainable", "loss"}
@@ -499,6 +499,7 @@ SWITCHES = {"label", "train", "trainable", "loss"}
 WEIGHTS = {"weight", "sampleweight", "lossweight"}
 
 
+@functools.lru_cache(maxsize=1024)
 def plain_name(name):
     """Return the letters of a name in lower case, without a plural s: `Tools`, `tool` -> tool."""
     return re.sub(r"[^a-z]", "", str(name).lower()).removesuffix("s")
@@ -524,13 +525,15 @@ def texts_of(value):
 
 def is_repeated(value, texts):
     """Return whether one of these texts contains the value. A short value must be a whole line of a
-    text, because it is contained in many by chance."""
+    text, because many texts contain it by chance."""
     if not isinstance(value, str):
         return False
     value = value.strip()
+    words = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
     for text in texts:
-        lines = [line.strip() for line in text.splitlines()]
-        if value in lines or value == text.strip() or (len(value) >= 20 and value in text):
+        if len(value) >= 8 and words.search(text):
+            return True
+        if value in [line.strip() for line in text.splitlines()]:
             return True
     return False
 
@@ -560,15 +563,17 @@ def list_unread(row, fields, read, ignored, where) -> list:
     ignored     the names of --ignore_columns
     """
     unread = []
-    prompt = texts_of(row.get(fields.get("prompt", fields["chosen"])))
-    context = CONTEXT if "prompt" in fields else CONTEXT | PROMPT_NAMES
+    dialogue = row.get(fields["chosen"])
+    prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
+    needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
+    context = CONTEXT | PROMPT_NAMES if needs_prompt else CONTEXT
     for name, value in row.items():
         if name in read or (is_blank(value) and name not in ignored):
             continue
         reason = why_it_matters(name, value, context, prompt)
         if reason and name not in ignored:
             advice = "write it into the prompt, or remove the column"
-            if "prompt" not in fields and isinstance(value, str) and plain_name(name) != "system":
+            if needs_prompt and plain_name(name) in PROMPT_NAMES | {"input"}:
                 advice = f"if it is the prompt, pass --columns prompt={name}"
             raise UserError(f"{where}: the column '{name}' is not read: {reason}; {advice}; "
                             f"--ignore_columns {name} trains without it")
@@ -576,6 +581,14 @@ def list_unread(row, fields, read, ignored, where) -> list:
     for field, name in fields.items():
         unread += list_unread_keys(row.get(name), field, ignored, where)
     return unread
+
+
+def holds_prompt(dialogue):
+    """Return whether an answer marks the end of the prompt inside it."""
+    if isinstance(dialogue, str):
+        return TURN in dialogue
+    roles = [item.get("role") for item in dialogue or [] if isinstance(item, dict)]
+    return len(roles) > 0 and roles[0] != "assistant"
 
 
 def list_unread_keys(value, field, ignored, where):
@@ -599,10 +612,9 @@ def list_unread_keys(value, field, ignored, where):
 
 def count_unread(text, unread):
     """Add the numbers of rows of {name: rows}, from the rows of `examples`."""
-    names, counts = np.unique(column(text, "unread"), return_counts=True)
-    for listed, count in zip(names, counts):
-        for name in json.loads(str(listed)):
-            unread[name] = unread.get(name, 0) + int(count)
+    for group in text.data.column("unread").value_counts().to_pylist():
+        for name in json.loads(group["values"]):
+            unread[name] = unread.get(name, 0) + group["counts"]
 
 
 def check_ignored(ignored: tuple, accounts: list[dict]):
@@ -700,7 +712,7 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
     cache_key   unused here; `datasets` hashes it with the other arguments
     """
     fields = file_is_chat = None
-    theirs = dict(columns)
+    theirs, kinds = dict(columns), set()
     for where, row_of_file in read_rows(Source(*source)):
         # Every row of a file must have the format of the first.
         row = row_of_file
@@ -719,6 +731,12 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
             others = [theirs.get(name, name) for name in ("id", *score_names)]
             read = {*names.values(), *others}
             unread = list_unread(row_of_file, names, read, ignored, where)
+        if "split" in unread and "split" not in ignored:
+            kinds.add(kind_of_split(str(row_of_file["split"])))
+        if len(kinds - {None}) > 1:
+            raise UserError(f"{where}: its column 'split' has {row_of_file['split']!r}, and an "
+                            "earlier row has another split; write each split to a file of its own; "
+                            "--ignore_columns split reads all rows")
         values = {field: read_field(row, field, where) for field in fields}
         prompt = values.pop("prompt", None)
         prompt, answers = split_row(prompt, list(values.values()), where)

@@ -456,7 +456,8 @@ def refuse_flags(unknown, argv, loss_name, all_flags):
         if name in OTHER_TRAINERS:
             translations.append(f"{flag}: {translate_flag(name, argv)}")
     if translations:
-        raise UserError(f"flags of another trainer; write here {'; '.join(translations)}")
+        raise UserError(f"these flags are another trainer's; write instead: "
+                        f"{'; '.join(translations)}")
     if not flags:
         start = argv.index(unknown[0])
         raise UserError(f"{' '.join(argv[max(0, start - 2):start + 1])}: no flag reads "
