@@ -573,6 +573,8 @@ def list_unread(row, fields, read, ignored, where) -> list:
         reason = why_it_matters(name, value, context, prompt)
         if reason and name not in ignored:
             advice = "write it into the prompt, or remove the column"
+            if plain_name(name) in WEIGHTS | SWITCHES:
+                advice = "remove the row or the column"
             if needs_prompt and plain_name(name) in PROMPT_NAMES | {"input"}:
                 advice = f"if it is the prompt, pass --columns prompt={name}"
             raise UserError(f"{where}: the column '{name}' is not read: {reason}; {advice}; "
