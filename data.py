@@ -45,7 +45,7 @@ import pyarrow.parquet
 import torch
 import transformers
 
-from errors import UserError, run_script
+from errors import UserError, nearest, run_script
 
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index
@@ -149,9 +149,10 @@ def parse_sources(spec):
 
 
 def parse_source(text):
+    text = text.strip()
     if os.path.exists(text):
         return Source(text)
-    name, *options = text.strip().split(":")
+    name, *options = [part.strip() for part in text.split(":")]
     share = None
     if options and re.fullmatch(r"\d*\.?\d+", options[-1]):
         share = float(options.pop())
@@ -163,35 +164,179 @@ def parse_source(text):
     return Source(name, split, share)
 
 
-def find_files(source):
-    """List the files of a source: none for a folder of `save_to_disk` or a data set of the Hub."""
+def find_files(source: Source) -> tuple[list, dict]:
+    """List the files of a source, none for a folder of `save_to_disk` or a data set of the Hub.
+
+    Returns (files, {reason: files or splits of the source that are not read}).
+    """
     path, kinds = pathlib.Path(source.name), ", ".join(READERS)
     if is_saved(path):
-        return []
-    files = []
+        return [], {"other splits of the folder": other_saved_splits(path, source.split)}
     if path.is_dir():
-        for file in sorted(path.iterdir()):
-            if file.is_file() and file.suffix.lower() in READERS:
-                files.append(file)
-        if not files:
-            raise UserError(f"{path}: no {kinds} file in this folder")
-    elif path.is_file():
+        return find_files_of_folder(path, source.split)
+    if path.is_file():
         if path.suffix.lower() not in READERS:
             raise UserError(f"{path}: cannot read this kind of file; use one of {kinds}")
-        files = [path]
-    elif not path.exists():
-        # A name of the Hub has no suffix of a file and does not look like a path.
-        is_path = path.is_absolute() or source.name.startswith(".")
-        if is_path or path.suffix.lower() in READERS:
-            raise UserError(f"{path}: no such file")
-    if files and source.split:
-        raise UserError(f"{source.name}:{source.split}: a file has no splits")
-    return files
+        if source.split:
+            raise UserError(f"{source.name}:{source.split}: a file has no splits; "
+                            "a share is a number, as in FILE:0.7")
+        return [path], {}
+    # A name of the Hub has no suffix of a file and does not look like a path.
+    is_path = path.is_absolute() or source.name.startswith(".")
+    if is_path or path.suffix.lower() in READERS:
+        raise UserError(f"{path}: no such file{nearest_file(path)}")
+    return [], {}
+
+
+def nearest_file(path):
+    """Name the files whose names resemble the name of a missing one."""
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [file.name for file in path.parent.iterdir()])
 
 
 def is_saved(path):
-    """Return whether `save_to_disk` wrote this folder."""
-    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+    """Return whether `save_to_disk` wrote this folder. dataset_info.json alone does not tell: the
+    Hub and LLaMA-Factory have files of this name next to files of rows."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def other_saved_splits(path, split):
+    """List the splits of a folder of `save_to_disk` that are not read."""
+    try:
+        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [name for name in names if name != (split or "train")]
+
+
+# --- The splits of a folder of files. They follow from the names, as for `datasets`:
+# test.jsonl, pairs_test.jsonl, test/0000.parquet, data/test-00000-of-00002.parquet,
+# data/test_prefs-00000-of-00001.parquet.
+
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "holdout": "validation", "heldout": "validation",
+}
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})s?(?![a-z])")
+# A shard of a file, as the Hub names it; older names end in a hash.
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
+# Files that describe a data set and hold no rows.
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json")
+# Files that probably hold rows, which no reader here reads.
+OTHER_KINDS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow", ".tsv", ".xlsx", ".ndjson")
+
+
+def find_files_of_folder(path, split):
+    """Choose the files of one split of a folder: of the training split if `split` is None.
+
+    Files without the name of a split are training rows. Returns as find_files.
+    """
+    direct, below, not_read = list_folder(path)
+    # Subfolders are read if there is no file outside them, or if the split is in them alone.
+    files = direct or below
+    if split and not any(is_of_split(path, file, split) for file in direct):
+        files = direct + below
+    if not files:
+        raise UserError(f"{path}: no {', '.join(READERS)} file in this folder")
+    if not direct:
+        check_one_data_set(path, files)
+
+    chosen = choose_split(path, files, split)
+    for file in direct + below:
+        if file in chosen:
+            continue
+        name = split_of_file(path, file)
+        reason = f"of the split {name}" if name else "of another subfolder or split"
+        not_read.setdefault(reason, []).append(str(file))
+    return chosen, not_read
+
+
+def list_folder(path):
+    """Returns the files directly in a folder, the files at most two folders below, and
+    {reason: files that hold no rows or cannot be read}."""
+    direct, below, not_read = [], [], {}
+    for pattern in ("*", "*/*", "*/*/*"):
+        for file in sorted(path.glob(pattern)):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if is_hidden or not file.is_file():
+                continue
+            if file.name in NOT_ROWS:
+                reason = "describes a data set and holds no rows; --columns names columns"
+                not_read.setdefault(reason, []).append(str(file))
+            elif file.suffix.lower() in OTHER_KINDS:
+                not_read.setdefault("of a kind that is not read", []).append(str(file))
+            elif file.suffix.lower() in READERS:
+                files = direct if file.parent == path else below
+                files.append(file)
+    return direct, below, not_read
+
+
+def check_one_data_set(path, files):
+    """Raise if the subfolders are more than the splits of one data set."""
+    folders = set()
+    for file in files:
+        parts = file.parent.relative_to(path).parts
+        names = [part for part in parts if part != "data" and not SPLIT_WORD.search(part.lower())]
+        folders.add("/".join(names))
+    if len(folders) > 1:
+        raise UserError(f"{path}: no file directly in this folder; name one of its subfolders, or "
+                        f"several separated by commas: {', '.join(sorted(folders - {''}))}")
+
+
+def split_of_file(path, file):
+    """Return the split of a file in the folder `path`, or None if its name has none."""
+    stem = file.stem
+    shard = SHARD.fullmatch(stem)
+    if shard and SPLIT_WORD.search(shard[1].lower()):
+        return shard[1]
+    folders = file.parent.relative_to(path).parts
+    for name in (stem, *reversed(folders)):
+        word = SPLIT_WORD.search(name.lower())
+        if word:
+            return SPLIT_WORDS[word[1]]
+    return None
+
+
+def kind_of_split(name):
+    """Return train, validation or test for a name such as train_prefs, or None."""
+    word = SPLIT_WORD.search(name.lower())
+    return SPLIT_WORDS[word[1]] if word else None
+
+
+def is_of_split(path, file, split):
+    return split in (file.stem, split_of_file(path, file))
+
+
+def choose_split(path, files, split):
+    """Choose the files of a split. Raises if the split is not there or is not clear."""
+    names = {file: split_of_file(path, file) for file in files}
+    existing = sorted({name for name in names.values() if name})
+    without = [file for file in files if names[file] is None]
+    kind = kind_of_split(split or "train")
+
+    # A name as the user wrote it; else any of its kind, so that `val` finds `validation`.
+    chosen = []
+    if split:
+        chosen = [file for file in files if is_of_split(path, file, split)]
+    if not chosen and split in (None, *SPLIT_WORDS):
+        chosen = [file for file in files if names[file] and kind_of_split(names[file]) == kind]
+        variants = sorted({names[file] for file in chosen})
+        if len(variants) > 1:
+            raise UserError(f"{path}: has the splits {', '.join(existing)}; name one of them, as "
+                            f"in {path}:{variants[0]}")
+    if split is None or (kind == "train" and not chosen):
+        chosen = [file for file in files if file in chosen or file in without]
+    # A folder of one split alone is read by the name of the folder.
+    if not chosen and split is None and len(existing) == 1:
+        return files
+    if not chosen:
+        there = ", ".join(existing) or ", ".join(file.name for file in files[:5])
+        raise UserError(f"{path}: there is no split {split or 'train'} in this folder; "
+                        f"there are {there}; name one, as in {path}:{(existing or ['train'])[0]}")
+    return chosen
 
 
 def open_dataset(source):
@@ -206,8 +351,11 @@ def open_dataset(source):
         else:
             saved = datasets.load_dataset(source.name, split=split)
     except Exception as error:
+        if "Unknown split" in str(error):
+            raise UserError(f"{source.name}:{split}: {first_line(error)}") from error
         raise UserError(
-            f"{source.name}: not found locally or on the Hub ({first_line(error)})") from error
+            f"{source.name}: not found locally or on the Hub ({first_line(error)})"
+            f"{nearest_file(pathlib.Path(source.name))}") from error
     if not on_disk:
         return saved
     # A saved folder contains a dictionary of splits, or one data set without splits.
@@ -224,7 +372,7 @@ def open_dataset(source):
 
 def read_rows(source):
     """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
-    files = find_files(source)
+    files, _ = find_files(source)
     if not files:
         for number, row in enumerate(open_dataset(source), 1):
             yield f"{source.name}, row {number}", row
@@ -242,19 +390,13 @@ def read_rows(source):
 
 # The text before each answer in HH-RLHF and in data sets of its format.
 TURN = "\n\nAssistant:"
-# A message with text under one of these keys is an error, because the text would be lost.
-UNREAD_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
-# A row with text in one of these columns is an error, because the text would be lost.
-UNREAD_COLUMNS = ("system", "tools")
-
-
 def rename_columns(row, columns, where):
     """Apply --columns, {our name: the file's name}, to a row."""
     existing = row if isinstance(row, dict) else {}
     for name in columns.values():
         if name not in existing:
-            raise UserError(
-                f"{where}: --columns names {name!r}; the row has {quote_names(existing)}")
+            raise UserError(f"{where}: --columns names {name!r}; the row has "
+                            f"{quote_names(existing)}{nearest(name, existing)}")
     renamed = {name: value for name, value in row.items() if name not in columns.values()}
     for ours, theirs in columns.items():
         renamed[ours] = row[theirs]
@@ -303,11 +445,7 @@ def read_field(row, field, where):
 
 
 def read_message(message, field, where):
-    """Read the role and the content of a message. Other text in the message is an error."""
-    for key in UNREAD_KEYS:
-        if message.get(key):
-            raise UserError(f"{where}: the field '{field}' holds a message with {key}, which is "
-                            "not read; write it into the content")
+    """Read the role and the content of a message. `list_unread` checks its other keys."""
     texts = {key: message.get(key) for key in ("role", "content")}
     if not all(isinstance(text, str) for text in texts.values()):
         start = json.dumps(message, default=str)[:80]
@@ -333,6 +471,168 @@ def read_score(row, field, where):
                         f"and the row has {start}")
     return score
 
+
+# --- Columns of a row, and keys of a message, that are not read -----------------------------------
+# The report lists them. A row is an error if one of them holds a part of what the model should see,
+# or says that the row should not be trained on as it is. Names are compared by `plain_name`.
+
+CONTEXT = {
+    "system", "systemprompt", "systemmessage", "systeminstruction", "sysprompt",
+    "history", "chathistory", "conversationhistory", "dialoguehistory", "previousturn",
+    "input", "context", "passage", "document", "doc", "retrieveddocument",
+    "tool", "function", "toolcall", "functioncall", "chattemplatekwarg",
+    "image", "imagepath", "imageurl", "imagefile", "img", "pixelvalue",
+    "video", "videopath", "videourl", "audio", "audiopath", "audiourl",
+}
+# Keys of a message alone: the same name of a column may be the judge's reasoning.
+MESSAGE_CONTEXT = CONTEXT | {
+    "reasoning", "reasoningcontent", "reasoningdetail", "thinking", "think",
+}
+# Columns with the prompt under another name, in a row whose answers do not show where it ends.
+PROMPT_NAMES = {
+    "question", "instruction", "query", "problem", "userprompt", "usermessage", "prompttext",
+    "message", "conversation", "trajectory", "dialogue",
+}
+# False says that a row or a message should not be trained on, or that an answer is bad.
+SWITCHES = {"label", "train", "trainable", "loss"}
+# Every row counts the same, so a weight may only be 1.
+WEIGHTS = {"weight", "sampleweight", "lossweight"}
+
+
+@functools.lru_cache(maxsize=1024)
+def plain_name(name):
+    """Return the letters of a name in lower case, without a plural s: `Tools`, `tool` -> tool."""
+    return re.sub(r"[^a-z]", "", str(name).lower()).removesuffix("s")
+
+
+def is_blank(value):
+    """Return whether a value holds nothing: no text and no number, however deep."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null", "None", "nan")
+    if isinstance(value, dict):
+        return all(is_blank(item) for item in value.values())
+    if isinstance(value, list):
+        return all(is_blank(item) for item in value)
+    return value is None
+
+
+def texts_of(value):
+    """Return the texts of a field: a text, or the contents of messages."""
+    items = value if isinstance(value, list) else [value]
+    items = [item.get("content") if isinstance(item, dict) else item for item in items]
+    return [item for item in items if isinstance(item, str)]
+
+
+def is_repeated(value, texts):
+    """Return whether one of these texts contains the value. A short value must be a whole line of a
+    text, because many texts contain it by chance."""
+    if not isinstance(value, str):
+        return False
+    value = value.strip()
+    words = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
+    for text in texts:
+        if len(value) >= 8 and words.search(text):
+            return True
+        if value in [line.strip() for line in text.splitlines()]:
+            return True
+    return False
+
+
+def why_it_matters(name, value, context, texts):
+    """Return why a row with this unread column or key is an error, or "".
+
+    context     names whose content the model should see
+    texts       the texts that are read: a value that they repeat is not lost
+    """
+    plain = plain_name(name)
+    if plain in WEIGHTS and str(value) not in ("1", "1.0", "True"):
+        return "every row counts the same"
+    if plain in SWITCHES and str(value).strip().lower() == "false":
+        return "it says false, and the text would be trained on"
+    holds_content = isinstance(value, (str, list, dict, bytes))
+    if plain in context and holds_content and not is_repeated(value, texts):
+        return "the model would not see it"
+    return ""
+
+
+def list_unread(row, fields, read, ignored, where) -> list:
+    """List the columns and the message keys that are not read: `source`, `chosen[].name`.
+
+    fields      {our name: the file's name} of the prompt and the answers
+    read        the names of all columns that are read
+    ignored     the names of --ignore_columns
+    """
+    unread = []
+    dialogue = row.get(fields["chosen"])
+    prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
+    needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
+    context = CONTEXT | PROMPT_NAMES if needs_prompt else CONTEXT
+    for name, value in row.items():
+        if name in read or (is_blank(value) and name not in ignored):
+            continue
+        reason = why_it_matters(name, value, context, prompt)
+        if reason and name not in ignored:
+            advice = "write it into the prompt, or remove the column"
+            if plain_name(name) in WEIGHTS | SWITCHES:
+                advice = "remove the row or the column"
+            if needs_prompt and plain_name(name) in PROMPT_NAMES | {"input"}:
+                advice = f"if it is the prompt, pass --columns prompt={name}"
+            raise UserError(f"{where}: the column '{name}' is not read: {reason}; {advice}; "
+                            f"--ignore_columns {name} trains without it")
+        unread.append(name)
+    for field, name in fields.items():
+        unread += list_unread_keys(row.get(name), field, ignored, where)
+    return unread
+
+
+def holds_prompt(dialogue):
+    """Return whether an answer marks the end of the prompt inside it."""
+    if isinstance(dialogue, str):
+        return TURN in dialogue
+    roles = [item.get("role") for item in dialogue or [] if isinstance(item, dict)]
+    return len(roles) > 0 and roles[0] != "assistant"
+
+
+def list_unread_keys(value, field, ignored, where):
+    """List the keys of the messages of one field, as list_unread."""
+    unread = {}
+    messages = value if isinstance(value, list) else []
+    for message in messages:
+        items = message.items() if isinstance(message, dict) else ()
+        for key, content in items:
+            if key in ("role", "content") or (is_blank(content) and key not in ignored):
+                continue
+            reason = why_it_matters(key, content, MESSAGE_CONTEXT, texts_of([message]))
+            if reason and key not in ignored:
+                raise UserError(
+                    f"{where}: the field '{field}' holds a message with {key}, which is not read: "
+                    f"{reason}; write it into the content; --ignore_columns {key} trains without "
+                    "it")
+            unread[f"{field}[].{key}"] = True
+    return list(unread)
+
+
+def count_unread(text, unread):
+    """Add the numbers of rows of {name: rows}, from the rows of `examples`."""
+    for group in text.data.column("unread").value_counts().to_pylist():
+        for name in json.loads(group["values"]):
+            unread[name] = unread.get(name, 0) + group["counts"]
+
+
+def check_ignored(ignored: tuple, accounts: list[dict]):
+    """Raise if a name of --ignore_columns is no column and no key that is not read."""
+    existing = set()
+    for account in accounts:
+        for name in account["unread"]:
+            existing |= {name, name.rpartition("[].")[2]}
+    for name in ignored:
+        if name not in existing:
+            listed = ", ".join(sorted(existing)) or "none"
+            raise UserError(f"--ignore_columns {name}: no row has such a column or key that is not "
+                            f"read; there are: {listed}{nearest(name, existing)}")
+
+
+# --- Prompt and answers apart ---------------------------------------------------------------------
 
 def split_prompt(chosen: str, rejected: str) -> str:
     """Find the prompt inside two dialogues: their common prefix up to the last turn of the
@@ -404,23 +704,41 @@ def as_messages(role, value):
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key) -> Iterator[dict]:
-    """Yield {id, chat, prompt, chosen, rejected} for every row.
+def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
+             **cache_key) -> Iterator[dict]:
+    """Yield {id, chat, prompt, chosen, rejected, unread} for every row.
 
     scored      adds {side}_score
+    unread      a JSON list of the columns and message keys that are not read
     chat        whether prompt and answers are JSON of messages instead of text
     cache_key   unused here; `datasets` hashes it with the other arguments
     """
     fields = file_is_chat = None
-    for where, row in read_rows(Source(*source)):
+    theirs, kinds = dict(columns), set()
+    for where, row_of_file in read_rows(Source(*source)):
         # Every row of a file must have the format of the first.
+        row = row_of_file
         if columns:
-            row = rename_columns(row, dict(columns), where)
+            row = rename_columns(row, theirs, where)
         if fields is None:
             fields = choose_fields(row, where, sides)
         if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:
             raise UserError(f"{where}: has a prompt, and the first row of its file had none; "
                             "give every row a prompt, or none")
+        # Columns and keys that are not read, which may be an error.
+        unread = []
+        if isinstance(row, dict):
+            names = {field: theirs.get(field, field) for field in fields}
+            score_names = [f"{side}_score" for side in sides] if scored else []
+            others = [theirs.get(name, name) for name in ("id", *score_names)]
+            read = {*names.values(), *others}
+            unread = list_unread(row_of_file, names, read, ignored, where)
+        if "split" in unread and "split" not in ignored:
+            kinds.add(kind_of_split(str(row_of_file["split"])))
+        if len(kinds - {None}) > 1:
+            raise UserError(f"{where}: its column 'split' has {row_of_file['split']!r}, and an "
+                            "earlier row has another split; write each split to a file of its own; "
+                            "--ignore_columns split reads all rows")
         values = {field: read_field(row, field, where) for field in fields}
         prompt = values.pop("prompt", None)
         prompt, answers = split_row(prompt, list(values.values()), where)
@@ -428,12 +746,8 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key
         if file_is_chat not in (None, is_chat):
             raise UserError(f"{where}: some rows of this file are texts, others are messages")
         file_is_chat = is_chat
-        for name in UNREAD_COLUMNS:
-            if row.get(name):
-                raise UserError(f"{where}: the column '{name}' is not read; write it into the "
-                                "prompt, or remove the column")
 
-        example = {"id": name_row(row, where), "chat": is_chat}
+        example = {"id": name_row(row, where), "chat": is_chat, "unread": json.dumps(unread)}
         for name, part in zip(("prompt", *sides), (prompt, *answers)):
             example[name] = json.dumps(part) if is_chat else part
         if scored:
@@ -451,11 +765,12 @@ def name_row(row, where):
     return f"{where} (id {row_id})"
 
 
-def load_text(source, sides, scored=False, columns=()):
+def load_text(source, sides, scored=False, columns=(), ignored=()):
     """Load the rows of `examples` as a data set, which `datasets` caches until a file changes."""
-    files = find_files(source)
+    files, _ = find_files(source)
     show_progress(source, files)
-    arguments = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns}
+    arguments = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns,
+                 "ignored": ignored}
     if next(examples(**arguments), None) is None:
         raise UserError(f"{source.name}: there is no row in it")
     # The state of the data is part of the cache key. A tuple: `datasets` splits lists into shards.
@@ -709,7 +1024,7 @@ def hash_prompt(prompt):
 
 
 def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False, scored=False,
-                columns=()) -> tuple[datasets.Dataset, dict]:
+                columns=(), ignored=()) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
@@ -719,11 +1034,16 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
 
     strict      a row that would be dropped is an error
     columns     pairs (our name, the file's name)
+    ignored     columns and message keys that are not read, even if they change a row's meaning
     """
     sources, parts = parse_sources(spec), []
-    account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False}
+    account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
+               "unread": {}, "not_read": {}}
     for source in sources:
-        text = load_text(source, sides, scored, columns)
+        text = load_text(source, sides, scored, columns, ignored)
+        count_unread(text, account["unread"])
+        for reason, names in find_files(source)[1].items():
+            account["not_read"].setdefault(reason, []).extend(names)
         rows = text.map(
             tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
             new_fingerprint=cache_name(text, tokenizer, sides, limits),
@@ -872,7 +1192,24 @@ def describe(account: dict) -> str:
     lines = [line]
     for name, entry in account["noted"].items():
         lines.append(f"  {entry['count']} rows: {list_rows({name: entry})}")
+    lines += describe_unread(account)
     return "\n".join(lines)
+
+
+def describe_unread(account):
+    """Format the files, columns and message keys that were not read."""
+    lines = []
+    for reason, names in account["not_read"].items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  not read, {reason}: {', '.join(names[:3])}{more}")
+    names_by_count = {}
+    for name, count in account["unread"].items():
+        names_by_count.setdefault(count, []).append(name)
+    if names_by_count:
+        parts = [f"{', '.join(names)} ({count} rows)" for count, names in names_by_count.items()]
+        lines.append(f"  columns and message keys not read: {'; '.join(parts)}")
+    return lines
 
 
 def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None) -> dict:
@@ -1068,30 +1405,44 @@ def add_flags(add: Callable):
     add("--overlong", choices=("cut", "drop", "error"), default="cut",
         help="truncate a row beyond these lengths, drop it, or stop with an error")
     add("--columns", help="names of the file's columns, such as prompt=instruction,chosen=output")
+    add("--ignore_columns",
+        help="columns, or keys of a message, to train without, although they may change what a "
+             "row means: images,system")
     add("--chat_template", help="a file with a chat template (jinja) instead of the tokenizer's")
     add("--strict", action="store_true", help="a row that would be dropped is an error")
 
 
-def read_limits(args: argparse.Namespace) -> tuple[Limits, tuple]:
-    """Check the flags of add_flags. Returns (limits, columns)."""
+def split_list(text: str | None) -> list:
+    """Split a flag's list of names at its commas, without the spaces around them."""
+    names = [name.strip() for name in (text or "").split(",")]
+    return [name for name in names if name]
+
+
+def read_limits(args: argparse.Namespace) -> tuple[Limits, tuple, tuple]:
+    """Check the flags of add_flags. Returns (limits, columns, ignored)."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves no tokens for an "
                         f"answer in --max_length {args.max_length}")
     if args.chat_template and not os.path.isfile(args.chat_template):
         raise UserError(f"--chat_template {args.chat_template}: no such file")
-    columns = ()
-    if args.columns:
-        columns = tuple(tuple(pair.split("=", 1)) for pair in args.columns.split(","))
-    ours = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
-    if len({pair[0] for pair in columns}) < len(columns):
-        raise UserError(f"--columns {args.columns}: names a column twice")
-    for pair in columns:
-        if len(pair) < 2 or pair[0] not in ours or not pair[1]:
-            raise UserError(f"--columns {'='.join(pair)}: write OURS=THEIRS, where OURS is one of "
-                            f"{', '.join(ours)}")
     limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length,
                     args.truncation_mode, args.overlong)
-    return limits, columns
+    return limits, read_columns(args.columns), tuple(split_list(args.ignore_columns))
+
+
+def read_columns(text):
+    """Read --columns. Returns pairs (our name, the file's name)."""
+    ours = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
+    pairs = []
+    for part in split_list(text):
+        name, _, theirs = [word.strip() for word in part.partition("=")]
+        if name not in ours or not theirs:
+            raise UserError(f"--columns {part}: write OURS=THEIRS, where OURS is one of "
+                            f"{', '.join(ours)}{nearest(name, ours)}")
+        pairs.append((name, theirs))
+    if len(dict(pairs)) < len(pairs):
+        raise UserError(f"--columns {text}: names a column twice")
+    return tuple(pairs)
 
 
 def read_template(path: str) -> str:
@@ -1132,7 +1483,7 @@ def main(argv):
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    limits, columns = read_limits(args)
+    limits, columns, ignored = read_limits(args)
     tokenizer = load_report_tokenizer(args)
 
     # The data sets, as training would load them.
@@ -1143,10 +1494,11 @@ def main(argv):
     rows, accounts = [], []
     for spec in specs:
         tokens, account = load_tokens(
-            spec, tokenizer, sides, limits, args.strict, args.scores, columns)
+            spec, tokenizer, sides, limits, args.strict, args.scores, columns, ignored)
         rows.append(tokens)
         accounts.append(account)
     check_template(args.chat_template, accounts)
+    check_ignored(ignored, accounts)
 
     # The report.
     held_out = rows[1] if args.eval_dataset else None

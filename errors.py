@@ -1,7 +1,8 @@
 """Errors that a user can fix, and how a script reports them."""
 import argparse
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -14,6 +15,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+def nearest(name: str, existing: Iterable[str]) -> str:
+    """Return "; the nearest are A, B" for the end of an error about a name that does not exist, or
+    "" if no existing name resembles it."""
+    near = difflib.get_close_matches(name, [str(other) for other in existing], n=3)
+    if not near:
+        return ""
+    verb = "is" if len(near) == 1 else "are"
+    return f"; the nearest {verb} {', '.join(near)}"
 
 
 def run_script(main: Callable[[list[str]], None]):

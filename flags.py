@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
 import torch
@@ -46,6 +47,99 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
     "attention", "compile", "deterministic",
+}
+
+# Flags of a loss with a reference.
+REFERENCE_FLAGS = ("ref", "ref_model", "ref_batch_size", "sync_ref_every", "sync_ref_alpha")
+
+# Flags of TRL, transformers and LLaMA-Factory: the flag here, or what to do.
+OTHER_TRAINERS = {
+    # model and data
+    "model_name_or_path": "--model",
+    "ref_model_name_or_path": "--ref_model",
+    "adapter_name_or_path": "--adapter",
+    "dataset_name": "--dataset",
+    "dataset_path": "--dataset",
+    "train_file": "--dataset",
+    "validation_file": "--eval_dataset",
+    "dataset_config": "--dataset with a folder of this part's files",
+    "dataset_train_split": "--dataset NAME:SPLIT",
+    "dataset_test_split": "--eval_dataset NAME:SPLIT",
+    "val_size": "--eval_share",
+    "chat_template_path": "--chat_template",
+    "template": "--chat_template FILE, or leave it out for the tokenizer's own",
+    "max_seq_length": "--max_length",
+    "max_seq_len": "--max_length",
+    "cutoff_len": "--max_length",
+    "max_target_length": "--max_completion_length",
+    "remove_unused_columns": "leave it out: columns that are not read are listed or refused",
+    "data_seed": "--seed",
+    # loss
+    "loss_type": "--loss",
+    "loss_weights": "--loss NAME:WEIGHT,NAME:WEIGHT",
+    "pref_loss": "--loss",
+    "stage": "--loss sft, or for dpo --loss sigmoid",
+    "pref_beta": "--beta",
+    "pref_ftx": "--loss sigmoid:1,sft:FTX",
+    "rpo_alpha": "--loss sigmoid:1,sft:ALPHA",
+    "gamma_beta_ratio": "--gamma, which is gamma_beta_ratio x beta",
+    "simpo_gamma": "--gamma with --loss simpo",
+    "use_weighting": "--wpo",
+    "f_divergence_type": "--f_divergence reverse_kl, forward_kl, js or alpha",
+    "f_alpha_divergence_coef": "--f_alpha",
+    "disable_dropout": "leave it out: the model's dropout is always off",
+    # reference
+    "precompute_ref_log_probs": "--ref cache",
+    "precompute_ref_batch_size": "--ref_batch_size",
+    "sync_ref_model": "--sync_ref_every STEPS",
+    "ref_model_sync_steps": "--sync_ref_every",
+    "ref_model_mixup_alpha": "--sync_ref_alpha",
+    "ref_adapter_name": "--ref adapter",
+    # adapter
+    "use_peft": "--lora_rank R",
+    "finetuning_type": "--lora_rank R for LoRA, none for full training",
+    "lora_r": "--lora_rank",
+    "lora_target_modules": "--lora_target NAME,NAME",
+    "lora_modules_to_save": "leave it out: an adapter has linear layers only",
+    "use_rslora": "--rslora",
+    "use_dora": "--dora",
+    "load_in_4bit": "--quantize nf4",
+    "load_in_8bit": "--quantize nf4, which has 4 bits",
+    "quantization_bit": "--quantize nf4",
+    # optimizer
+    "learning_rate": "--lr",
+    "per_device_train_batch_size": "--micro_batch_size",
+    "gradient_accumulation_steps": "leave it out",
+    "per_device_eval_batch_size": "--micro_batch_size, in evaluations too",
+    "num_train_epochs": "--epochs",
+    "num_epochs": "--epochs",
+    "warmup_ratio": "--warmup_steps, which is warmup_ratio x steps (default: a tenth of the steps)",
+    "lr_scheduler_type": "--lr_schedule linear, cosine or constant",
+    "optim": "leave it out: AdamW",
+    "weight_decay": "leave it out: there is none",
+    # run
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype bfloat16; there is no float16",
+    "torch_dtype": "--dtype auto, float32, bfloat16 or float64",
+    "attn_implementation": "--attention auto, packed or padded",
+    "flash_attn": "--attention auto, packed or padded",
+    "padding_free": "--attention packed",
+    "torch_compile": "--compile",
+    "full_determinism": "--deterministic",
+    "fsdp": "--parallel fsdp",
+    "deepspeed": "--parallel fsdp",
+    "logging_steps": "--log_every",
+    "eval_steps": "--eval_every",
+    "save_steps": "--save_every",
+    "eval_strategy": "--eval_every STEPS",
+    "evaluation_strategy": "--eval_every STEPS",
+    "save_strategy": "--save_every STEPS",
+    "save_total_limit": "--keep_checkpoints",
+    "resume_from_checkpoint": "--resume, with the --output_dir of the run",
+    "overwrite_output_dir": "leave it out, and give a new --output_dir",
+    "report_to": "leave it out: metrics.jsonl has all metrics",
+    "do_train": "leave it out",
+    "do_eval": "leave it out: held-out rows are always evaluated",
 }
 
 
@@ -259,7 +353,7 @@ def parse_args(
     start = argparse.Namespace(**defaults | saved)
     args, unknown = parser.parse_known_args(argv, start)
     if unknown:
-        refuse_flag(unknown[0].split("=")[0], loss_name, all_flags)
+        refuse_flags(unknown, argv, loss_name, all_flags)
 
     # Last, check combinations of flags and derive values from them.
     check_empty(args)
@@ -392,10 +486,65 @@ def settle_moving_reference(args):
         args.sync_ref_alpha = 0.6
 
 
+def refuse_flags(unknown, argv, loss_name, all_flags):
+    """Raise for unknown flags. Translate the flags of other trainers, all in one line."""
+    flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
+    translations = []
+    for flag in flags:
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in OTHER_TRAINERS:
+            translations.append(f"{flag}: {translate_flag(name, argv)}")
+    if translations:
+        raise UserError(f"these flags are another trainer's; write instead: "
+                        f"{'; '.join(translations)}")
+    if not flags:
+        start = argv.index(unknown[0])
+        raise UserError(f"{' '.join(argv[max(0, start - 2):start + 1])}: no flag reads "
+                        f"{unknown[0]!r}; lists are separated by commas without spaces, and a "
+                        "switch has no value")
+    refuse_flag(flags[0], loss_name, all_flags)
+
+
+def translate_flag(name, argv):
+    """Return the flag of this project for a flag of another trainer, with its value."""
+    translation, value = OTHER_TRAINERS[name], value_of(name, argv)
+    if value.lower() == "false":
+        return "leave it out"
+    # A bare flag takes the value as it is, without the .0 of a whole number.
+    if re.fullmatch(r"--\w+", translation) and value.lower() != "true":
+        translation = f"{translation} {re.sub(r'[.]0+$', '', value)}".strip()
+    if name in BATCH_SIZE_PARTS:
+        translation = f"{translation}, and {multiply_batch_size(argv)}"
+    return translation
+
+
+def value_of(name, argv):
+    """Return the value of a flag as it was written, or ""."""
+    for word, following in zip(argv, [*argv[1:], ""]):
+        flag, _, value = word.partition("=")
+        if flag.removeprefix("--").replace("-", "_") == name:
+            return following if not value and not following.startswith("--") else value
+    return ""
+
+
+# --batch_size is the product of these flags and the number of processes.
+BATCH_SIZE_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def multiply_batch_size(argv):
+    """Compute --batch_size from the flags of another trainer."""
+    factors = [value_of(name, argv) or "1" for name in BATCH_SIZE_PARTS]
+    factors.append(os.environ.get("WORLD_SIZE", "1"))
+    product = " x ".join(factors)
+    if all(factor.isdecimal() for factor in factors):
+        product = f"{math.prod(map(int, factors))} = {product}"
+    return f"--batch_size {product} (per device x accumulation x processes)"
+
+
 def refuse_flag(flag, loss_name, all_flags):
     """Raise for an unknown flag. Name the losses that read it, or the nearest flag."""
     name = flag.removeprefix("--")
-    if "ref" in name.split("_"):
+    if name in REFERENCE_FLAGS:
         raise UserError(f"{flag}: --loss {loss_name} has no reference")
     readers = [other for other, loss in LOSSES.items() if name in hyperparameters(loss)]
     if readers:

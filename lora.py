@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from errors import UserError
+from errors import UserError, nearest
 from files import moved_into
 
 # --- Low-rank updates -----------------------------------------------------------------------------
@@ -156,27 +156,70 @@ def lora_layers(model) -> dict:
 def target_modules(model, target: str | None) -> list:
     """Return the names of the layers to adapt.
 
-    target      None: all linear layers but the head; else names separated by commas, which match
-                the end of a layer's name, or a regular expression that matches a whole name
+    target      None, or PEFT's all-linear: all linear layers but the head; else names separated by
+                commas, which match the end of a layer's name, or a regular expression that matches
+                a whole name. Each name must match a layer
     """
     names = list(linear_layers(model))
-    if target is None:
+    if target in (None, "all-linear"):
         if has_stacked_experts(model):
             raise UserError(
                 "--lora_target: the experts of this model are not linear layers and cannot be "
                 "adapted; name the layers to adapt, such as q_proj,k_proj,v_proj,o_proj")
         return names
-    try:
-        pattern = re.compile(target)
-    except re.error as error:
-        raise UserError(f"--lora_target {target}: is not a regular expression ({error})") from None
-    endings = tuple(f".{ending}" for ending in target.split(","))
-    chosen = [name for name in names if f".{name}".endswith(endings) or pattern.fullmatch(name)]
+    # A regular expression that matches a whole name, else names separated by commas.
+    parts = [part.strip() for part in target.split(",")]
+    if matching_layers(names, target):
+        parts = [target]
+        for alternative, pattern in alternatives(target):
+            if not matching_layers(names, pattern):
+                refuse_target(model, alternative, names)
+    chosen = set()
+    for part in parts:
+        layers = matching_layers(names, part)
+        if part and not layers:
+            refuse_target(model, part, names)
+        chosen.update(layers)
     if not chosen:
-        existing = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise UserError(f"--lora_target {target}: no linear layer has such a name; there are "
-                        f"{', '.join(existing)}")
-    return chosen
+        refuse_target(model, target, names)
+    return [name for name in names if name in chosen]
+
+
+def matching_layers(names, part):
+    """List the names that end in a part of --lora_target, or match it as a regular expression."""
+    try:
+        pattern = re.compile(part)
+    except re.error as error:
+        raise UserError(f"--lora_target {part}: is not a regular expression ({error})") from None
+    is_name = part != "" and "," not in part
+    return [name for name in names
+            if (is_name and f".{name}".endswith(f".{part}")) or pattern.fullmatch(name)]
+
+
+# Alternatives of a regular expression that have no brackets of their own, as in .*(q_proj|v_proj).
+ALTERNATIVES = re.compile(r"(?:^|\(\?:|\()([^()|?\[\]{}]+(?:\|[^()|?\[\]{}]+)+)(?=\)|$)")
+
+
+def alternatives(target):
+    """List each alternative of a regular expression, with the expression that has it alone."""
+    pairs = []
+    for match in ALTERNATIVES.finditer(target):
+        before, after = target[:match.start(1)], target[match.end(1):]
+        for alternative in match[1].split("|"):
+            pairs.append((alternative, f"{before}{alternative}{after}"))
+    return pairs
+
+
+def refuse_target(model, part, names):
+    """Raise for a part of --lora_target that matches no layer."""
+    head = model.get_output_embeddings()
+    head_names = [name for name, layer in model.named_modules() if layer is head]
+    reason = "no linear layer has such a name"
+    if matching_layers(head_names, part):
+        reason = "is the head, which is not adapted"
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    raise UserError(f"--lora_target {part}: {reason}; there are {', '.join(endings)}"
+                    f"{nearest(part, endings)}; without this flag all of them are adapted")
 
 
 def has_stacked_experts(model) -> bool:

@@ -128,7 +128,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
     """
     sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
     needs_scores = "chosen_scores" in tensor_arguments(loss)
-    limits, columns = data.read_limits(args)
+    limits, columns, ignored = data.read_limits(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
         held_out = args.eval_dataset or home / "eval.jsonl"
@@ -139,10 +139,12 @@ def load_rows(args, loss, tokenizer, home, ranks):
     for flag, spec in specs.items():
         if spec:
             loaded[flag] = data.load_tokens(str(spec), tokenizer, sides, limits, args.strict,
-                                            needs_scores, columns)
+                                            needs_scores, columns, ignored)
     if ranks.rank == 0:
         barrier(ranks)
-    data.check_template(args.chat_template, [account for _, account in loaded.values()])
+    accounts = [account for _, account in loaded.values()]
+    data.check_template(args.chat_template, accounts)
+    data.check_ignored(ignored, accounts)
     rows = loaded["--dataset"][0]
     if "--eval_dataset" in loaded:
         held_out = loaded["--eval_dataset"][0]

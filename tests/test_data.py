@@ -437,6 +437,15 @@ def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_change
         assert kept["id"][count - 1] == f"org/pairs, row {count}"
 
 
+def test_an_unknown_split_of_the_hub_is_named_with_the_splits_that_exist(monkeypatch, tokenizer):
+    def load_dataset(name, split):
+        raise ValueError(f'Unknown split "{split}". Should be one of [\'train\', \'test\'].')
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"^org/pairs:trian: Unknown split .* \['train', 'test'\]"):
+        load_tokens("org/pairs:trian", tokenizer, BOTH, Limits())
+
+
 def test_a_changed_file_is_read_again(load):
     assert len(load([row()])[0]) == 1
     assert len(load([row(), row(chosen=" jumped")])[0]) == 2
@@ -1045,6 +1054,8 @@ def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
     assert len(load_tokens(f"{tmp_path}/both:test", tokenizer, BOTH, Limits())[0]) == 3
     one, _ = load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())
     assert one[0]["id"] == f"{tmp_path}/one, row 1"
+    account = load_tokens(f"{tmp_path}/both", tokenizer, BOTH, Limits())[1]
+    assert "not read, other splits of the folder: test" in describe(account)
     for spec in ("both:dev", "one:test"):
         with pytest.raises(UserError, match="there is no split"):
             load_tokens(f"{tmp_path}/{spec}", tokenizer, BOTH, Limits())

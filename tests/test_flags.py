@@ -72,6 +72,7 @@ CHANGES = {
     "truncation_mode": ({"max_prompt_length": 2}, "keep_start"),
     "overlong": ({"max_length": 16}, "drop"),
     "columns": ({}, "chosen=rejected,rejected=chosen"),
+    "ignore_columns": ({}, "sources"),
     "chat_template": ({"dataset": "CHAT"}, "TEMPLATE"),
     "strict": ({"dataset": "TIES"}, True),
     "shuffle": ({}, "false"),
@@ -93,6 +94,7 @@ REFUSED = {
     "resume": "there is no run in",
     "parallel": "one process alone has nothing to share",
     "strict": "chosen equals rejected",
+    "ignore_columns": "no row has such a column",
 }
 
 

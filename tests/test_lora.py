@@ -373,12 +373,25 @@ def test_lora_target_selects_layers_by_the_end_of_their_name_or_by_a_regular_exp
         "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
     ]
     assert target_modules(model, r".*\.1\..*down_proj") == ["model.layers.1.mlp.down_proj"]
+    assert target_modules(model, " v_proj , q_proj,") == target_modules(model, "q_proj,v_proj")
+    assert target_modules(model, r".*\.(q|v)_proj") == target_modules(model, "q_proj,v_proj")
+    assert target_modules(model, r".{1,40}\.(?:q_proj|v_proj)") == target_modules(
+        model, "q_proj,v_proj")
+    assert target_modules(model, "all-linear") == target_modules(model, None)
 
 
 @pytest.mark.parametrize("target, message", [
     ("c_attn", "no linear layer has such a name; there are down_proj, gate_proj"),
     ("q_proj(", "is not a regular expression"),
-    ("lm_head", "no linear layer has such a name"),
+    ("lm_head", "--lora_target lm_head: is the head, which is not adapted"),
+    ("q_proj,v_prj", "--lora_target v_prj: no linear layer .* the nearest are? .*v_proj"),
+    ("q_proj, lm_head", "--lora_target lm_head: is the head"),
+    (r".*\.(q_proj|k_prj)", "--lora_target k_prj: no linear layer .* the nearest are? .*k_proj"),
+    (r".*q_proj|.*v_prj", "--lora_target .*v_prj: no linear layer"),
+    ("q_proj|v_proj", r"--lora_target q_proj\|v_proj: no linear layer"),
+    (r"model\.layers\.(0|7)\..*", "--lora_target 7: no linear layer"),
+    ("q_proj;v_proj", "--lora_target q_proj;v_proj: no linear layer"),
+    (",", "--lora_target ,: no linear layer"),
 ])
 def test_a_target_that_matches_no_layer_raises_an_error(tokenizer, target, message):
     with pytest.raises(ValueError, match=message):
