@@ -27,6 +27,7 @@ These rules hold for every row:
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
 import argparse
+import ast
 import csv
 import functools
 import hashlib
@@ -45,12 +46,17 @@ import pyarrow.parquet
 import torch
 import transformers
 
+import templates
 from errors import UserError, run_script
+from templates import begins_with
 
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
-SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+SOURCE = hashlib.sha256()
+for code in (__file__, templates.__file__):
+    SOURCE.update(pathlib.Path(code).read_bytes())
+SOURCE = SOURCE.hexdigest()
 
 
 def first_line(error):
@@ -334,6 +340,88 @@ def read_score(row, field, where):
     return score
 
 
+# How a list of messages begins that a CSV cell or a JSON string holds as text.
+MESSAGES_AS_TEXT = re.compile(r"""\s*"?\[\s*\{""")
+# The keys of a message: of the usual format, and of ShareGPT.
+MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+
+
+def parse_messages(row, where):
+    """Replace text that is a list of messages, as JSON or as Python writes it, by the list."""
+    if not isinstance(row, dict):
+        return row
+    parsed = {}
+    for field in ("prompt", "chosen", "rejected"):
+        text = row.get(field)
+        if isinstance(text, str) and MESSAGES_AS_TEXT.match(text):
+            parsed[field] = parse_message_list(text, field, where)
+    return row | parsed if parsed else row
+
+
+def parse_message_list(text, field, where):
+    """Parse text that begins as a list of messages does. Other text is returned unchanged."""
+    value = text
+    try:
+        # A JSON string may hold JSON.
+        while isinstance(value, str):
+            value = json.loads(value)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            if not re.search(r"""["'](role|from)\\*["']\s*:""", text):
+                return text
+            raise UserError(f"{where}: the field '{field}' holds a list of messages as text that "
+                            f"is not JSON: {text[:60]!r}; write it as JSON") from None
+    return value if is_message_list(value) else text
+
+
+def is_message_list(value):
+    if not isinstance(value, list):
+        return False
+    for item in value:
+        keys = set(item) if isinstance(item, dict) else set()
+        if not any(keys.issuperset(pair) for pair in MESSAGE_KEYS):
+            return False
+    return True
+
+
+# Names of columns that hold no prompt, and of columns that do.
+OTHER_NAMES = re.compile(
+    r"(^|_)(id|idx|index|source|origin|model|name|lang|language|category|type|split|domain|topic|"
+    r"url|license|date|time|label|winner|tags?|annotator|rationale|reason|explanation|feedback|"
+    r"critique|scores?|rating|subset|dataset|task|version|hash|key)$", re.IGNORECASE)
+PROMPT_NAMES = re.compile(
+    r"prompt|question|query|instruction|input|problem|request|history|context|dialogue|"
+    r"conversation|messages|post|user|human", re.IGNORECASE)
+
+
+def marks_turns(prompt):
+    """Return whether a prompt that was found inside the answers is a dialogue."""
+    if isinstance(prompt, str):
+        return TURN in prompt
+    return any(message["role"] == "user" for message in prompt)
+
+
+def check_other_columns(row, shared, where):
+    """Raise if another column is the prompt, and `shared` only how both answers begin."""
+    for name, value in row.items():
+        if name in ("chosen", "rejected") or OTHER_NAMES.search(name) or not value:
+            continue
+        looks_like_prompt = PROMPT_NAMES.search(name) is not None
+        if isinstance(value, str):
+            # Dialogues without marked turns may repeat their question in a column.
+            if isinstance(shared, str) and value.strip() in shared:
+                continue
+            is_sentence = len(value.split()) > 2 or value.rstrip().endswith("?")
+            looks_like_prompt = looks_like_prompt or is_sentence or not shared
+        elif not isinstance(value, list):
+            continue
+        if looks_like_prompt:
+            raise UserError(f"{where}: no field is named 'prompt', and '{name}' may be the prompt: "
+                            f"add --columns prompt={name}, or remove that column")
+
+
 def split_prompt(chosen: str, rejected: str) -> str:
     """Find the prompt inside two dialogues: their common prefix up to the last turn of the
     assistant, so that neither answer loses its beginning. Where turns are not marked, the prompt
@@ -347,18 +435,17 @@ def split_prompt(chosen: str, rejected: str) -> str:
 
 def split_messages(dialogues):
     """Find the prompt inside dialogues that are lists of messages: the longest common prefix after
-    which every dialogue continues with a turn of the assistant."""
+    which every dialogue continues with a turn of the assistant. Turns of the assistant at the end
+    of this prefix belong to the answers."""
     for length in range(min(map(len, dialogues)), 0, -1):
         prompt = dialogues[0][:length]
+        if prompt[-1]["role"] == "assistant":
+            continue
         answers = [dialogue[length:] for dialogue in dialogues]
         are_equal = all(dialogue[:length] == prompt for dialogue in dialogues)
         if are_equal and all(begins_with(answer, ("assistant",)) for answer in answers):
             return prompt
     return []
-
-
-def begins_with(messages, roles):
-    return len(messages) > 0 and messages[0]["role"] in roles
 
 
 def split_row(prompt, answers: list, where: str):
@@ -386,7 +473,7 @@ def split_conversation(prompt, answers, where):
     answers = [as_messages("assistant", answer) for answer in answers]
     # Answers that continue the prompt.
     if prompt is not None and all(begins_with(answer, ("assistant", "tool")) for answer in answers):
-        return as_messages("user", prompt), answers
+        return move_tool_outputs(as_messages("user", prompt), answers)
     # Answers that are whole dialogues and repeat the prompt.
     shared = prompt if isinstance(prompt, list) else split_messages(answers)
     matches = all(answer[:len(shared)] == shared for answer in answers)
@@ -399,23 +486,38 @@ def split_conversation(prompt, answers, where):
     return shared, [answer[len(shared):] for answer in answers]
 
 
+def move_tool_outputs(prompt, answers):
+    """Move the outputs of tools that begin all answers to the prompt: the model does not write
+    them. Returns (prompt, answers)."""
+    while begins_with(answers[0], ("tool",)):
+        output = answers[0][0]
+        if any(answer[:1] != [output] for answer in answers):
+            break
+        prompt = prompt + [output]
+        answers = [answer[1:] for answer in answers]
+    return prompt, answers
+
+
 def as_messages(role, value):
     """Turn a text into one message of this role, and return a list of messages unchanged."""
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key) -> Iterator[dict]:
-    """Yield {id, chat, prompt, chosen, rejected} for every row.
+    """Yield {id, chat, has_own_prompt, prompt, chosen, rejected} for every row.
 
-    scored      adds {side}_score
-    chat        whether prompt and answers are JSON of messages instead of text
-    cache_key   unused here; `datasets` hashes it with the other arguments
+    scored          adds {side}_score
+    chat            whether prompt and answers are JSON of messages instead of text
+    has_own_prompt  whether the prompt is a field of the row, or is searched inside the answers
+    cache_key       unused here; `datasets` hashes it with the other arguments
     """
     fields = file_is_chat = None
+    has_dialogues = False
     for where, row in read_rows(Source(*source)):
         # Every row of a file must have the format of the first.
         if columns:
             row = rename_columns(row, dict(columns), where)
+        row = parse_messages(row, where)
         if fields is None:
             fields = choose_fields(row, where, sides)
         if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:
@@ -424,6 +526,10 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key
         values = {field: read_field(row, field, where) for field in fields}
         prompt = values.pop("prompt", None)
         prompt, answers = split_row(prompt, list(values.values()), where)
+        if "prompt" not in fields and not has_dialogues:
+            has_dialogues = marks_turns(prompt)
+            if not has_dialogues:
+                check_other_columns(row, prompt, where)
         is_chat = not isinstance(prompt, str)
         if file_is_chat not in (None, is_chat):
             raise UserError(f"{where}: some rows of this file are texts, others are messages")
@@ -433,7 +539,11 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), **cache_key
                 raise UserError(f"{where}: the column '{name}' is not read; write it into the "
                                 "prompt, or remove the column")
 
-        example = {"id": name_row(row, where), "chat": is_chat}
+        example = {
+            "id": name_row(row, where),
+            "chat": is_chat,
+            "has_own_prompt": "prompt" in fields,
+        }
         for name, part in zip(("prompt", *sides), (prompt, *answers)):
             example[name] = json.dumps(part) if is_chat else part
         if scored:
@@ -504,14 +614,6 @@ class Limits(NamedTuple):
     overlong: str = "cut"
 
 
-class RowText(NamedTuple):
-    """A row as text, ready for the tokenizer."""
-    prompt: str
-    answers: list  # the answers without prompt, to find empty and equal answers
-    wholes: list  # prompt + answer, for each answer
-    problem: str  # why the row is dropped, or ""
-
-
 def truncate(prompt: list, answers: list, limits: Limits, front=0):
     """Truncate token lists to the limits. Returns (prompt, answers).
 
@@ -546,50 +648,6 @@ def special_ids(tokenizer):
     return with_special[:front], [tokenizer.eos_token_id]
 
 
-def strip_after_end(text, ends):
-    """Remove white space after a token that ends the text. A model that wrote this token has
-    stopped, so it never writes the white space."""
-    stripped = text.rstrip()
-    return stripped if stripped.endswith(ends) else text
-
-
-def render(messages, tokenizer, where, add_generation_prompt=False):
-    """Write messages as text by the tokenizer's chat template."""
-    if not messages:
-        return ""
-    # A template is a program and raises exceptions of any kind.
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:
-        raise UserError(f"{where}: the chat template fails on this row: {error}") from error
-
-
-def text_of_messages(prompt, answers, tokenizer, ends, where):
-    """Turn prompt and answers, lists of messages, into RowText.
-
-    Some templates write the prompt differently when an answer follows. Such a row is dropped: its
-    answers do not belong to the prompt that a user would send.
-    """
-    if tokenizer.chat_template is None:
-        raise UserError(f"{where}: the row holds messages, and the tokenizer has no chat template; "
-                        "pass one by --chat_template FILE")
-    prompt_text = render(prompt, tokenizer, where, add_generation_prompt=True)
-    prompt_turns = render(prompt, tokenizer, where).rstrip()
-    wholes, answer_texts, roles = [], [], set()
-    for answer in answers:
-        whole = render(prompt + answer, tokenizer, where)
-        wholes.append(strip_after_end(whole, ends))
-        answer_texts.append("".join(message["content"] for message in answer))
-        roles |= {message["role"] for message in answer}
-    problem = ""
-    if prompt and roles & {"user", "system"}:
-        problem = "turns of the user inside an answer"
-    elif prompt and not all(whole.startswith(prompt_turns) for whole in wholes):
-        problem = "the chat template writes the prompt differently when an answer follows"
-    return RowText(prompt_text, answer_texts, wholes, problem)
-
-
 def tokenize_row(text, prompt, wholes, front, ends, limits):
     """Tokenize one row. Returns its columns.
 
@@ -616,7 +674,7 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
         "answer_ids": answer_ids,
         "prompt_truncated": len(prompt_ids) < len(whole_prompt),
         "answers_truncated": answer_tokens < sum(map(len, ended)),
-        "merged": start < len(prompt),
+        "merged": start < len(prompt) and "unserved" not in text.notes,
         "prompt_length": len(prompt_ids),
         "chosen_length": len(answer_ids[0]),
         "tokens": len(prompt_ids) + answer_tokens,
@@ -625,6 +683,7 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
     row["problem"] = "empty answer" if is_empty else find_problem(text, row, limits)
     if text.problem:
         row["problem"] = text.problem
+    row |= {name: name in text.notes for name in templates.TEXT_NOTES}
     return row
 
 
@@ -644,24 +703,23 @@ def find_problem(text, row, limits):
     return ""
 
 
-def text_of_row(batch, i, tokenizer, sides, ends):
+def text_of_row(batch, i, tokenizer, sides, special):
     """Turn row i of a batch of `examples` into RowText."""
     prompt = batch["prompt"][i]
     answers = [batch[side][i] for side in sides]
     if batch["chat"][i]:
         messages = [json.loads(answer) for answer in answers]
-        return text_of_messages(json.loads(prompt), messages, tokenizer, ends, batch["id"][i])
-    answers = [strip_after_end(answer, tokenizer.eos_token) for answer in answers]
-    return RowText(prompt, answers, [prompt + answer for answer in answers], "")
+        return templates.text_of_messages(
+            json.loads(prompt), messages, tokenizer, special, batch["id"][i])
+    return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
 
 
 def tokenize(batch, tokenizer, sides, limits):
     """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function."""
     bos, eos = special_ids(tokenizer)
-    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = tuple(token.content for token in special)  # EOS and the ends of turns
+    special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
-    texts = [text_of_row(batch, i, tokenizer, sides, ends) for i in range(count)]
+    texts = [text_of_row(batch, i, tokenizer, sides, special) for i in range(count)]
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):
@@ -682,7 +740,7 @@ def tokenize(batch, tokenizer, sides, limits):
             # A chat template writes its own BOS and ends its turns with its own special token.
             has_bos = wholes[0][:1] == [tokenizer.bos_token_id]
             front = wholes[0][:1] if has_bos else []
-            end_ids = [[] if whole.endswith(ends) else eos for whole in text.wholes]
+            end_ids = [[] if whole.endswith(special.texts) else eos for whole in text.wholes]
         row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
@@ -756,6 +814,7 @@ NOTES = {
     "answers_truncated": "answers truncated",
     "repeats": "prompt repeated inside both answers",
     "merged": "tokens merged across the end of the prompt",
+    **templates.TEXT_NOTES,
 }
 
 
