@@ -21,6 +21,7 @@ These rules hold for every row:
                  truncated answer loses its EOS with the rest of its tail.
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
                  tails of the answers.
+    messages     the chat template writes them; templates.py checks that no text is lost.
     drops        rows without a training signal (an empty answer, chosen equal to rejected) are
                  dropped, counted and named in the report.
 
