@@ -341,8 +341,9 @@ def read_score(row, field, where):
     return score
 
 
-# How a list of messages begins that a CSV cell or a JSON string holds as text.
-MESSAGES_AS_TEXT = re.compile(r"""\s*"?\[\s*\{""")
+# How messages begin that a CSV cell or a JSON string holds as text.
+MESSAGES_AS_TEXT = re.compile(r"""\s*"?\s*(\[\s*)?\{""")
+QUOTED_ROLE = re.compile(r"""["'](role|from)\\*["']\s*:""")
 # The keys of a message: of the usual format, and of ShareGPT.
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
@@ -361,6 +362,8 @@ def parse_messages(row, where):
 
 def parse_message_list(text, field, where):
     """Parse text that begins as a list of messages does. Other text is returned unchanged."""
+    if not QUOTED_ROLE.search(text):
+        return text
     value = text
     try:
         # A JSON string may hold JSON.
@@ -369,12 +372,15 @@ def parse_message_list(text, field, where):
     except (ValueError, RecursionError):
         try:
             value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            if not re.search(r"""["'](role|from)\\*["']\s*:""", text):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            # Text in braces is an answer; a list with roles is a damaged list of messages.
+            if text.lstrip().startswith("{"):
                 return text
             raise UserError(f"{where}: the field '{field}' holds a list of messages as text that "
                             f"is not JSON: {text[:60]!r}; write it as JSON") from None
-    return value if is_message_list(value) else text
+    # read_field reports a single message, which is not in a list.
+    messages = [value] if isinstance(value, dict) else value
+    return value if is_message_list(messages) else text
 
 
 def is_message_list(value):

@@ -156,8 +156,14 @@ def begins_with(messages: list, roles: tuple) -> bool:
 
 
 def continue_turn(prompt, answer):
-    """Join the last turn of a prompt and the first turn of an answer, without anything between."""
-    content = prompt[-1]["content"] + answer[0]["content"]
+    """Join the last turn of a prompt and the first turn of an answer, without anything between.
+
+    An answer may also repeat the words of that turn. A single word may repeat by chance.
+    """
+    start, content = prompt[-1]["content"], answer[0]["content"]
+    is_repeated = len(start.split()) > 1 and content.startswith(start.rstrip())
+    if not is_repeated:
+        content = start + content
     return prompt[:-1] + [answer[0] | {"content": content}] + answer[1:]
 
 

@@ -280,6 +280,12 @@ def test_a_prefill_is_trimmed_as_the_template_trims_a_turn(read):
     assert prompts[0].endswith("<|assistant|>A fruit is") and chosen == [" apple<eos>"]
 
 
+def test_answers_may_repeat_the_beginning_that_ends_the_prompt(read):
+    row = pair([user("name one"), assistant("A fruit is")], "A fruit is apple", "A fruit is rock")
+    prompts, chosen, _, _ = read([row], PLAIN)
+    assert prompts[0].endswith("<|assistant|>A fruit is") and chosen == [" apple<eos>"]
+
+
 def test_two_turns_of_the_assistant_in_a_dialogue_stay_two_turns(read):
     start = [user("hi"), assistant("one")]
     rows = [{"chosen": start + [assistant("two")], "rejected": start + [assistant("three")]}]
@@ -324,7 +330,17 @@ def test_messages_as_text_that_cannot_be_parsed_are_an_error_with_row_and_field(
         read([pair([user("hi")]), {"prompt": text, "chosen": "x", "rejected": "y"}], CHATML)
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_one_message_as_text_is_an_error_with_row_and_field(read, write):
+    row = {"prompt": "hi", "chosen": write(assistant("yes")), "rejected": write(assistant("no"))}
+    message = "row 1: the field 'chosen' holds .* which is not text and no list of messages"
+    with pytest.raises(UserError, match=message):
+        read([row], CHATML)
+
+
 @pytest.mark.parametrize("answer", [
+    '{"role": "cook", "pay": 3}', "{x: 1}", "{1, 2}", "{[]: 'role'}",
+    "{[]: {'role': 1}}", '{"role": f(x)}',
     '[{"name": "Bo", "role": "cook"}]', "[{x}]", '[{"a": 1}]', "[{ 'a': b }] = c", "[1, 2]"])
 def test_an_answer_that_is_json_but_no_list_of_messages_stays_text(read, answer):
     chosen = read([{"prompt": "list: ", "chosen": answer, "rejected": "[]"}])[1]
