@@ -21,12 +21,14 @@ These rules hold for every row:
                  truncated answer loses its EOS with the rest of its tail.
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
                  tails of the answers.
+    messages     the chat template writes them; templates.py checks that no text is lost.
     drops        rows without a training signal (an empty answer, chosen equal to rejected) are
                  dropped, counted and named in the report.
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
 import argparse
+import ast
 import csv
 import functools
 import hashlib
@@ -45,12 +47,17 @@ import pyarrow.parquet
 import torch
 import transformers
 
+import templates
 from errors import UserError, nearest, run_script
+from templates import begins_with
 
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
-SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+SOURCE = hashlib.sha256()
+for code in (__file__, templates.__file__):
+    SOURCE.update(pathlib.Path(code).read_bytes())
+SOURCE = SOURCE.hexdigest()
 
 
 def first_line(error):
@@ -491,7 +498,8 @@ MESSAGE_CONTEXT = CONTEXT | {
 # Columns with the prompt under another name, in a row whose answers do not show where it ends.
 PROMPT_NAMES = {
     "question", "instruction", "query", "problem", "userprompt", "usermessage", "prompttext",
-    "message", "conversation", "trajectory", "dialogue",
+    "message", "conversation", "trajectory", "dialogue", "request", "post", "user", "human",
+    "input", "context", "history",
 }
 # False says that a row or a message should not be trained on, or that an answer is bad.
 SWITCHES = {"label", "train", "trainable", "loss"}
@@ -566,16 +574,17 @@ def list_unread(row, fields, read, ignored, where) -> list:
     dialogue = row.get(fields["chosen"])
     prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
     needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
-    context = CONTEXT | PROMPT_NAMES if needs_prompt else CONTEXT
     for name, value in row.items():
         if name in read or (is_blank(value) and name not in ignored):
             continue
+        may_be_prompt = needs_prompt and (plain_name(name) in PROMPT_NAMES or is_question(value))
+        context = CONTEXT | {plain_name(name)} if may_be_prompt else CONTEXT
         reason = why_it_matters(name, value, context, prompt)
         if reason and name not in ignored:
             advice = "write it into the prompt, or remove the column"
             if plain_name(name) in WEIGHTS | SWITCHES:
                 advice = "remove the row or the column"
-            if needs_prompt and plain_name(name) in PROMPT_NAMES | {"input"}:
+            if may_be_prompt:
                 advice = f"if it is the prompt, pass --columns prompt={name}"
             raise UserError(f"{where}: the column '{name}' is not read: {reason}; {advice}; "
                             f"--ignore_columns {name} trains without it")
@@ -583,6 +592,10 @@ def list_unread(row, fields, read, ignored, where) -> list:
     for field, name in fields.items():
         unread += list_unread_keys(row.get(name), field, ignored, where)
     return unread
+
+
+def is_question(value):
+    return isinstance(value, str) and value.rstrip().endswith("?")
 
 
 def holds_prompt(dialogue):
@@ -632,6 +645,62 @@ def check_ignored(ignored: tuple, accounts: list[dict]):
                             f"read; there are: {listed}{nearest(name, existing)}")
 
 
+# --- Messages that arrive as text -----------------------------------------------------------------
+
+# How messages begin that a CSV cell or a JSON string holds as text.
+MESSAGES_AS_TEXT = re.compile(r"""\s*"?\s*(\[\s*)?\{""")
+QUOTED_ROLE = re.compile(r"""["'](role|from)\\*["']\s*:""")
+# The keys of a message: of the usual format, and of ShareGPT.
+MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+
+
+def parse_messages(row, theirs, where):
+    """Replace text that is a list of messages, as JSON or as Python writes it, by the list. theirs
+    has the file's names of our fields."""
+    if not isinstance(row, dict):
+        return row
+    parsed = {}
+    for field in ("prompt", "chosen", "rejected"):
+        name = theirs.get(field, field)
+        text = row.get(name)
+        if isinstance(text, str) and MESSAGES_AS_TEXT.match(text):
+            parsed[name] = parse_message_list(text, name, where)
+    return row | parsed if parsed else row
+
+
+def parse_message_list(text, field, where):
+    """Parse text that begins as a list of messages does. Other text is returned unchanged."""
+    if not QUOTED_ROLE.search(text):
+        return text
+    value = text
+    try:
+        # A JSON string may hold JSON.
+        while isinstance(value, str):
+            value = json.loads(value)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            # Text in braces is an answer; a list with roles is a damaged list of messages.
+            if text.lstrip().startswith("{"):
+                return text
+            raise UserError(f"{where}: the field '{field}' holds a list of messages as text that "
+                            f"is not JSON: {text[:60]!r}; write it as JSON") from None
+    # read_field reports a single message, which is not in a list.
+    messages = [value] if isinstance(value, dict) else value
+    return value if is_message_list(messages) else text
+
+
+def is_message_list(value):
+    if not isinstance(value, list):
+        return False
+    for item in value:
+        keys = set(item) if isinstance(item, dict) else set()
+        if not any(keys.issuperset(pair) for pair in MESSAGE_KEYS):
+            return False
+    return True
+
+
 # --- Prompt and answers apart ---------------------------------------------------------------------
 
 def split_prompt(chosen: str, rejected: str) -> str:
@@ -647,18 +716,17 @@ def split_prompt(chosen: str, rejected: str) -> str:
 
 def split_messages(dialogues):
     """Find the prompt inside dialogues that are lists of messages: the longest common prefix after
-    which every dialogue continues with a turn of the assistant."""
+    which every dialogue continues with a turn of the assistant. Turns of the assistant at the end
+    of this prefix belong to the answers."""
     for length in range(min(map(len, dialogues)), 0, -1):
         prompt = dialogues[0][:length]
+        if prompt[-1]["role"] == "assistant":
+            continue
         answers = [dialogue[length:] for dialogue in dialogues]
         are_equal = all(dialogue[:length] == prompt for dialogue in dialogues)
         if are_equal and all(begins_with(answer, ("assistant",)) for answer in answers):
             return prompt
     return []
-
-
-def begins_with(messages, roles):
-    return len(messages) > 0 and messages[0]["role"] in roles
 
 
 def split_row(prompt, answers: list, where: str):
@@ -686,7 +754,7 @@ def split_conversation(prompt, answers, where):
     answers = [as_messages("assistant", answer) for answer in answers]
     # Answers that continue the prompt.
     if prompt is not None and all(begins_with(answer, ("assistant", "tool")) for answer in answers):
-        return as_messages("user", prompt), answers
+        return move_tool_outputs(as_messages("user", prompt), answers)
     # Answers that are whole dialogues and repeat the prompt.
     shared = prompt if isinstance(prompt, list) else split_messages(answers)
     matches = all(answer[:len(shared)] == shared for answer in answers)
@@ -699,6 +767,18 @@ def split_conversation(prompt, answers, where):
     return shared, [answer[len(shared):] for answer in answers]
 
 
+def move_tool_outputs(prompt, answers):
+    """Move the outputs of tools that begin all answers to the prompt: the model does not write
+    them. Returns (prompt, answers)."""
+    while begins_with(answers[0], ("tool",)):
+        output = answers[0][0]
+        if any(answer[:1] != [output] for answer in answers):
+            break
+        prompt = prompt + [output]
+        answers = [answer[1:] for answer in answers]
+    return prompt, answers
+
+
 def as_messages(role, value):
     """Turn a text into one message of this role, and return a list of messages unchanged."""
     return [{"role": role, "content": value}] if isinstance(value, str) else value
@@ -706,16 +786,18 @@ def as_messages(role, value):
 
 def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
              **cache_key) -> Iterator[dict]:
-    """Yield {id, chat, prompt, chosen, rejected, unread} for every row.
+    """Yield {id, chat, has_own_prompt, prompt, chosen, rejected, unread} for every row.
 
-    scored      adds {side}_score
-    unread      a JSON list of the columns and message keys that are not read
-    chat        whether prompt and answers are JSON of messages instead of text
-    cache_key   unused here; `datasets` hashes it with the other arguments
+    scored          adds {side}_score
+    unread          a JSON list of the columns and message keys that are not read
+    chat            whether prompt and answers are JSON of messages instead of text
+    has_own_prompt  whether the prompt is a field of the row, or is searched inside the answers
+    cache_key       unused here; `datasets` hashes it with the other arguments
     """
     fields = file_is_chat = None
     theirs, kinds = dict(columns), set()
     for where, row_of_file in read_rows(Source(*source)):
+        row_of_file = parse_messages(row_of_file, theirs, where)
         # Every row of a file must have the format of the first.
         row = row_of_file
         if columns:
@@ -747,7 +829,12 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
             raise UserError(f"{where}: some rows of this file are texts, others are messages")
         file_is_chat = is_chat
 
-        example = {"id": name_row(row, where), "chat": is_chat, "unread": json.dumps(unread)}
+        example = {
+            "id": name_row(row, where),
+            "chat": is_chat,
+            "has_own_prompt": "prompt" in fields,
+            "unread": json.dumps(unread),
+        }
         for name, part in zip(("prompt", *sides), (prompt, *answers)):
             example[name] = json.dumps(part) if is_chat else part
         if scored:
@@ -819,14 +906,6 @@ class Limits(NamedTuple):
     overlong: str = "cut"
 
 
-class RowText(NamedTuple):
-    """A row as text, ready for the tokenizer."""
-    prompt: str
-    answers: list  # the answers without prompt, to find empty and equal answers
-    wholes: list  # prompt + answer, for each answer
-    problem: str  # why the row is dropped, or ""
-
-
 def truncate(prompt: list, answers: list, limits: Limits, front=0):
     """Truncate token lists to the limits. Returns (prompt, answers).
 
@@ -861,50 +940,6 @@ def special_ids(tokenizer):
     return with_special[:front], [tokenizer.eos_token_id]
 
 
-def strip_after_end(text, ends):
-    """Remove white space after a token that ends the text. A model that wrote this token has
-    stopped, so it never writes the white space."""
-    stripped = text.rstrip()
-    return stripped if stripped.endswith(ends) else text
-
-
-def render(messages, tokenizer, where, add_generation_prompt=False):
-    """Write messages as text by the tokenizer's chat template."""
-    if not messages:
-        return ""
-    # A template is a program and raises exceptions of any kind.
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:
-        raise UserError(f"{where}: the chat template fails on this row: {error}") from error
-
-
-def text_of_messages(prompt, answers, tokenizer, ends, where):
-    """Turn prompt and answers, lists of messages, into RowText.
-
-    Some templates write the prompt differently when an answer follows. Such a row is dropped: its
-    answers do not belong to the prompt that a user would send.
-    """
-    if tokenizer.chat_template is None:
-        raise UserError(f"{where}: the row holds messages, and the tokenizer has no chat template; "
-                        "pass one by --chat_template FILE")
-    prompt_text = render(prompt, tokenizer, where, add_generation_prompt=True)
-    prompt_turns = render(prompt, tokenizer, where).rstrip()
-    wholes, answer_texts, roles = [], [], set()
-    for answer in answers:
-        whole = render(prompt + answer, tokenizer, where)
-        wholes.append(strip_after_end(whole, ends))
-        answer_texts.append("".join(message["content"] for message in answer))
-        roles |= {message["role"] for message in answer}
-    problem = ""
-    if prompt and roles & {"user", "system"}:
-        problem = "turns of the user inside an answer"
-    elif prompt and not all(whole.startswith(prompt_turns) for whole in wholes):
-        problem = "the chat template writes the prompt differently when an answer follows"
-    return RowText(prompt_text, answer_texts, wholes, problem)
-
-
 def tokenize_row(text, prompt, wholes, front, ends, limits):
     """Tokenize one row. Returns its columns.
 
@@ -931,7 +966,7 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
         "answer_ids": answer_ids,
         "prompt_truncated": len(prompt_ids) < len(whole_prompt),
         "answers_truncated": answer_tokens < sum(map(len, ended)),
-        "merged": start < len(prompt),
+        "merged": start < len(prompt) and "unserved" not in text.notes,
         "prompt_length": len(prompt_ids),
         "chosen_length": len(answer_ids[0]),
         "tokens": len(prompt_ids) + answer_tokens,
@@ -940,6 +975,7 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
     row["problem"] = "empty answer" if is_empty else find_problem(text, row, limits)
     if text.problem:
         row["problem"] = text.problem
+    row |= {name: name in text.notes for name in templates.TEXT_NOTES}
     return row
 
 
@@ -959,24 +995,23 @@ def find_problem(text, row, limits):
     return ""
 
 
-def text_of_row(batch, i, tokenizer, sides, ends):
+def text_of_row(batch, i, tokenizer, sides, special):
     """Turn row i of a batch of `examples` into RowText."""
     prompt = batch["prompt"][i]
     answers = [batch[side][i] for side in sides]
     if batch["chat"][i]:
         messages = [json.loads(answer) for answer in answers]
-        return text_of_messages(json.loads(prompt), messages, tokenizer, ends, batch["id"][i])
-    answers = [strip_after_end(answer, tokenizer.eos_token) for answer in answers]
-    return RowText(prompt, answers, [prompt + answer for answer in answers], "")
+        return templates.text_of_messages(
+            json.loads(prompt), messages, tokenizer, special, batch["id"][i])
+    return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
 
 
 def tokenize(batch, tokenizer, sides, limits):
     """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function."""
     bos, eos = special_ids(tokenizer)
-    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = tuple(token.content for token in special)  # EOS and the ends of turns
+    special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
-    texts = [text_of_row(batch, i, tokenizer, sides, ends) for i in range(count)]
+    texts = [text_of_row(batch, i, tokenizer, sides, special) for i in range(count)]
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):
@@ -997,7 +1032,7 @@ def tokenize(batch, tokenizer, sides, limits):
             # A chat template writes its own BOS and ends its turns with its own special token.
             has_bos = wholes[0][:1] == [tokenizer.bos_token_id]
             front = wholes[0][:1] if has_bos else []
-            end_ids = [[] if whole.endswith(ends) else eos for whole in text.wholes]
+            end_ids = [[] if whole.endswith(special.texts) else eos for whole in text.wholes]
         row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
@@ -1076,6 +1111,7 @@ NOTES = {
     "answers_truncated": "answers truncated",
     "repeats": "prompt repeated inside both answers",
     "merged": "tokens merged across the end of the prompt",
+    **templates.TEXT_NOTES,
 }
 
 
