@@ -362,8 +362,8 @@ def check_adapter_config(folder, config):
     advice = ("if PEFT can merge it (merge_and_unload), merge it there and pass the merged model "
               "by --model")
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, and its peft_type "
-                        f"is {config.get('peft_type')}; {advice}")
+        raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read; its peft_type is "
+                        f"{config.get('peft_type')}; {advice}")
     init = str(config.get("init_lora_weights")).lower()
     if init not in PLAIN_INITS:
         raise UserError(

@@ -55,7 +55,7 @@ def load_pretrained(auto_class, name: str, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        kind = auto_class.__name__.removeprefix("Auto")
+        kind = "Tokenizer" if auto_class is AutoTokenizer else "ModelForCausalLM"
         problem = f"{kind} not found locally or on the Hub"
         if os.path.isdir(name):
             problem = f"no usable {kind} in this folder"

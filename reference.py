@@ -137,7 +137,8 @@ def first_difference(policy_ids: dict, reference_ids: dict) -> str:
     for token, number in sorted(policy_ids.items(), key=lambda item: item[1]):
         other = tokens.get(number, token)
         if token in reference_ids and reference_ids[token] != number:
-            return f"{token!r} has id {number} in the policy, {reference_ids[token]} in the reference"
+            return (f"{token!r} has id {number} in the policy, {reference_ids[token]} in the "
+                    "reference")
         if other != token and not UNUSED_TOKEN.search(other):
             return f"id {number} is {token!r} in the policy, {other!r} in the reference"
     return ""
