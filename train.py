@@ -543,7 +543,7 @@ def load_models(args, home, newest, ranks):
     check_vocabulary(f"--model {args.model}", model.model, tokenizer)
     check_positions(args, "the model", model.model)
     reference = load_reference(args, model, source, dtype, ranks)
-    if args.ref_model:
+    if reference is not None and args.ref_model:
         lines.append(check_reference(args, reference.model, tokenizer))
     if args.adapter:
         lines.append(describe_base(args.adapter, source))

@@ -56,9 +56,10 @@ def swap_layers(tensors):
 def test_an_adapter_on_another_base_of_the_same_shape_is_refused_in_training_and_merge(
         fit, sft, folder, tmp_path, change):
     other = changed_copy(folder, tmp_path / "other", change)
-    with pytest.raises(UserError, match=f"was trained on {folder}, .* differ from those of {other}"):
+    message = f"was trained on {folder}, whose weights differ from those of {other}"
+    with pytest.raises(UserError, match=message):
         fit(model=other, adapter=sft, max_steps=1, out="dpo")
-    with pytest.raises(UserError, match=f"was trained on {folder}, .* differ from those of {other}"):
+    with pytest.raises(UserError, match=message):
         models.main(["merge", f"--adapter={sft}", f"--model={other}", f"--out={tmp_path}/merged"])
     assert not (tmp_path / "merged").exists()
 
@@ -197,7 +198,7 @@ def test_a_reference_with_fewer_embeddings_is_refused(fit, tokenizer, tmp_path):
     model = tiny_model("llama", tokenizer)
     model.resize_token_embeddings(300)
     models.save_model(model, tokenizer, tmp_path / "reference")
-    with pytest.raises(UserError, match="--ref_model .*: has 300 embeddings, but .* 320 tokens"):
+    with pytest.raises(UserError, match="--ref_model .*: has 300 embeddings, but .* 319 tokens"):
         fit(ref_model=tmp_path / "reference", max_steps=1)
 
 
@@ -391,8 +392,7 @@ def test_a_run_whose_data_file_changed_one_token_of_an_answer_is_not_resumed(
 def test_a_run_whose_data_file_changed_a_score_is_not_resumed(fit, tmp_path):
     rows = [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in make_rows(22)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    out, _ = fit(loss="bt", dataset=path, max_steps=4, save_every=2) if False else fit(
-        dataset=path, max_steps=4, save_every=2, loss="rpo_scores")
+    out, _ = fit(loss="odpo", dataset=path, max_steps=4, save_every=2)
     unfinished(out)
     rows[3]["chosen_score"] = 2.5
     write_jsonl(tmp_path / "rows.jsonl", rows)
