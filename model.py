@@ -11,6 +11,7 @@ host memory: it reads the file's dtype on the CPU, quantizes layer by layer if a
 tensor by tensor to the device and converts there.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -87,12 +88,14 @@ def check_vocabulary(name: str, model, tokenizer):
                         "embedding: not a pair")
 
 
+FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
+
+
 def load_config(name: str):
     """Load the config of a model, and reject a model whose weights are quantized already.
 
-    Such a model needs the kernels of its method, and cannot be merged or saved here. A config may
-    also ask for flash attention: this code chooses attention itself, and flash attention may not
-    be installed, so that the default of transformers is used instead.
+    Such a model needs the kernels of its method, and cannot be merged or saved here. A config that
+    asks for flash attention is rejected where flash attention is not installed.
     """
     config = load_pretrained(AutoConfig, name)
     parts = [config]
@@ -108,8 +111,11 @@ def load_config(name: str):
             raise UserError(
                 f"{name}: its weights are quantized already ({method}); pass the model that it was "
                 "made from (with an adapter, --quantize nf4 stores that one in 4 bits)")
-    if any("flash" in str(part._attn_implementation) for part in parts):
-        config._attn_implementation = None
+        attention = str(part._attn_implementation)
+        if "flash" in attention and not any(map(importlib.util.find_spec, FLASH_PACKAGES)):
+            raise UserError(
+                f"{name}: its config asks for {attention}, which is not installed; delete "
+                "attn_implementation from its config.json (the default, sdpa, needs no package)")
     return config
 
 
