@@ -36,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 import train
+from checkpoint import saved_flags
 from errors import Parser, UserError, run_script
 from model import load_model, load_tokenizer
 from parallel import init_distributed
@@ -206,7 +207,7 @@ def run_training(args, ranks, lines):
         pathlib.Path("rows.jsonl").write_text("".join(lines))
         with recorded() as recorder:
             train.main(train_flags(args), ranks)
-        config = json.loads(pathlib.Path("out/config.json").read_text())
+        flags = saved_flags("out")
         metrics = []
         for line in pathlib.Path("out/metrics.jsonl").read_text().splitlines():
             metrics.append(json.loads(line))
@@ -217,7 +218,7 @@ def run_training(args, ranks, lines):
         chosen = data.column(rows, "chosen_length")
         rejected = data.column(rows, "tokens") - prompt - chosen
     lengths = np.stack([prompt, chosen, rejected], 1)
-    return TrainedRun(recorder, lengths, config["flags"]["attention"], metrics)
+    return TrainedRun(recorder, lengths, flags["attention"], metrics)
 
 
 def read_lines(path, count):

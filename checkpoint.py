@@ -1,6 +1,7 @@
 """The files of a run, each written aside and renamed (files.py): save, verify, resume, lock.
 
     config.json         the flags of the run; when the run has ended, the model's configuration too
+    run.json            instead of config.json in a run with an adapter: the flags of the run
     metrics.jsonl       see log.Log
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
         optimizer/      the optimizer's state and a moving reference, in one file per rank,
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from errors import UserError
-from files import delete_partial, free_name, written_aside
+from files import delete_partial, free_name, write_text, written_aside
 from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
@@ -54,9 +55,9 @@ def explained_write_errors(folder: pathlib.Path):
             f"whole. Make room, then: python train.py --output_dir {folder} --resume") from error
 
 
-def read_config(folder: str | pathlib.Path) -> dict:
+def read_config(folder: str | pathlib.Path, name: str = "config.json") -> dict:
     try:
-        return json.loads((pathlib.Path(folder) / "config.json").read_text())
+        return json.loads((pathlib.Path(folder) / name).read_text())
     except (OSError, json.JSONDecodeError):
         return {}
 
@@ -65,10 +66,24 @@ def saved_flags(folder: str | None) -> dict:
     """The flags of the run that --resume continues."""
     if folder is None:
         raise UserError("--resume needs the --output_dir of the run to go on with")
-    config = read_config(folder)
-    if "flags" not in config:
-        raise UserError(f"--resume: there is no run in {folder}")
-    return config["flags"]
+    for name in ("run.json", "config.json"):
+        config = read_config(folder, name)
+        if "flags" in config:
+            return config["flags"]
+    raise UserError(f"--resume: there is no run in {folder}")
+
+
+def write_flags(folder: pathlib.Path, flags: dict) -> None:
+    """Write the flags of a run that begins, and delete those of a run that left no checkpoint.
+
+    With an adapter the file is run.json: transformers would take the folder of an adapter for a
+    model because of a config.json.
+    """
+    name, other = "config.json", "run.json"
+    if flags.get("adapter") or flags.get("lora_rank"):
+        name, other = other, name
+    write_text(folder / name, json.dumps({"flags": flags}, indent=2) + "\n")
+    (folder / other).unlink(missing_ok=True)
 
 
 def is_complete(folder: str | pathlib.Path) -> bool:

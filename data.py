@@ -43,6 +43,7 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.compute
 import pyarrow.parquet
 import torch
 import transformers
@@ -1187,10 +1188,45 @@ def column(rows: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def digest(rows: datasets.Dataset) -> str:
-    """Hash these rows in this order, by their prompts and lengths."""
-    columns = [column(rows, name) for name in ("prompt_key", "tokens", "chosen_length")]
-    content = b"".join(values.tobytes() for values in columns)
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
+    """Hash these rows in this order, by their token ids and numbers, such as scores.
+
+    The name of a row is left out, so that a data file may be moved. Every stored row is hashed by
+    array operations and `rows` selects among the hashes, because to select the ids themselves is
+    ten times slower.
+    """
+    names = [name for name, kind in rows.features.items()
+             if getattr(kind, "dtype", None) != "string"]
+    hashes = [np.zeros(0, np.uint64)]
+    for batch in rows.data.table.select(sorted(names)).to_batches(max_chunksize=10_000):
+        hashes.append(np.zeros(len(batch), np.uint64))
+        for values in batch.columns:
+            hashes[-1] = mix_bits(hashes[-1] + hash_column(values))
+    hashes = np.concatenate(hashes)  # (stored rows,)
+    if rows._indices is not None:
+        hashes = hashes[rows._indices.column(0).to_numpy()]  # (rows,)
+    return hashlib.blake2b(hashes.tobytes(), digest_size=12).hexdigest()
+
+
+def hash_column(values: pyarrow.Array) -> np.ndarray:
+    """Hash each number, or each list of ids with their positions -> (n,) uint64."""
+    if not pyarrow.types.is_list(values.type):
+        values = values.to_numpy(zero_copy_only=False)
+        return mix_bits(values.astype(np.result_type(values, np.int64)).view(np.uint64))
+    lengths = pyarrow.compute.list_value_length(values).to_numpy().astype(np.int64)
+    ends = np.cumsum(lengths)
+    ids = values.flatten().to_numpy().astype(np.uint64)
+    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    hashes = mix_bits((ids << np.uint64(32)) + positions.astype(np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes)])  # modulo 2^64
+    return sums[ends] - sums[ends - lengths]
+
+
+def mix_bits(values: np.ndarray) -> np.ndarray:
+    """Map 64-bit numbers to 64-bit numbers without a pattern, one to one (SplitMix64)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
 
 
 def hold_out(rows: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:

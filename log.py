@@ -1,6 +1,6 @@
 """Writes the output of a run: the lines before the first step, the progress bar, metrics.jsonl.
 
-`introduce` prints a summary of the run before its first step. `Log` then writes config.json once,
+`introduce` prints a summary of the run before its first step. `Log` then writes the flags once,
 one row of metrics.jsonl for each logged step, and draws the bar. Only rank 0 writes.
 """
 import json
@@ -13,6 +13,7 @@ import torch
 import tqdm
 
 from batches import Task
+from checkpoint import write_flags
 from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
@@ -26,7 +27,7 @@ def bar_interval() -> float:
 
 
 class Log:
-    """Writes config.json, metrics.jsonl, the bar and messages on rank 0, and nothing elsewhere."""
+    """Writes the flags, metrics.jsonl, the bar and messages on rank 0, and nothing elsewhere."""
 
     def __init__(self, folder: Path, flags: dict, start: int, steps: int, ranks: Ranks):
         self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
@@ -35,7 +36,7 @@ class Log:
         self.first = True  # no step has ended yet
         if not self.on:
             return
-        write_text(folder / "config.json", json.dumps({"flags": flags}, indent=2) + "\n")
+        write_flags(folder, flags)
         # A resumed run repeats the steps after its checkpoint, so keep only the rows up to there.
         # The last row may be incomplete.
         kept_rows = []

@@ -10,6 +10,7 @@ Example     W₀ = 2 (1 x 1), rank 1, alpha 1, A = 3, B = 4, x = 1, so s·BA = 1
 """
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -260,13 +261,78 @@ def use_adapter(model, name: str | None):
             layer.active = active
 
 
+# --- The base of an adapter -----------------------------------------------------------------------
+
+SAMPLE_SIZE = 2**14  # values of each parameter, at least, in the fingerprint
+
+
+@torch.no_grad()
+def base_fingerprint(model) -> str:
+    """Hash the shape and evenly spaced values of every parameter of a model without adapters.
+
+    An adapter is saved with the fingerprint of its base, so that another base of the same shape is
+    recognized. The values are rounded to bfloat16, in which the frozen base of a GPU run is
+    computed: so one base has one fingerprint, whatever the dtype of its file and of the run. Names
+    of parameters are left out, because they differ between versions of transformers.
+    """
+    digests = []
+    for parameter in model.parameters():
+        stride = parameter.numel() // SAMPLE_SIZE | 1  # odd, so that it reaches every column
+        sample = parameter.detach().flatten()[::stride]
+        content = sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
+        digest = hashlib.blake2b(content, digest_size=16)
+        digest.update(str(tuple(parameter.shape)).encode())
+        digests.append(digest.digest())
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()
+
+
+def check_base(model, folder, named):
+    """Raise a UserError if an adapter was trained on other weights than this model's.
+
+    named       the base that adapter_config.json names
+    """
+    recorded = read_run_file(folder).get("base_fingerprint")
+    actual = getattr(model, "base_fingerprint", None)  # None under fsdp, except on rank 0
+    if recorded and actual and recorded != actual:
+        given = model.name_or_path
+        raise UserError(
+            f"{folder}: was trained on {named}, whose weights differ from those of {given}; pass "
+            f"the base that it was trained on by --model (to use it on {given} on purpose, delete "
+            f"base_fingerprint from {pathlib.Path(folder) / RUN_FILE})")
+
+
+def describe_base(folder: str, given: str) -> str:
+    """Make a line that names both bases of an adapter without a fingerprint, else ""."""
+    if read_run_file(folder).get("base_fingerprint"):
+        return ""
+    named = read_adapter(folder)[2]
+    return (f"{folder}: its files name the base {named} but have no fingerprint of it; it is used "
+            f"on {given}, and only you can tell whether that is the same model")
+
+
 # --- PEFT's files ---------------------------------------------------------------------------------
 # adapter_config.json, and adapter_model.safetensors with base_model.model.{layer}.lora_A.weight
 # (r, in), .lora_B.weight (out, r) and for DoRA .lora_magnitude_vector (out,)
 
+# Everything that PEFT's files have no place for: the fingerprint of the base, the flags of the run.
+# It is not config.json, because transformers would take an adapter with that file for a model.
+RUN_FILE = "run.json"
+
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")
+
+# Entries of adapter_config.json that are read, or that change nothing once the tensors are known.
+# Every other entry with a value, of any version of PEFT, may change what the adapter computes.
+KNOWN_ENTRIES = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias",
+    "target_modules", "exclude_modules", "layers_pattern", "fan_in_fan_out", "init_lora_weights",
+    "ensure_weight_tying", "runtime_config", "megatron_core", "qalora_group_size",
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+}
+# Initializations that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga)
+# subtract the initial update from the base, so their tensors belong to a base that is in no file.
+PLAIN_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal"}
 
 
 def adapter_tensors(model, name: str) -> dict:
@@ -302,18 +368,57 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
     """Write the adapter's files aside, then move them into place, adapter_config.json last.
 
     tensors     {key in the file: tensor}, where the model has only a shard of them
-    extra       entries of config.json, which is written if there are any
+    extra       entries of run.json, such as the flags
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
     tensors = tensors or adapter_tensors(model, name)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     config = adapter_config(layers, name, base)
+    if getattr(model, "base_fingerprint", None):
+        extra["base_fingerprint"] = model.base_fingerprint
     with moved_into(folder, last="adapter_config.json") as aside:
         save_file(tensors, aside / "adapter_model.safetensors")
         tokenizer.save_pretrained(aside)
         if extra:
-            (aside / "config.json").write_text(json.dumps(extra, indent=2) + "\n")
+            (aside / RUN_FILE).write_text(json.dumps(extra, indent=2) + "\n")
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_run_file(folder: str | pathlib.Path) -> dict:
+    """Read run.json of an adapter, or the config.json that earlier versions wrote; {} if there is
+    neither, as in an adapter made by PEFT."""
+    for name in (RUN_FILE, "config.json"):
+        path = pathlib.Path(folder) / name
+        if not path.exists():
+            continue
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}: is damaged ({error}); copy it again from the run") from error
+    return {}
+
+
+def check_adapter_config(folder, config):
+    """Raise a UserError if the adapter computes anything but LoRA, rsLoRA or DoRA on the base as
+    it is in its files. Its tensors alone would then give another model, without any error."""
+    advice = ("if PEFT can merge it (merge_and_unload), merge it there and pass the merged model "
+              "by --model")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read; its peft_type is "
+                        f"{config.get('peft_type')}; {advice}")
+    init = str(config.get("init_lora_weights")).lower()
+    if init not in PLAIN_INITS:
+        raise UserError(
+            f"{folder}: init_lora_weights is {init}, which changes the base, and the changed base "
+            "is in no file; save it in PEFT with path_initial_model_for_weight_conversion, or "
+            "merge it in PEFT (merge_and_unload) and pass the merged model by --model")
+    unsupported = {key: config[key] for key in config.keys() - KNOWN_ENTRIES if config[key]}
+    if config.get("bias", "none") != "none":
+        unsupported["bias"] = config["bias"]
+    if unsupported:
+        raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, of one rank and "
+                        f"without trained biases; adapter_config.json has {unsupported}; {advice}")
 
 
 def read_adapter(folder) -> tuple:
@@ -327,15 +432,7 @@ def read_adapter(folder) -> tuple:
             f"{folder}: no usable adapter here: adapter_config.json and adapter_model.safetensors "
             f"are needed ({error})") from error
 
-    # Reject settings that this code would ignore
-    unsupported = {key: config[key] for key in REFUSED if config.get(key)}
-    if config.get("peft_type") != "LORA":
-        unsupported["peft_type"] = config.get("peft_type")
-    if config.get("bias", "none") != "none":
-        unsupported["bias"] = config["bias"]
-    if unsupported:
-        raise UserError(f"{folder}: only LoRA, rsLoRA and DoRA adapters are read, of one rank and "
-                        f"without trained biases; this one has {unsupported}")
+    check_adapter_config(folder, config)
 
     layers = {}
     for key, tensor in tensors.items():
@@ -354,12 +451,14 @@ def read_adapter(folder) -> tuple:
 
 
 def load_adapter(model, folder, name: str = "policy", trainable: bool = True):
-    """Add an adapter saved by this project or by PEFT. Its keys and shapes must fit the model."""
-    settings, layers, _ = read_adapter(folder)
+    """Add an adapter saved by this project or by PEFT. Its keys and shapes must fit the model, and
+    the fingerprint of its base, if it has one, must be the model's."""
+    settings, layers, base = read_adapter(folder)
     unknown = sorted(layers.keys() - linear_layers(model).keys())
     if unknown:
         raise UserError(f"{folder}: made for another model: this one has no linear layer "
                         f"{unknown[0]}")
+    check_base(model, folder, base)
     add_adapter(model, name, list(layers), settings)
     parameters = adapter_tensors(model, name)
     saved = {}

@@ -11,6 +11,7 @@ host memory: it reads the file's dtype on the CPU, quantizes layer by layer if a
 tensor by tensor to the device and converts there.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -31,11 +32,14 @@ from errors import UserError, run_script
 from files import moved_into
 from lora import (
     NF4Linear,
+    base_fingerprint,
+    describe_base,
     has_stacked_experts,
     load_adapter,
     merge,
     quantize,
     read_adapter,
+    read_run_file,
 )
 
 transformers.logging.set_verbosity_error()
@@ -51,8 +55,8 @@ def load_pretrained(auto_class, name: str, **options):
         raise UserError(f"{name}: no such model folder")
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        kind = auto_class.__name__.removeprefix("Auto")
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        kind = "Tokenizer" if auto_class is AutoTokenizer else "ModelForCausalLM"
         problem = f"{kind} not found locally or on the Hub"
         if os.path.isdir(name):
             problem = f"no usable {kind} in this folder"
@@ -61,6 +65,58 @@ def load_pretrained(auto_class, name: str, **options):
 
 def load_tokenizer(name: str):
     return load_pretrained(AutoTokenizer, name)
+
+
+def load_adapter_tokenizer(adapter: str, base: str):
+    """Load the tokenizer that was saved with an adapter, or else that of its base.
+
+    The adapter was trained behind its own chat template, which --chat_template may have set.
+    """
+    if not os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
+        return load_tokenizer(base)
+    tokenizer = load_tokenizer(adapter)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = load_tokenizer(base).chat_template
+    return tokenizer
+
+
+def check_vocabulary(name: str, model, tokenizer):
+    """Raise a UserError if the tokenizer has ids that the model has no embedding for."""
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise UserError(f"{name}: {len(tokenizer)} tokens in its tokenizer, {words} in its "
+                        "embedding: not a pair")
+
+
+FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
+
+
+def load_config(name: str):
+    """Load the config of a model, and reject a model whose weights are quantized already.
+
+    Such a model needs the kernels of its method, and cannot be merged or saved here. A config that
+    asks for flash attention is rejected where flash attention is not installed.
+    """
+    config = load_pretrained(AutoConfig, name)
+    parts = [config]
+    for part in config.sub_configs:
+        if getattr(config, part, None) is not None:
+            parts.append(getattr(config, part))
+    for part in parts:
+        quantization = getattr(part, "quantization_config", None)
+        if quantization:
+            if not isinstance(quantization, dict):
+                quantization = quantization.to_dict()
+            method = quantization.get("quant_method", "an unnamed method")
+            raise UserError(
+                f"{name}: its weights are quantized already ({method}); pass the model that it was "
+                "made from (with an adapter, --quantize nf4 stores that one in 4 bits)")
+        attention = str(part._attn_implementation)
+        if "flash" in attention and not any(map(importlib.util.find_spec, FLASH_PACKAGES)):
+            raise UserError(
+                f"{name}: its config asks for {attention}, which is not installed; delete "
+                "attn_implementation from its config.json (the default, sdpa, needs no package)")
+    return config
 
 
 def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, upcast=True):
@@ -78,12 +134,13 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         raise UserError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model "
                         "it belongs to by --model")
+    config = load_config(name)
     if device.type == "meta":
-        config = load_pretrained(AutoConfig, name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = read_model(name, dtype)
+        model = read_model(name, config, dtype)
+        model.base_fingerprint = base_fingerprint(model)
         if four_bits:
             quantize(model, device)
         move(model, device, dtype if upcast else None)
@@ -91,7 +148,7 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
     return model
 
 
-def read_model(name, dtype):
+def read_model(name, config, dtype):
     """Read the model to the CPU in the narrower of the files' dtype and `dtype`.
 
     Some buffers are in no file and are computed when a model is built. A later upcast cannot
@@ -99,10 +156,12 @@ def read_model(name, dtype):
     embeddings. Such a model is read in `dtype` itself.
     """
     stored = files_dtype(name) if dtype in (torch.float32, torch.float64) else None
+    # Weights of another shape are reported below, where a model class would raise a RuntimeError.
+    options = {"config": config, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(
-        AutoModelForCausalLM, name, dtype=stored or dtype, output_loading_info=True)
+        AutoModelForCausalLM, name, dtype=stored or dtype, output_loading_info=True, **options)
     if stored and stored in {buffer.dtype for buffer in computed_buffers(model)}:
-        model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+        model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype, **options)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise UserError(
@@ -251,20 +310,17 @@ def save_model(model, tokenizer, folder, tensors=None, **extra):
 @torch.no_grad()
 def merge_command(args):
     """Merge an adapter in fp32 into the base that it was trained on, save, load again, compare."""
-    config = pathlib.Path(args.adapter) / "config.json"
-    flags = {}
-    if config.exists():
-        try:
-            flags = json.loads(config.read_text()).get("flags", {})
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{config}: is damaged ({error}); copy it again from the run") from error
+    flags = read_run_file(args.adapter).get("flags", {})
     base = args.model or read_adapter(args.adapter)[2]
     if not base:
         raise UserError(f"--adapter {args.adapter}: does not name its base; give it by --model")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_adapter_tokenizer(args.adapter, base)
     model = load_model(base, four_bits=bool(flags.get("quantize")))
+    check_vocabulary(f"{args.adapter} on {base}", model, tokenizer)
     load_adapter(model, args.adapter)
+    line = describe_base(args.adapter, base)
+    if line:
+        print(line)
     ids = torch.randint(len(tokenizer), (4, 16), generator=torch.Generator().manual_seed(0))
     adapted = model(ids).logits  # (4, 16, V)
 

@@ -86,6 +86,9 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
     module.to_empty(device=ranks.device)
     scatter(source, module, dtypes, ranks)
     module.bare_head = broadcast(source and source.bare_head, ranks)
+    # Only the source has had all values at once.
+    module.model.base_fingerprint = broadcast(
+        source and getattr(source.model, "base_fingerprint", None), ranks)
     return module
 
 

@@ -3,6 +3,7 @@
 `load_reference` returns the reference of --ref as a callable, so the training loop is the same for
 every kind. The other functions:
 
+    check_reference    compares the vocabulary and positions of --ref_model with the policy's
     fingerprint        hashes the weights that no step changes; a resumed run must have the same
     move_reference     TR-DPO: moves the reference towards the policy
     check_start        the step-0 check: before the first update policy and reference are equal
@@ -12,7 +13,9 @@ every kind. The other functions:
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +43,7 @@ from files import written_aside
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
-from model import load_model
+from model import load_model, load_tokenizer
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
 
 # --- The models -----------------------------------------------------------------------------------
@@ -83,6 +86,62 @@ def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
             return policy(**inputs)
 
     return reference
+
+
+def check_positions(args: Namespace, name: str, model: PreTrainedModel):
+    """Raise a UserError if a row could be longer than the model."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if args.max_length > positions:
+        raise UserError(f"--max_length {args.max_length}: {name} has {positions} positions; "
+                        f"pass {positions} or less")
+
+
+def check_reference(args: Namespace, model: PreTrainedModel, tokenizer: Any) -> str:
+    """Raise a UserError if the model of --ref_model reads the policy's token ids as other tokens,
+    or cannot read them at all. Returns a line about what cannot be known, or "".
+
+    Without this check, a reference with another vocabulary gives log-probs of another text.
+    """
+    name = f"--ref_model {args.ref_model}"
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise UserError(f"{name}: has {words} embeddings, but the tokenizer of the policy has "
+                        f"{len(tokenizer)} tokens; pass a reference with the policy's vocabulary")
+    check_positions(args, name, model)
+    try:
+        own = load_tokenizer(args.ref_model)
+    except UserError:
+        return f"{name}: has no tokenizer; its vocabulary is taken to be that of the policy"
+    difference = first_difference(tokenizer.get_vocab(), own.get_vocab())
+    if difference:
+        raise UserError(f"{name}: has another vocabulary than the policy ({difference}), and would "
+                        "read other texts; pass a reference with the policy's tokenizer")
+    unknown = sorted(tokenizer.get_vocab().keys() - own.get_vocab().keys())
+    if unknown:
+        return (f"{name}: its tokenizer does not have {len(unknown)} tokens of the policy, such "
+                f"as {unknown[0]}; it was not trained on them")
+    return ""
+
+
+# Tokens without a use of their own, which a fine-tuned model often renames.
+UNUSED_TOKEN = re.compile("reserved|unused|extra_id|dummy|placeholder", re.IGNORECASE)
+
+
+def first_difference(policy_ids: dict, reference_ids: dict) -> str:
+    """Describe the first id that stands for two tokens in two {token: id}, or "".
+
+    A token that only one of the two has is no difference, unless its id is taken in the other.
+    """
+    tokens = {number: token for token, number in reference_ids.items()}
+    for token, number in sorted(policy_ids.items(), key=lambda item: item[1]):
+        other = tokens.get(number, token)
+        if token in reference_ids and reference_ids[token] != number:
+            return (f"{token!r} has id {number} in the policy, {reference_ids[token]} in the "
+                    "reference")
+        if other != token and not UNUSED_TOKEN.search(other):
+            return f"id {number} is {token!r} in the policy, {other!r} in the reference"
+    return ""
 
 
 def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,

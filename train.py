@@ -71,6 +71,7 @@ from lora import (
     LoraSettings,
     adapter_tensors,
     add_adapter,
+    describe_base,
     load_adapter,
     lora_layers,
     save_adapter,
@@ -78,7 +79,13 @@ from lora import (
     use_adapter,
 )
 from losses import needs_rejected, tensor_arguments, update_delta
-from model import compile_blocks, load_tokenizer, save_model
+from model import (
+    check_vocabulary,
+    compile_blocks,
+    load_adapter_tokenizer,
+    load_tokenizer,
+    save_model,
+)
 from parallel import (
     Ranks,
     barrier,
@@ -96,6 +103,8 @@ from parallel import (
 )
 from reference import (
     cache_reference,
+    check_positions,
+    check_reference,
     check_start,
     fingerprint,
     load_reference,
@@ -183,19 +192,6 @@ def load_policy(args, source, newest, dtype: str, device):
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return FastLogps(model)
-
-
-def check_model(args, model, tokenizer):
-    """Raise a UserError if a token id or a position could be out of range for the model. Without
-    this check, some later row would raise an index error inside the model."""
-    words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise UserError(f"--model {args.model}: {len(tokenizer)} tokens in its tokenizer, "
-                        f"{words} in its embedding: not a pair")
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if args.max_length > positions:
-        raise UserError(f"--max_length {args.max_length}: the model has {positions} positions; "
-                        f"pass {positions} or less")
 
 
 def choose_attention(args, models, rows, dtype, ranks):
@@ -512,6 +508,27 @@ class Run(NamedTuple):
     keep: int  # how many checkpoints are kept
 
 
+def load_trained_tokenizer(args, source):
+    """-> the tokenizer of the rows, and a list of lines about its chat template.
+
+    A second stage by --adapter gets the template that the adapter was trained behind.
+    """
+    lines = []
+    tokenizer = load_tokenizer(source)
+    if args.adapter:
+        base_template = tokenizer.chat_template
+        tokenizer = load_adapter_tokenizer(args.adapter, source)
+        if tokenizer.chat_template != base_template and not args.chat_template:
+            lines.append(f"chat template: that of {args.adapter}; {source} has another one")
+    if args.chat_template:
+        template = data.read_template(args.chat_template)
+        if args.adapter and template != tokenizer.chat_template:
+            lines.append(f"--chat_template {args.chat_template}: {args.adapter} was trained with "
+                         "another chat template")
+        tokenizer.chat_template = template
+    return tokenizer, lines
+
+
 def load_models(args, home, newest, ranks):
     """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
     function, in the same dtype."""
@@ -519,16 +536,22 @@ def load_models(args, home, newest, ranks):
     if dtype == "auto":
         dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
     source = str(home / "reference") if args.model == "world" else args.model
-    tokenizer = load_tokenizer(source)
-    if args.chat_template:
-        tokenizer.chat_template = data.read_template(args.chat_template)
+    tokenizer, lines = load_trained_tokenizer(args, source)
 
     def make_policy(device):
         return load_policy(args, source, newest, dtype, device)
 
     model = build_on_ranks(make_policy, ranks, args.parallel, dtype)
-    check_model(args, model.model, tokenizer)
+    check_vocabulary(f"--model {args.model}", model.model, tokenizer)
+    check_positions(args, "the model", model.model)
     reference = load_reference(args, model, source, dtype, ranks)
+    if reference is not None and args.ref_model:
+        lines.append(check_reference(args, reference.model, tokenizer))
+    if args.adapter:
+        lines.append(describe_base(args.adapter, source))
+    for line in lines:
+        if line and ranks.rank == 0:
+            print(line)
     return source, tokenizer, model, reference, dtype
 
 
@@ -551,7 +574,10 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     weights = fingerprint(model, reference, dtype, ranks)
 
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    fixed = {"rows": data.digest(rows), "weights": weights}
+    # With --eval_dataset the held-out rows are from another file, which a resumed run may change.
+    splits = [rows] if args.eval_dataset else [rows, held_out]
+    row_hashes = "+".join(data.digest(split) for split in splits)
+    fixed = {"rows": row_hashes, "weights": weights}
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
 

@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+import checkpoint
 import model as models
 import parallel
 import train
@@ -176,11 +177,11 @@ def wait_for_checkpoint(process, out):
 
 def unfinished(out):
     """Delete the final model from the folder, as if the run had ended after its last checkpoint."""
-    flags = json.loads((out / "config.json").read_text())["flags"]
-    (out / "config.json").write_text(json.dumps({"flags": flags}))
+    flags = checkpoint.saved_flags(out)
     for path in out.iterdir():
-        if path.is_file() and path.name not in ("config.json", "metrics.jsonl", ".lock"):
+        if path.is_file() and path.name not in ("metrics.jsonl", ".lock"):
             path.unlink()
+    checkpoint.write_flags(out, flags)
     return out
 
 

@@ -35,6 +35,7 @@ import data
 import model as models
 import reference as references
 import train
+from checkpoint import saved_flags
 from dpo import SequenceLogps, concatenated_forward
 from errors import UserError
 from logps import FastLogps
@@ -771,7 +772,7 @@ def test_after_adapter_sft_the_reference_is_that_adapter_and_the_base_raises_an_
     near 1 within a few steps."""
     sft = sft_adapter(fit)
     dpo, metrics = fit(adapter=sft, max_steps=3, out="dpo")
-    flags = json.loads((dpo / "config.json").read_text())["flags"]
+    flags = saved_flags(dpo)
     assert flags["ref"] == "adapter"
     assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     for wrong in ("model", "adapter_off"):

@@ -35,6 +35,7 @@ import model as models
 import packing
 import parallel
 import train
+from checkpoint import saved_flags, write_flags
 from losses import LOSSES, find, hyperparameters, needs_reference
 
 SUMS = ["sigmoid:0.8,bco_pair:0.2,sft:1", "aot,sft"]
@@ -130,9 +131,7 @@ def copy_until_step_2(whole, half):
     half.mkdir()
     shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", half)
-    flags = json.loads((whole / "config.json").read_text())["flags"]
-    flags["output_dir"] = str(half)
-    (half / "config.json").write_text(json.dumps({"flags": flags}))
+    write_flags(half, saved_flags(whole) | {"output_dir": str(half)})
 
 
 def differing_gradients(left, right, tolerance):

@@ -32,14 +32,14 @@ ALLOWED_IMPORTS = {
     "variants": {"dpo", "losses"},
     "flags": {"checkpoint", "data", "errors", "losses", "lora", "variants", "world"},
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
-    "log": {"batches", "files", "logps", "lora", "parallel", "world"},
+    "log": {"batches", "checkpoint", "files", "logps", "lora", "parallel", "world"},
     "reference": {
         "batches", "checkpoint", "data", "dpo", "errors", "files", "log", "logps", "lora",
         "model", "parallel",
     },
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
-ALLOWED_IMPORTS["bench"] = {"data", "errors", "model", "parallel", "train"}
+ALLOWED_IMPORTS["bench"] = {"checkpoint", "data", "errors", "model", "parallel", "train"}
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}
 
