@@ -14,6 +14,7 @@ logits and gradients. On a CPU it is peak_rss_mb - rss_before_train_mb - optimiz
 peak, minus its peak when models and rows were loaded but no batch, minus the moments. On a GPU it
 is peak_gpu_mb - state_mb. If another trainer does not print these numbers, bench.py uses ours.
 """
+from errors import Parser, UserError, run_script  # first, see errors.py
 import argparse
 import contextlib
 import json
@@ -36,7 +37,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 import train
-from errors import Parser, UserError, run_script
 from model import load_model, load_tokenizer
 from parallel import init_distributed
 

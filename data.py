@@ -26,6 +26,7 @@ These rules hold for every row:
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
+from errors import UserError, run_script  # first, see errors.py
 import argparse
 import csv
 import functools
@@ -45,7 +46,6 @@ import pyarrow.parquet
 import torch
 import transformers
 
-from errors import UserError, run_script
 
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index

@@ -11,6 +11,7 @@ Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T t
 A batch comes from data.pad_rows: for each side, chosen and rejected, right-padded (B, T) tensors
 `{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`.
 """
+from errors import run_script  # first, see errors.py
 import argparse
 import math
 
@@ -20,7 +21,6 @@ from transformers import get_scheduler
 
 import data
 import world
-from errors import run_script
 from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
 from model import load_model, load_tokenizer
 

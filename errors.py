@@ -1,7 +1,28 @@
-"""Errors that a user can fix, and how a script reports them."""
+"""Errors that a user can fix, and how a script starts and ends.
+
+A script imports this file first, before torch and transformers, whose imports take seconds: Ctrl-C
+during these imports then ends the script without a traceback.
+"""
 import argparse
+import contextlib
+import io
+import os
+import pathlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+
+def is_script() -> bool:
+    """Return whether Python was started with a file of this folder, as in `python train.py`."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    here = pathlib.Path(__file__).resolve().parent
+    return path is not None and pathlib.Path(path).resolve().parent == here
+
+
+# `script_signals_and_streams` sets the handler back. A shell may have Ctrl-C ignored: keep that.
+if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class UserError(ValueError):
@@ -16,11 +37,60 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def run_script(main: Callable[[list[str]], None]):
-    """Call main(arguments). A UserError becomes one line on stderr and exit status 2."""
+@contextlib.contextmanager
+def script_signals_and_streams() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt, and output that the terminal cannot show is escaped.
+
+    A character that the encoding of the output lacks, such as an emoji in ASCII, is written as
+    \\U0001f600. A closed pipe, as in `python data.py ... | head -1`, ends the script without a
+    message and with exit status 141, as it ends other programs.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:])
-    except UserError as error:
-        line = " ".join(str(error).splitlines())
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            yield
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        # Python flushes both streams once more at exit, which must not raise again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        sys.exit(141)
+
+
+def flush_output():
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def output_is_closed() -> bool:
+    """Return whether the reader of stdout or stderr has ended. What could not be written is still
+    in the buffer, so another flush raises again."""
+    try:
+        flush_output()
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def run_script(main: Callable[[list[str]], None]):
+    """Call main(arguments). A UserError becomes one line on stderr and exit status 2; Ctrl-C one
+    word and exit status 130."""
+    with script_signals_and_streams():
+        try:
+            main(sys.argv[1:])
+        except UserError as error:
+            line = " ".join(str(error).splitlines())
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)

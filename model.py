@@ -10,6 +10,7 @@ weights of its base.
 host memory: it reads the file's dtype on the CPU, quantizes layer by layer if asked to, then moves
 tensor by tensor to the device and converts there.
 """
+from errors import UserError, run_script  # first, see errors.py
 import argparse
 import json
 import os
@@ -27,7 +28,6 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from errors import UserError, run_script
 from files import moved_into
 from lora import (
     NF4Linear,

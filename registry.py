@@ -299,7 +299,13 @@ def plot(path):
 
 def main():
     """Run the command `python losses.py`."""
-    arguments = sys.argv[1:]
+    from errors import run_script  # here, so that the losses can be used without this file
+
+    run_script(print_table)
+
+
+def print_table(arguments):
+    """Print the table of all losses, or draw their curves with --plot FILE.png."""
     if not arguments:
         print("\n".join(table()))
     elif len(arguments) == 2 and arguments[0] == "--plot":

@@ -14,6 +14,7 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
+from errors import UserError, output_is_closed, script_signals_and_streams  # first, see errors.py
 import contextlib
 import math
 import os
@@ -62,7 +63,6 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, preference_loss, train_sft
-from errors import UserError
 from files import free_name
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
@@ -444,11 +444,15 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
 
 
 @contextlib.contextmanager
-def caught_signals():
+def caught_signals(ranks):
     """Yield a list to which the first Ctrl-C or SIGTERM is added. A second one ends the process."""
     caught, before = [], {}
 
     def note(number, frame):
+        # os.write, because a signal may arrive inside a print, which another print must not enter.
+        if not caught and ranks.rank == 0:
+            again = "press Ctrl-C" if number == signal.SIGINT else "send SIGTERM"
+            os.write(2, f"\nstopping after this step; {again} again to quit at once\n".encode())
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -552,6 +556,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     fixed = {"rows": data.digest(rows), "weights": weights}
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
+    if warmup >= steps and ranks.rank == 0:
+        print(f"--warmup_steps {warmup}: the run has {steps} steps, so the learning rate stays below "
+              f"--lr {args.lr:g}; its maximum is {args.lr * (steps - 1) / warmup:.3g}")
 
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
@@ -676,7 +683,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
     delta, steps = run.delta, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (claim(folder, args.resume, ranks), explained_write_errors(folder),
-          caught_signals() as stopped, contextlib.closing(batches)):
+          caught_signals(ranks) as stopped, contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
@@ -720,10 +727,13 @@ def main(argv: list[str], ranks: Ranks) -> bool:
 
 
 def explain(error):
-    """The message for an error of the user or of the machine; None for a bug.
+    """The message for an error of the user or of the machine; None for a bug, and for output that
+    nobody reads any more, which ends the script without a message.
 
     FloatingPointError comes from `raise_not_finite`, which names the rows.
     """
+    if isinstance(error, BrokenPipeError) and output_is_closed():
+        return None
     if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
         return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -745,23 +755,24 @@ def explain(error):
 
 def run():
     """main, with one line and exit status 2 for errors of users; a traceback only for bugs."""
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        ranks = init_distributed()
-        stopped = main(sys.argv[1:], ranks)
-        leave_distributed(ranks)
-        sys.exit(130 if stopped else 0)
-    except (UserError, FloatingPointError, RuntimeError, MemoryError, OSError,
-            SafetensorError) as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        prefix = f"error on rank {rank}" if rank else "error"
-        print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted before the first step: nothing was saved", file=sys.stderr)
-        sys.exit(130)
+    with script_signals_and_streams():
+        rank = int(os.environ.get("RANK", 0))
+        try:
+            ranks = init_distributed()
+            stopped = main(sys.argv[1:], ranks)
+            leave_distributed(ranks)
+            sys.exit(130 if stopped else 0)
+        except (UserError, FloatingPointError, RuntimeError, MemoryError, OSError,
+                SafetensorError) as error:
+            sentence = explain(error)
+            if sentence is None:
+                raise
+            prefix = f"error on rank {rank}" if rank else "error"
+            print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted before the first step: nothing was saved", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import registry
 ALLOWED_IMPORTS = {
     "errors": set(),
     "files": set(),
-    "registry": set(),
+    "registry": {"errors"},
     "losses": {"registry"},
     "data": {"errors"},
     "parallel": {"errors"},
