@@ -16,6 +16,7 @@ from batches import Task
 from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
+from model import frozen_line, router_loss_line
 from parallel import Ranks, shard
 from world import brief
 
@@ -73,6 +74,9 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
+    for line in (frozen_line(model.model), router_loss_line(model.model)):
+        if line:
+            print(line)
     print(memory_line(model, reference))
     print(plan)
     if task.compares_pairs:

@@ -46,7 +46,8 @@ def init_distributed() -> Ranks:
 
 
 def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
-    """Build the module of this rank by make(device).
+    """Build the module of this rank by make(device), under fsdp also by make(device, unreached)
+    with the parts of the model that text does not reach.
 
     ddp     each rank makes a whole module on its device, the ranks of a machine one after another
     fsdp    each rank has a shard of each parameter (FSDP2). Each block, and then the root, gathers
@@ -58,7 +59,9 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
         return in_turn(lambda: make(ranks.device), ranks)
 
     source = make(torch.device("cpu")) if ranks.rank == 0 else None
-    module = make(torch.device("meta"))
+    # A module without values cannot try which parts text reaches, so send the result of the source.
+    unreached = broadcast(source and getattr(source.model, "unreached", []), ranks)
+    module = make(torch.device("meta"), unreached) if unreached else make(torch.device("meta"))
     kinds = module.model._no_split_modules or ()
     blocks = [block for block in module.modules() if type(block).__name__ in kinds]
     if not blocks:
@@ -75,7 +78,9 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
     # base is stored in bf16, and A, B and m stay fp32 for autocast, as under ddp. The root of a
     # frozen module is resharded after its forward too, because no backward follows.
     frozen = not any(parameter.requires_grad for parameter in module.parameters())
-    adapted = not frozen and not all(p.requires_grad for p in module.parameters())
+    fixed = [name for name, p in module.model.named_parameters() if not p.requires_grad]
+    parts = tuple(f"{part}." for part in unreached)
+    adapted = not frozen and not all(f"{name}.".startswith(parts) for name in fixed)
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16" and not adapted:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

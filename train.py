@@ -78,7 +78,14 @@ from lora import (
     use_adapter,
 )
 from losses import needs_rejected, tensor_arguments, update_delta
-from model import compile_blocks, load_tokenizer, save_model
+from model import (
+    compile_blocks,
+    freeze,
+    is_below,
+    load_tokenizer,
+    save_model,
+    unreached_by_text,
+)
 from parallel import (
     Ranks,
     barrier,
@@ -103,7 +110,7 @@ from reference import (
     move_reference,
     moving_tensors,
 )
-from verify import can_drop_mask, can_pack
+from verify import can_drop_mask, can_pack, find_noise
 
 # torch.distributed.checkpoint warns when a single process saves.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -161,22 +168,34 @@ def load_rows(args, loss, tokenizer, home, ranks):
 
 # --- The models -----------------------------------------------------------------------------------
 
-def load_policy(args, source, newest, dtype: str, device):
+def load_policy(args, source, newest, dtype: str, device, unreached=None):
     """The policy: a model with all weights trained, or with an adapter on frozen weights.
 
     With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
-    for it. `newest` is the checkpoint to resume from, or None.
+    for it. `newest` is the checkpoint to resume from, or None. `unreached` names the parts of the
+    model that text does not reach; where it is None, they are tried. They are frozen.
     """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
+    if unreached is None:
+        unreached = []
+        if device.type != "meta":
+            with torch.autocast(**autocast_options(dtype, device)):
+                unreached = unreached_by_text(model)
     if adapted and (newest or args.adapter):
         load_adapter(model, newest or args.adapter)
     elif adapted:
         settings = LoraSettings(
             args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
-        add_adapter(model, "policy", target_modules(model, args.lora_target), settings, args.seed)
+        targets = target_modules(model, args.lora_target)
+        reached = [name for name in targets if not is_below(name, unreached)]
+        if not reached:
+            raise UserError(f"--lora_target {args.lora_target}: text does not reach these layers, "
+                            f"which are in {', '.join(unreached)}; name others")
+        add_adapter(model, "policy", reached, settings, args.seed)
     if args.adapter and args.ref in ("adapter", "cache") and not args.ref_model:
         load_adapter(model, args.adapter, "reference", trainable=False)
+    freeze(model, unreached)
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -232,7 +251,7 @@ def reason_to_pad(args, models, rows, dtype, ranks):
 
 
 def try_rows(verdict, module, dtype, ranks):
-    """can_pack or can_drop_mask on all ranks -> None, or the first rank's reason."""
+    """can_pack, can_drop_mask or find_noise on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
         guard = failing_together(ranks)
@@ -525,8 +544,8 @@ def load_models(args, home, newest, ranks):
     if args.chat_template:
         tokenizer.chat_template = data.read_template(args.chat_template)
 
-    def make_policy(device):
-        return load_policy(args, source, newest, dtype, device)
+    def make_policy(device, unreached=None):
+        return load_policy(args, source, newest, dtype, device, unreached)
 
     model = build_on_ranks(make_policy, ranks, args.parallel, dtype)
     check_model(args, model.model, tokenizer)
@@ -537,6 +556,10 @@ def load_models(args, home, newest, ranks):
 def settle_attention(args, model, reference, rows, dtype, ranks):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
+    for module in modules:
+        reason = try_rows(find_noise, module, dtype, ranks)
+        if reason is not None:
+            raise UserError(f"--model {args.model}: {reason}")
     attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
     if ranks.rank == 0:
         print(line)
@@ -557,8 +580,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
-        print(f"--warmup_steps {warmup}: the run has {steps} steps, so the learning rate stays below "
-              f"--lr {args.lr:g}; its maximum is {args.lr * (steps - 1) / warmup:.3g}")
+        highest = args.lr * (steps - 1) / warmup
+        print(f"--warmup_steps {warmup}: the run has only {steps} steps, so the learning rate "
+              f"reaches {highest:.3g} of --lr {args.lr:g}")
 
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.

@@ -31,7 +31,7 @@ ALLOWED_IMPORTS = {
     "variants": {"dpo", "losses"},
     "flags": {"checkpoint", "data", "errors", "losses", "lora", "variants", "world"},
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
-    "log": {"batches", "files", "logps", "lora", "parallel", "world"},
+    "log": {"batches", "files", "logps", "lora", "model", "parallel", "world"},
     "reference": {
         "batches", "checkpoint", "data", "dpo", "errors", "files", "log", "logps", "lora",
         "model", "parallel",
