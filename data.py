@@ -26,7 +26,7 @@ These rules hold for every row:
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
-from errors import UserError, run_script  # first, see errors.py
+from errors import UserError, run_script, stop_hub_retries  # first, see errors.py
 import argparse
 import csv
 import functools
@@ -204,6 +204,7 @@ def open_dataset(source):
         if on_disk:
             saved = datasets.load_from_disk(source.name)
         else:
+            stop_hub_retries()
             saved = datasets.load_dataset(source.name, split=split)
     except Exception as error:
         raise UserError(
@@ -1108,6 +1109,8 @@ def check_template(path: str | None, accounts: list[dict]):
 
 
 def load_report_tokenizer(args):
+    if not os.path.isdir(args.model):
+        stop_hub_retries()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:

@@ -9,7 +9,10 @@ import io
 import os
 import pathlib
 import signal
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 
 
@@ -79,6 +82,26 @@ def output_is_closed() -> bool:
     except BrokenPipeError:
         return True
     return False
+
+
+def stop_hub_retries() -> None:
+    """Turn off requests to the Hub if no network reaches it. Call before the first request.
+
+    huggingface_hub would repeat each request for half a minute. A cached file is found either way.
+    Behind a proxy, only the proxy knows the names of hosts: then nothing is changed.
+    """
+    from huggingface_hub import constants  # here, because this file is imported first
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # it has its own copy
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        print(f"{host}: no network reaches it, so only local files are read", file=sys.stderr)
 
 
 def run_script(main: Callable[[list[str]], None]):

@@ -10,7 +10,7 @@ weights of its base.
 host memory: it reads the file's dtype on the CPU, quantizes layer by layer if asked to, then moves
 tensor by tensor to the device and converts there.
 """
-from errors import UserError, run_script  # first, see errors.py
+from errors import UserError, run_script, stop_hub_retries  # first, see errors.py
 import argparse
 import contextlib
 import itertools
@@ -52,6 +52,8 @@ def load_pretrained(auto_class, name: str, **options):
     is_local_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
     if (is_local_path or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
         raise UserError(f"{name}: no such model folder")
+    if not os.path.isdir(name):
+        stop_hub_retries()
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -295,7 +297,7 @@ def unreached_by_text(model) -> list[str]:
 
 
 def short_forward(model, used: set):
-    """Run four tokens -> the logits' node of the autograd graph. Add each called module to `used`."""
+    """Run four tokens -> the logits' node of the autograd graph. `used` gets each called module."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(1, 5, device=device)[None] % model.get_input_embeddings().num_embeddings
     hooks = []

@@ -5,6 +5,7 @@ here also works with one process, where it does nothing.
 """
 import datetime
 import os
+import pathlib
 import warnings
 from typing import Any, NamedTuple
 
@@ -43,6 +44,34 @@ def init_distributed() -> Ranks:
     else:
         dist.init_process_group("gloo", timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def free_cores() -> float:
+    """Estimate how many cores of this machine are idle: those that this process may use, less the
+    load that other processes cause."""
+    if not hasattr(os, "sched_getaffinity"):  # only Linux has both
+        return float(os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0))
+    quota = pathlib.Path("/sys/fs/cgroup/cpu.max")  # of a container
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, int(limit) / int(period))
+    return cores - os.getloadavg()[0] * cores / (os.cpu_count() or 1)
+
+
+def crowded_line(ranks: Ranks) -> str:
+    """Return a line if the threads of this machine's ranks outnumber its idle cores, else ""."""
+    if ranks.device.type != "cpu" or torch.get_num_threads() == 1:
+        return ""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    threads = local_size * torch.get_num_threads()
+    free = max(0.0, free_cores())
+    # A load average is rough: a few threads more than idle cores are no reason for a line.
+    if threads <= 1.25 * free + 0.5:
+        return ""
+    return (f"this machine is busy: {threads} threads for about {free:.1f} idle cores; fewer may "
+            "be faster, because threads wait for each other: OMP_NUM_THREADS=1")
 
 
 def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):

@@ -484,13 +484,37 @@ def caught_signals(ranks):
             signal.signal(number, handler)
 
 
+def make_free_folder(base):
+    """Make the first of base, base-2, base-3, ... that no other run has made."""
+    while True:
+        folder = free_name(base)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run made it just now
+            continue
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder, ranks):
+    """Remove the folder of a run that ended before it wrote a file, at an error or Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):  # it has files, or does not exist
+                folder.rmdir()
+        raise
+
+
 def choose_folder(args, ranks):
     """--output_dir, or the first free folder below runs/. A folder with a run is only continued."""
-    name = args.output_dir
-    if name is None:
-        base = "runs/" + re.sub("[:,]", "+", args.loss)
-        name = broadcast(free_name(pathlib.Path(base)), ranks)
-    folder = pathlib.Path(name)
+    if args.output_dir is None:
+        made = None
+        if ranks.rank == 0:
+            made = make_free_folder(pathlib.Path("runs") / re.sub("[:,]", "+", args.loss))
+        return broadcast(made, ranks)
+    folder = pathlib.Path(args.output_dir)
     if folder.exists():
         # Raises if another run writes there, or if a run is there and --resume is not given.
         with claim(folder, args.resume, ranks):
@@ -699,8 +723,9 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
         raise UserError("--parallel fsdp: one process alone has nothing to share; "
                         "start several by torchrun")
     use_deterministic_kernels(args.deterministic)
-    run = prepare(args, loss, hyper, home, folder, ranks)
-    line = check_first_rows(args, run, ranks)
+    with removed_if_empty(folder, ranks):
+        run = prepare(args, loss, hyper, home, folder, ranks)
+        line = check_first_rows(args, run, ranks)
     if line:
         say(line)
 
