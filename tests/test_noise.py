@@ -88,7 +88,7 @@ def test_gradient_checkpointing_works_after_the_noise_is_off(tokenizer, tmp_path
         model = models.load_model(str(tmp_path))
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        calls = count_calls(model.model.layers[1].mlp)
+        calls = count_calls(model.model.layers[1].self_attn)
         model(torch.arange(1, 13)[None], use_cache=False).logits.square().sum().backward()
         assert len(calls) == 1 + checkpointed  # recomputed in backward
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
