@@ -92,7 +92,10 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
     unreached = broadcast(source and getattr(source.model, "unreached", []), ranks)
     module = make(torch.device("meta"), unreached) if unreached else make(torch.device("meta"))
     kinds = module.model._no_split_modules or ()
-    blocks = [block for block in module.modules() if type(block).__name__ in kinds]
+    blocks = {}
+    for name, block in module.model.named_modules():
+        if type(block).__name__ in kinds:
+            blocks[name] = block
     if not blocks:
         raise UserError(f"--parallel fsdp: {type(module.model).__name__} does not say which of "
                         "its modules are blocks; use ddp")
@@ -113,8 +116,10 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16" and not adapted:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mp_policy=precision)
+    # FSDP would fail in backward at a block in mixed precision that no forward has gathered.
+    for name, block in blocks.items():
+        reached = not f"{name}.".startswith(parts)
+        fully_shard(block, mp_policy=precision if reached else MixedPrecisionPolicy())
     fully_shard(module, mp_policy=precision, reshard_after_forward=True if frozen else None)
 
     module.to_empty(device=ranks.device)
