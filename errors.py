@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import pathlib
+import select
 import signal
 import socket
 import sys
@@ -75,13 +76,13 @@ def flush_output():
 
 
 def output_is_closed() -> bool:
-    """Return whether the reader of stdout or stderr has ended. What could not be written is still
-    in the buffer, so another flush raises again."""
-    try:
-        flush_output()
-    except BrokenPipeError:
+    """Return whether stdout or stderr is a pipe whose reader has ended."""
+    if not hasattr(select, "poll"):  # on Windows
         return True
-    return False
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def stop_hub_retries() -> None:
