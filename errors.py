@@ -91,8 +91,7 @@ def stop_hub_retries() -> None:
     huggingface_hub would repeat each request for half a minute. A cached file is found either way.
     Behind a proxy, only the proxy knows the names of hosts: then nothing is changed.
     """
-    from huggingface_hub import constants  # here, because this file is imported first
-
+    constants = sys.modules["huggingface_hub.constants"]  # transformers has imported it
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return

@@ -8,6 +8,7 @@ Each loss is defined by one function. Its signature lists its inputs: the tensor
 first, the keyword-only arguments are its hyper-parameters. The functions below read the signature.
 With them dpo.py computes the tensors, flags.py makes the flags, and `table` prints the losses.
 """
+from errors import run_script  # first, see errors.py
 import difflib
 import functools
 import inspect
@@ -299,8 +300,6 @@ def plot(path):
 
 def main():
     """Run the command `python losses.py`."""
-    from errors import run_script  # here, so that the losses can be used without this file
-
     run_script(print_table)
 
 

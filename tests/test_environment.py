@@ -36,7 +36,7 @@ def start_script(name, *arguments, **environment):
                  if value is not None}
     return subprocess.Popen(
         [sys.executable, str(ROOT / name), *map(str, arguments)], text=True, env=variables,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, errors="replace")
 
 
 # --- Terminals and pipes --------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def unicode_pairs(tmp_path):
     for i in range(22):
         rows.append({"prompt": f"{i} ¿qué? \U0001f600" + " long" * 80, "chosen": " 你好",
                      "rejected": " naïve"})
-    return write_jsonl(tmp_path / "pårs.jsonl", rows)
+    return write_jsonl(tmp_path / "pairs.jsonl", rows)
 
 
 @pytest.mark.parametrize("environment", [
@@ -69,7 +69,7 @@ def test_characters_that_the_output_cannot_encode_are_escaped(
     if script == "train.py":
         rows = [{"prompt": f"{i} \U0001f600", "chosen": " 你好", "rejected": " no"}
                 for i in range(4)]
-        write_jsonl(tmp_path / "pårs.jsonl", rows)
+        write_jsonl(tmp_path / "pairs.jsonl", rows)
     process = start_script(script, *arguments, **environment)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
