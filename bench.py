@@ -14,6 +14,7 @@ logits and gradients. On a CPU it is peak_rss_mb - rss_before_train_mb - optimiz
 peak, minus its peak when models and rows were loaded but no batch, minus the moments. On a GPU it
 is peak_gpu_mb - state_mb. If another trainer does not print these numbers, bench.py uses ours.
 """
+from errors import Parser, UserError, run_script  # first, see errors.py
 import argparse
 import contextlib
 import json
@@ -37,7 +38,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import data
 import train
 from checkpoint import saved_flags
-from errors import Parser, UserError, run_script
 from model import load_model, load_tokenizer
 from parallel import init_distributed
 
@@ -79,15 +79,33 @@ def floor(lengths, body, vocabulary, hidden, layers, passes):
     return passes * 2 * (weights + attention)
 
 
+# The longest time that one matrix product may take.
+MATMUL_SECONDS = 0.5
+
+
 def matmul_peak(dtype, device, size=2048, repeats=10):
-    """Measure the FLOP/s of a square matrix product, the best of several."""
-    x = torch.randn(size, size, dtype=dtype, device=device)
+    """Measure the FLOP/s of a square matrix product, the best of several.
+
+    Smaller products come first. The size is doubled while the next product is expected to take less
+    than MATMUL_SECONDS: a CPU without bfloat16 instructions needs a minute for 2048 x 2048.
+    """
+    side = min(size, 128)
+    seconds = time_products(side, 3, dtype, device)
+    while side < size and 8 * seconds < MATMUL_SECONDS:
+        side = min(2 * side, size)
+        seconds = time_products(side, repeats if side == size else 2, dtype, device)
+    return 2 * side**3 / seconds
+
+
+def time_products(side, repeats, dtype, device):
+    """Return the seconds of the fastest of several products of two (side, side) matrices."""
+    x = torch.randn(side, side, dtype=dtype, device=device)
     seconds = []
     for _ in range(repeats):
         start = now()
         x @ x
         seconds.append(now() - start)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
 
 
 def now():

@@ -46,6 +46,8 @@ def explained_write_errors(folder: pathlib.Path):
     """Turn a write error, such as a full disk, into one line. files.py deletes partial files."""
     try:
         yield
+    except BrokenPipeError:  # the reader of the output has ended; no file is wrong
+        raise
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         cause = error
         if isinstance(error, dcp.CheckpointException):

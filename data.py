@@ -27,6 +27,7 @@ These rules hold for every row:
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
+from errors import UserError, nearest, run_script, stop_hub_retries  # first, see errors.py
 import argparse
 import ast
 import csv
@@ -49,7 +50,6 @@ import torch
 import transformers
 
 import templates
-from errors import UserError, nearest, run_script
 from templates import begins_with
 
 # The label of a token that is not scored.
@@ -357,6 +357,7 @@ def open_dataset(source):
         if on_disk:
             saved = datasets.load_from_disk(source.name)
         else:
+            stop_hub_retries()
             saved = datasets.load_dataset(source.name, split=split)
     except Exception as error:
         if "Unknown split" in str(error):
@@ -1531,6 +1532,8 @@ def check_template(path: str | None, accounts: list[dict]):
 
 
 def load_report_tokenizer(args):
+    if not os.path.isdir(args.model):
+        stop_hub_retries()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:

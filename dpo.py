@@ -11,6 +11,7 @@ Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T t
 A batch comes from data.pad_rows: for each side, chosen and rejected, right-padded (B, T) tensors
 `{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`.
 """
+from errors import Parser, run_script  # first, see errors.py
 import math
 
 import torch
@@ -19,7 +20,6 @@ from transformers import get_scheduler
 
 import data
 import world
-from errors import Parser, run_script
 from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
 from model import load_model, load_tokenizer
 

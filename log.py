@@ -17,7 +17,8 @@ from checkpoint import write_flags
 from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
-from parallel import Ranks, shard
+from model import frozen_line, router_loss_line
+from parallel import Ranks, crowded_line, shard
 from world import brief
 
 
@@ -89,6 +90,9 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
+    for line in (frozen_line(model.model), router_loss_line(model.model), crowded_line(ranks)):
+        if line:
+            print(line)
     print(memory_line(model, reference))
     print(plan)
     if task.compares_pairs:

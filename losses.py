@@ -64,10 +64,10 @@ To copy a function into another project, leave out its `@loss` line, and copy `c
 the body calls it. The copy needs only torch, and does not check ranges. The lines that compute a, b
 and h are repeated in every loss, so that each function can be copied alone.
 """
+import registry  # first, see errors.py
 import torch
 import torch.nn.functional as F
 
-import registry
 from registry import (  # noqa: F401  (other files import these from here: LOSSES is filled here)
     LOSSES,
     find,

@@ -5,6 +5,7 @@ here also works with one process, where it does nothing.
 """
 import datetime
 import os
+import pathlib
 import warnings
 from typing import Any, NamedTuple
 
@@ -45,8 +46,37 @@ def init_distributed() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def free_cores() -> float:
+    """Estimate how many cores of this machine are idle: those that this process may use, less the
+    load that other processes cause."""
+    if not hasattr(os, "sched_getaffinity"):  # only Linux has both
+        return float(os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0))
+    quota = pathlib.Path("/sys/fs/cgroup/cpu.max")  # of a container
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, int(limit) / int(period))
+    return cores - os.getloadavg()[0] * cores / (os.cpu_count() or 1)
+
+
+def crowded_line(ranks: Ranks) -> str:
+    """Return a line if the threads of this machine's ranks outnumber its idle cores, else ""."""
+    if ranks.device.type != "cpu" or torch.get_num_threads() == 1:
+        return ""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    threads = local_size * torch.get_num_threads()
+    free = max(0.0, free_cores())
+    # A load average is rough: a few threads more than idle cores are no reason for a line.
+    if threads <= 1.25 * free + 0.5:
+        return ""
+    return (f"this machine is busy: {threads} threads for about {free:.1f} idle cores; fewer may "
+            "be faster, because threads wait for each other: OMP_NUM_THREADS=1")
+
+
 def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
-    """Build the module of this rank by make(device).
+    """Build the module of this rank by make(device), under fsdp also by make(device, unreached)
+    with the parts of the model that text does not reach.
 
     ddp     each rank makes a whole module on its device, the ranks of a machine one after another
     fsdp    each rank has a shard of each parameter (FSDP2). Each block, and then the root, gathers
@@ -58,9 +88,14 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
         return in_turn(lambda: make(ranks.device), ranks)
 
     source = make(torch.device("cpu")) if ranks.rank == 0 else None
-    module = make(torch.device("meta"))
+    # A module without values cannot try which parts text reaches, so send the result of the source.
+    unreached = broadcast(source and getattr(source.model, "unreached", []), ranks)
+    module = make(torch.device("meta"), unreached) if unreached else make(torch.device("meta"))
     kinds = module.model._no_split_modules or ()
-    blocks = [block for block in module.modules() if type(block).__name__ in kinds]
+    blocks = {}
+    for name, block in module.model.named_modules():
+        if type(block).__name__ in kinds:
+            blocks[name] = block
     if not blocks:
         raise UserError(f"--parallel fsdp: {type(module.model).__name__} does not say which of "
                         "its modules are blocks; use ddp")
@@ -75,12 +110,16 @@ def build_on_ranks(make, ranks: Ranks, parallel: str, dtype: str):
     # base is stored in bf16, and A, B and m stay fp32 for autocast, as under ddp. The root of a
     # frozen module is resharded after its forward too, because no backward follows.
     frozen = not any(parameter.requires_grad for parameter in module.parameters())
-    adapted = not frozen and not all(p.requires_grad for p in module.parameters())
+    fixed = [name for name, p in module.model.named_parameters() if not p.requires_grad]
+    parts = tuple(f"{part}." for part in unreached)
+    adapted = not frozen and not all(f"{name}.".startswith(parts) for name in fixed)
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16" and not adapted:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mp_policy=precision)
+    # FSDP would fail in backward at a block in mixed precision that no forward has gathered.
+    for name, block in blocks.items():
+        reached = not f"{name}.".startswith(parts)
+        fully_shard(block, mp_policy=precision if reached else MixedPrecisionPolicy())
     fully_shard(module, mp_policy=precision, reshard_after_forward=True if frozen else None)
 
     module.to_empty(device=ranks.device)

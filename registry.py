@@ -8,6 +8,7 @@ Each loss is defined by one function. Its signature lists its inputs: the tensor
 first, the keyword-only arguments are its hyper-parameters. The functions below read the signature.
 With them dpo.py computes the tensors, flags.py makes the flags, and `table` prints the losses.
 """
+from errors import run_script  # first, see errors.py
 import difflib
 import functools
 import inspect
@@ -299,7 +300,11 @@ def plot(path):
 
 def main():
     """Run the command `python losses.py`."""
-    arguments = sys.argv[1:]
+    run_script(print_table)
+
+
+def print_table(arguments):
+    """Print the table of all losses, or draw their curves with --plot FILE.png."""
     if not arguments:
         print("\n".join(table()))
     elif len(arguments) == 2 and arguments[0] == "--plot":

@@ -14,6 +14,7 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
+from errors import UserError, output_is_closed, script_signals_and_streams  # first, see errors.py
 import contextlib
 import math
 import os
@@ -62,7 +63,6 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from errors import UserError
 from files import free_name
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
@@ -82,9 +82,12 @@ from losses import needs_rejected, tensor_arguments, update_delta
 from model import (
     check_vocabulary,
     compile_blocks,
+    freeze,
+    is_below,
     load_adapter_tokenizer,
     load_tokenizer,
     save_model,
+    unreached_by_text,
 )
 from parallel import (
     Ranks,
@@ -112,7 +115,7 @@ from reference import (
     move_reference,
     moving_tensors,
 )
-from verify import can_drop_mask, can_pack
+from verify import can_drop_mask, can_pack, find_noise
 
 # torch.distributed.checkpoint warns when a single process saves.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -172,22 +175,34 @@ def load_rows(args, loss, tokenizer, home, ranks):
 
 # --- The models -----------------------------------------------------------------------------------
 
-def load_policy(args, source, newest, dtype: str, device):
+def load_policy(args, source, newest, dtype: str, device, unreached=None):
     """The policy: a model with all weights trained, or with an adapter on frozen weights.
 
     With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
-    for it. `newest` is the checkpoint to resume from, or None.
+    for it. `newest` is the checkpoint to resume from, or None. `unreached` names the parts of the
+    model that text does not reach; where it is None, they are tried. They are frozen.
     """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
+    if unreached is None:
+        unreached = []
+        if device.type != "meta":
+            with torch.autocast(**autocast_options(dtype, device)):
+                unreached = unreached_by_text(model)
     if adapted and (newest or args.adapter):
         load_adapter(model, newest or args.adapter)
     elif adapted:
         settings = LoraSettings(
             args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora)
-        add_adapter(model, "policy", target_modules(model, args.lora_target), settings, args.seed)
+        targets = target_modules(model, args.lora_target)
+        reached = [name for name in targets if not is_below(name, unreached)]
+        if not reached:
+            raise UserError(f"--lora_target {args.lora_target}: text does not reach these layers, "
+                            f"which are in {', '.join(unreached)}; name others")
+        add_adapter(model, "policy", reached, settings, args.seed)
     if args.adapter and args.ref in ("adapter", "cache") and not args.ref_model:
         load_adapter(model, args.adapter, "reference", trainable=False)
+    freeze(model, unreached)
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -230,7 +245,7 @@ def reason_to_pad(args, models, rows, dtype, ranks):
 
 
 def try_rows(verdict, module, dtype, ranks):
-    """can_pack or can_drop_mask on all ranks -> None, or the first rank's reason."""
+    """can_pack, can_drop_mask or find_noise on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
         guard = failing_together(ranks)
@@ -442,11 +457,15 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
 
 
 @contextlib.contextmanager
-def caught_signals():
+def caught_signals(ranks):
     """Yield a list to which the first Ctrl-C or SIGTERM is added. A second one ends the process."""
     caught, before = [], {}
 
     def note(number, frame):
+        # os.write, because a signal may arrive inside a print, which another print must not enter.
+        if not caught and ranks.rank == 0:
+            again = "press Ctrl-C" if number == signal.SIGINT else "send SIGTERM"
+            os.write(2, f"\nstopping after this step; {again} again to quit at once\n".encode())
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -459,13 +478,37 @@ def caught_signals():
             signal.signal(number, handler)
 
 
+def make_free_folder(base):
+    """Make the first of base, base-2, base-3, ... that no other run has made."""
+    while True:
+        folder = free_name(base)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run made it just now
+            continue
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder, ranks):
+    """Remove the folder of a run that ended before it wrote a file, at an error or Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):  # it has files, or does not exist
+                folder.rmdir()
+        raise
+
+
 def choose_folder(args, ranks):
     """--output_dir, or the first free folder below runs/. A folder with a run is only continued."""
-    name = args.output_dir
-    if name is None:
-        base = "runs/" + re.sub("[:,]", "+", args.loss)
-        name = broadcast(free_name(pathlib.Path(base)), ranks)
-    folder = pathlib.Path(name)
+    if args.output_dir is None:
+        made = None
+        if ranks.rank == 0:
+            made = make_free_folder(pathlib.Path("runs") / re.sub("[:,]", "+", args.loss))
+        return broadcast(made, ranks)
+    folder = pathlib.Path(args.output_dir)
     if folder.exists():
         # Raises if another run writes there, or if a run is there and --resume is not given.
         with claim(folder, args.resume, ranks):
@@ -538,8 +581,8 @@ def load_models(args, home, newest, ranks):
     source = str(home / "reference") if args.model == "world" else args.model
     tokenizer, lines = load_trained_tokenizer(args, source)
 
-    def make_policy(device):
-        return load_policy(args, source, newest, dtype, device)
+    def make_policy(device, unreached=None):
+        return load_policy(args, source, newest, dtype, device, unreached)
 
     model = build_on_ranks(make_policy, ranks, args.parallel, dtype)
     check_vocabulary(f"--model {args.model}", model.model, tokenizer)
@@ -558,6 +601,10 @@ def load_models(args, home, newest, ranks):
 def settle_attention(args, model, reference, rows, dtype, ranks):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
+    for module in modules:
+        reason = try_rows(find_noise, module, dtype, ranks)
+        if reason is not None:
+            raise UserError(f"--model {args.model}: {reason}")
     attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
     if ranks.rank == 0:
         print(line)
@@ -580,6 +627,10 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     fixed = {"rows": row_hashes, "weights": weights}
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
+    if warmup >= steps and ranks.rank == 0:
+        highest = args.lr * (steps - 1) / warmup
+        print(f"--warmup_steps {warmup}: the run has only {steps} steps, so the learning rate "
+              f"reaches {highest:.3g} of --lr {args.lr:g}")
 
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
@@ -696,15 +747,16 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
         raise UserError("--parallel fsdp: one process alone has nothing to share; "
                         "start several by torchrun")
     use_deterministic_kernels(args.deterministic)
-    run = prepare(args, loss, hyper, home, folder, ranks)
-    line = check_first_rows(args, run, ranks)
+    with removed_if_empty(folder, ranks):
+        run = prepare(args, loss, hyper, home, folder, ranks)
+        line = check_first_rows(args, run, ranks)
     if line:
         say(line)
 
     delta, steps = run.delta, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (claim(folder, args.resume, ranks), explained_write_errors(folder),
-          caught_signals() as stopped, contextlib.closing(batches)):
+          caught_signals(ranks) as stopped, contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
@@ -748,10 +800,13 @@ def main(argv: list[str], ranks: Ranks) -> bool:
 
 
 def explain(error):
-    """The message for an error of the user or of the machine; None for a bug.
+    """The message for an error of the user or of the machine; None for a bug, and for output that
+    nobody reads any more, which ends the script without a message.
 
     FloatingPointError comes from `raise_not_finite`, which names the rows.
     """
+    if isinstance(error, BrokenPipeError) and output_is_closed():
+        return None
     if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
         return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -773,23 +828,24 @@ def explain(error):
 
 def run():
     """main, with one line and exit status 2 for errors of users; a traceback only for bugs."""
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        ranks = init_distributed()
-        stopped = main(sys.argv[1:], ranks)
-        leave_distributed(ranks)
-        sys.exit(130 if stopped else 0)
-    except (UserError, FloatingPointError, RuntimeError, MemoryError, OSError,
-            SafetensorError) as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        prefix = f"error on rank {rank}" if rank else "error"
-        print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted before the first step: nothing was saved", file=sys.stderr)
-        sys.exit(130)
+    with script_signals_and_streams():
+        rank = int(os.environ.get("RANK", 0))
+        try:
+            ranks = init_distributed()
+            stopped = main(sys.argv[1:], ranks)
+            leave_distributed(ranks)
+            sys.exit(130 if stopped else 0)
+        except (UserError, FloatingPointError, RuntimeError, MemoryError, OSError,
+                SafetensorError) as error:
+            sentence = explain(error)
+            if sentence is None:
+                raise
+            prefix = f"error on rank {rank}" if rank else "error"
+            print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted before the first step: nothing was saved", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,64 @@ def verify(module, compare: Callable) -> str | None:
     return reasons[0] if reasons else None
 
 
+def find_noise(module) -> str | None:
+    """None if a training forward of the model of a logps.FastLogps always gives the same logits,
+    else a sentence that names the module with the noise.
+
+    The same row is computed several times, each time from another seed of torch's generators.
+    Rounding is measured by two forwards from one seed, because some GPU kernels add in a random
+    order. model.turn_off_noise turns off the noise that is known.
+    """
+    model = module.model
+    device = model.device
+    gpus = [device] if device.type == "cuda" else []
+    ids = torch.tensor(trial_rows(model)[2], device=device)[None]  # (1, WIDTH)
+    with torch.no_grad(), torch.random.fork_rng(gpus):
+        logits, checksums = seeded_forward(module, ids, 0)  # (1, WIDTH, V)
+        again, _ = seeded_forward(module, ids, 0)
+        others = [seeded_forward(module, ids, seed) for seed in range(1, 5)]
+    rounding = relative_distance(again, logits)
+    bound = max(MARGIN * rounding, 2 * torch.finfo(autocast_dtype(logits)).eps)
+    for other_logits, other_checksums in others:
+        if relative_distance(other_logits, logits) > bound:
+            # The first module with another output: an inner one ends before the outer one.
+            names = [name for name in checksums if checksums[name] != other_checksums[name]]
+            name = names[0] if names else ""
+            kind = type(model.get_submodule(name)).__name__
+            return (f"in training, its module {name} ({kind}) gives another output each time for "
+                    "the same row. This noise would make policy and reference differ; turn it off "
+                    "in the model's config.json")
+    return None
+
+
+def seeded_forward(module, ids, seed: int) -> tuple[torch.Tensor, dict]:
+    """Run a forward from this seed -> the logits, and {name of a module: a sum over its output} in
+    the order in which the modules end."""
+    sums, hooks = {}, []
+
+    def record(name):
+        def hook(part, inputs, output):
+            if isinstance(output, tuple):
+                output = output[0]
+            if torch.is_tensor(output):
+                sums[name] = output.double().square().sum()
+        return hook
+
+    for name, part in module.model.named_modules():
+        hooks.append(part.register_forward_hook(record(name)))
+    torch.manual_seed(seed)
+    try:
+        logits = module(input_ids=ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, {name: value.item() for name, value in sums.items()}
+
+
+def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def raised_here(error: Exception) -> bool:
     """Whether the innermost frame of the traceback is in a file of this project."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]

@@ -304,15 +304,20 @@ def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
     home = folder()
     if home.exists():
         return home
-    print(f"world: the reference policy is trained first, only once, and kept in {home}")
+    print("world: the reference policy is trained first, only once", flush=True)
     threads = torch.get_num_threads()
     # One thread sums in one order, so the world is the same for any number of threads or ranks.
     torch.set_num_threads(1)
     try:
         with written_aside(home) as aside:
             write_folder(aside, train_sft, device)
+    except OSError:
+        # Another run may have finished the same world first; a folder cannot replace it.
+        if not home.exists():
+            raise
     finally:
         torch.set_num_threads(threads)
+    print(f"world: the reference policy is kept in {home}")
     return home
 
 

@@ -16,7 +16,7 @@ import registry
 ALLOWED_IMPORTS = {
     "errors": set(),
     "files": set(),
-    "registry": set(),
+    "registry": {"errors"},
     "losses": {"registry"},
     "templates": {"errors"},
     "data": {"errors", "templates"},
@@ -32,7 +32,7 @@ ALLOWED_IMPORTS = {
     "variants": {"dpo", "losses"},
     "flags": {"checkpoint", "data", "errors", "losses", "lora", "variants", "world"},
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
-    "log": {"batches", "checkpoint", "files", "logps", "lora", "parallel", "world"},
+    "log": {"batches", "checkpoint", "files", "logps", "lora", "model", "parallel", "world"},
     "reference": {
         "batches", "checkpoint", "data", "dpo", "errors", "files", "log", "logps", "lora",
         "model", "parallel",
