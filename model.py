@@ -374,6 +374,8 @@ def short_forward(model, used: set):
 def graph_leaves(node) -> set[int]:
     """Return the ids of the tensors in which backward from this node would accumulate."""
     leaves, seen, todo = set(), {node}, [node]
+    if node is None:  # every parameter is frozen
+        return leaves
     while todo:
         node = todo.pop()
         if hasattr(node, "variable"):

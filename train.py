@@ -498,6 +498,8 @@ def removed_if_empty(folder, ranks):
         if ranks.rank == 0:
             with contextlib.suppress(OSError):  # it has files, or does not exist
                 folder.rmdir()
+                if folder.parent == pathlib.Path("runs"):
+                    folder.parent.rmdir()
         raise
 
 

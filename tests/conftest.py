@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread, here and in the processes that tests start: for models this small, threads of several
 # processes wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with Ctrl-C ignored, and processes that tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
