@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from errors import UserError
-from files import delete_partial, free_name, write_text, written_aside
+from files import RUN_FILE, delete_partial, free_name, write_text, written_aside
 from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
@@ -68,7 +68,7 @@ def saved_flags(folder: str | None) -> dict:
     """The flags of the run that --resume continues."""
     if folder is None:
         raise UserError("--resume needs the --output_dir of the run to go on with")
-    for name in ("run.json", "config.json"):
+    for name in (RUN_FILE, "config.json"):
         config = read_config(folder, name)
         if "flags" in config:
             return config["flags"]
@@ -81,7 +81,7 @@ def write_flags(folder: pathlib.Path, flags: dict) -> None:
     With an adapter the file is run.json: transformers would take the folder of an adapter for a
     model because of a config.json.
     """
-    name, other = "config.json", "run.json"
+    name, other = "config.json", RUN_FILE
     if flags.get("adapter") or flags.get("lora_rank"):
         name, other = other, name
     write_text(folder / name, json.dumps({"flags": flags}, indent=2) + "\n")

@@ -399,6 +399,8 @@ def read_rows(source):
 
 # The text before each answer in HH-RLHF and in data sets of its format.
 TURN = "\n\nAssistant:"
+
+
 def rename_columns(row, columns, where):
     """Apply --columns, {our name: the file's name}, to a row."""
     existing = row if isinstance(row, dict) else {}
@@ -800,10 +802,8 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
     theirs, kinds = dict(columns), set()
     for where, row_of_file in read_rows(Source(*source)):
         row_of_file = parse_messages(row_of_file, theirs, where)
+        row = rename_columns(row_of_file, theirs, where) if columns else row_of_file
         # Every row of a file must have the format of the first.
-        row = row_of_file
-        if columns:
-            row = rename_columns(row, theirs, where)
         if fields is None:
             fields = choose_fields(row, where, sides)
         if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:

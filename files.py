@@ -19,6 +19,10 @@ from collections.abc import Iterator
 
 PARTIAL = ".partial-"
 
+# Everything that PEFT's files have no place for: the fingerprint of the base, the flags of the run.
+# It is not config.json, because transformers would take an adapter with that file for a model.
+RUN_FILE = "run.json"
+
 
 @contextlib.contextmanager
 def moved_into(folder: str | pathlib.Path, last: str | None = None) -> Iterator[pathlib.Path]:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError, nearest
-from files import moved_into
+from files import RUN_FILE, moved_into
 
 # --- Low-rank updates -----------------------------------------------------------------------------
 
@@ -313,10 +313,6 @@ def describe_base(folder: str, given: str) -> str:
 # --- PEFT's files ---------------------------------------------------------------------------------
 # adapter_config.json, and adapter_model.safetensors with base_model.model.{layer}.lora_A.weight
 # (r, in), .lora_B.weight (out, r) and for DoRA .lora_magnitude_vector (out,)
-
-# Everything that PEFT's files have no place for: the fingerprint of the base, the flags of the run.
-# It is not config.json, because transformers would take an adapter with that file for a model.
-RUN_FILE = "run.json"
 
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")

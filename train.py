@@ -225,8 +225,8 @@ def choose_attention(args, models, rows, dtype, ranks):
         line += f"; {reason}"
     reasons = [try_rows(can_drop_mask, module, dtype, ranks) for module in models]
     masked = any(reasons)
-    for module in models:
-        if not masked:
+    if not masked:
+        for module in models:
             packing.enable(module.model)
     return "padded", masked, line
 
