@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -36,10 +37,58 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a UserError."""
+    """Reports a wrong flag as a UserError. Every parser knows --debug, which `arguments` removes."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                          help="show the traceback of an error, not only its line")
 
     def error(self, message):
         raise UserError(message)
+
+
+def arguments() -> list[str]:
+    """Return the arguments of the script without --debug, which changes nothing in a run."""
+    return [argument for argument in sys.argv[1:] if argument != "--debug"]
+
+
+def report(sentence: str, rank: int = 0) -> None:
+    """Print the error that is being handled as one line, with --debug after its traceback."""
+    if "--debug" in sys.argv[1:]:
+        traceback.print_exc()
+    prefix = f"error on rank {rank}" if rank else "error"
+    print(f"{prefix}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def reading(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a library raises about a file of the user into one line.
+
+    what      names the flag, the file or both, as in "--model m: config.json"
+    advice    what to do, as in "; convert it by ..."
+
+    Only the call of the library belongs inside: a bug of ours must show its traceback. No exception
+    of a library is documented well enough to be listed here, so all of them count.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {library_reason(error)}{advice}") from error
+
+
+def library_reason(error: BaseException, most: int = 300) -> str:
+    """Return the first line of an exception's message, with its type where the message alone, such
+    as the key of a KeyError, explains nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else ""
+    if len(reason.split()) < 3:
+        reason = f"{type(error).__name__} {reason}".strip()
+    if len(reason) > most:
+        reason = f"{reason[:most]} ..."
+    return reason
 
 
 def nearest(name: str, existing: Iterable[str]) -> str:
@@ -120,10 +169,9 @@ def run_script(main: Callable[[list[str]], None]):
     word and exit status 130."""
     with script_signals_and_streams():
         try:
-            main(sys.argv[1:])
+            main(arguments())
         except UserError as error:
-            line = " ".join(str(error).splitlines())
-            print(f"error: {line}", file=sys.stderr)
+            report(str(error))
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -14,7 +14,13 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
-from errors import UserError, output_is_closed, script_signals_and_streams  # first, see errors.py
+from errors import (  # first, see errors.py
+    UserError,
+    arguments,
+    output_is_closed,
+    report,
+    script_signals_and_streams,
+)
 import contextlib
 import math
 import os
@@ -834,7 +840,7 @@ def run():
         rank = int(os.environ.get("RANK", 0))
         try:
             ranks = init_distributed()
-            stopped = main(sys.argv[1:], ranks)
+            stopped = main(arguments(), ranks)
             leave_distributed(ranks)
             sys.exit(130 if stopped else 0)
         except (UserError, FloatingPointError, RuntimeError, MemoryError, OSError,
@@ -842,8 +848,7 @@ def run():
             sentence = explain(error)
             if sentence is None:
                 raise
-            prefix = f"error on rank {rank}" if rank else "error"
-            print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
+            report(sentence, rank)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted before the first step: nothing was saved", file=sys.stderr)
