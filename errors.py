@@ -37,7 +37,7 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a UserError. Every parser knows --debug, which `arguments` removes."""
+    """Reports a wrong flag as a UserError. Each parser names --debug, which `arguments` removes."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

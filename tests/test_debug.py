@@ -1,5 +1,6 @@
 """`--debug` shows where an error comes from; without it an error is one line."""
 import pytest
+
 from errors import UserError, reading
 
 
