@@ -3,7 +3,7 @@
 Nothing is downloaded, and the only cache that is written is a temporary folder.
 
     fit(loss="ipo")                  trains in this process    -> output folder, its metrics
-    run_training(flags, torchrun=2)  trains in two processes   -> a finished process
+    run_training(flags, ranks=2)     trains in two processes   -> a finished process
     start_training(flags)            starts a process that a test can kill
     resume(out)                      continues a run in this process
     differences(left, right)         compares two runs         -> a list that is empty if they agree
@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs with Ctrl-C ignored, and processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -150,10 +151,15 @@ def start_training(flags, torchrun=0):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def run_training(flags, torchrun=0, cwd=None, timeout=300):
-    """Run train.py in another process and wait for its end."""
-    return subprocess.run(command(*to_arguments(flags), torchrun=torchrun), text=True, cwd=cwd,
-                          capture_output=True, timeout=timeout)
+def run_training(flags, ranks=1, cwd=None, timeout=300):
+    """Run train.py in other processes and wait for their end -> a CompletedProcess."""
+    return forked.run(to_arguments(flags), ranks, cwd, timeout)
+
+
+def run_by_torchrun(flags, ranks):
+    """The same, by the command that a user types."""
+    return subprocess.run(command(*to_arguments(flags), torchrun=ranks), text=True,
+                          capture_output=True, timeout=300)
 
 
 @pytest.fixture

@@ -103,11 +103,18 @@ def test_a_comparison_runs_both_trainers_with_the_same_flags(flags, tmp_path, ca
     assert len(result["peak_above_state_mb"]) == 1 and result["shares_of_peak"][0][0] > 0
 
 
-@pytest.mark.parametrize("changes", [{"last_loss": 1.1}, {"unique_tokens_per_s": 1.5}])
-def test_a_comparison_of_different_work_is_an_error(changes, flags, tmp_path):
-    other = fake_trainer(tmp_path, **changes)
+LINE = {"first_loss": 0.6931, "last_loss": 0.5, "unique_tokens_per_s": 100.0, "step_s_mean": 2.0}
+
+
+@pytest.mark.parametrize("changes", [{"last_loss": 0.55}, {"unique_tokens_per_s": 150.0}])
+def test_lines_of_different_work_are_an_error(changes):
     with pytest.raises(UserError, match="not the same work"):
-        bench.main([*flags, "--repeats", "1", "--compare", other])
+        bench.check_same_work(LINE, LINE | changes)
+
+
+def test_the_same_work_at_another_speed_is_no_error():
+    faster = {"unique_tokens_per_s": 150.0, "step_s_mean": 2.0 / 1.5}
+    bench.check_same_work(LINE, LINE | faster)
 
 
 def test_the_error_of_a_command_that_fails_is_quoted(flags):

@@ -211,7 +211,7 @@ def test_a_bfloat16_dora_run_under_fsdp_starts_at_a_margin_of_exactly_0(biased, 
         "model": biased, "dataset": pairs, "output_dir": tmp_path / "out", "micro_batch_size": 4,
         "dtype": "bfloat16", "lora_rank": 4, "dora": True, "max_steps": 2, "parallel": "fsdp",
     }
-    result = run_training(flags, torchrun=2, cwd=tmp_path)
+    result = run_training(flags, ranks=2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = read_metrics(tmp_path / "out")
     assert metrics[0]["rewards/margins"] == 0
@@ -933,10 +933,10 @@ def test_two_processes_share_the_reference_pass_and_get_the_losses_of_one(folder
         "dtype": "float64", "ref": "cache", "lora_rank": 4, "quantize": "nf4", "max_steps": 4,
     }
     metrics, caches = [], []
-    for name, processes in (("one", 0), ("two", 2)):
+    for name, processes in (("one", 1), ("two", 2)):
         home = tmp_path / name
         home.mkdir()
-        run_training(flags | {"output_dir": home / "out"}, torchrun=processes, cwd=home)
+        run_training(flags | {"output_dir": home / "out"}, ranks=processes, cwd=home)
         metrics.append(read_metrics(home / "out"))
         path, = cached_references(home)
         caches.append(load_file(path))

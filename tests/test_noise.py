@@ -246,7 +246,7 @@ def test_an_adapter_only_where_text_does_not_go_is_refused(fit, vision):
 def test_two_processes_train_a_model_with_a_vision_tower_as_one_does(
         fit, vision, pairs, tmp_path, flags):
     flags = {"model": vision, "dataset": pairs, "max_steps": 4, "log_every": 1} | flags
-    done = run_training(TINY_RUN | flags | {"output_dir": tmp_path / "two"}, torchrun=2)
+    done = run_training(TINY_RUN | flags | {"output_dir": tmp_path / "two"}, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     _, one = fit(**flags | {"parallel": "ddp"}, out="one")
     tolerance = 5e-2 if "dtype" in flags else 1e-3

@@ -20,6 +20,7 @@ from conftest import (
     make_rows,
     read_metrics,
     resume,
+    run_by_torchrun,
     run_training,
     start_training,
     tiny_model,
@@ -129,8 +130,8 @@ def test_two_processes_end_like_one_at_the_same_global_batch(fit, folder, pairs,
     flags = {"batch_size": 7, "micro_batch_size": 2, "dtype": "float64", "epochs": 3}
     one, _ = fit(**flags, out="one")
     given = {"model": folder, "dataset": pairs, "output_dir": tmp_path / "two"}
-    result = run_training(TINY_RUN | flags | given, torchrun=2)
-    assert (tmp_path / "two" / "metrics.jsonl").exists(), result.stderr
+    result = run_by_torchrun(TINY_RUN | flags | given, ranks=2)
+    assert result.returncode == 0, result.stderr
     assert not differences(one, tmp_path / "two", 1e-6)
 
 
@@ -143,7 +144,7 @@ def test_a_process_without_a_pair_in_the_last_window_or_among_the_held_out_adds_
              "micro_batch_size": 2, "dtype": "float64"}
     _, metrics = fit(**flags, out="one")
     given = {"model": folder, "output_dir": tmp_path / "two"}
-    result = run_training(TINY_RUN | flags | given, torchrun=2)
+    result = run_training(TINY_RUN | flags | given, ranks=2)
     assert (tmp_path / "two" / "metrics.jsonl").exists(), result.stderr
     assert not differences(metrics, read_metrics(tmp_path / "two"), 1e-6)
 

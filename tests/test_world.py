@@ -2,11 +2,12 @@
 
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import differences, read_metrics, run_training, to_arguments
+from conftest import command, differences, read_metrics, run_training, to_arguments
 
 import world
 from losses import LOSSES
@@ -16,7 +17,7 @@ from losses import LOSSES
 def first_run(tmp_path_factory):
     """Run `python train.py` without flags, once for this file -> working directory, stdout."""
     cwd = tmp_path_factory.mktemp("world")
-    result = run_training({}, cwd=cwd, timeout=600)
+    result = subprocess.run(command(), text=True, cwd=cwd, capture_output=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
 
@@ -61,8 +62,8 @@ def test_the_reference_is_trained_once_and_then_reused(first_run, world_folder):
 
 def test_two_processes_end_with_the_metrics_of_one(first_run):
     cwd, _ = first_run
-    for name, processes in (("one", 0), ("two", 2)):
-        run_training({"output_dir": name, "max_steps": 48}, torchrun=processes, cwd=cwd)
+    for name, processes in (("one", 1), ("two", 2)):
+        run_training({"output_dir": name, "max_steps": 48}, ranks=processes, cwd=cwd)
     one, two = read_metrics(cwd / "one"), read_metrics(cwd / "two")
     assert one[-1]["split"] == "world"
     assert not differences(one, two, 1e-5)

@@ -1,0 +1,80 @@
+"""Run train.py in processes that are forked from one that has imported torch and transformers.
+
+`python train.py` spends five seconds of CPU on its imports, a tiny run a tenth of a second. Here
+the imports happen once for each process of pytest. A forked process has its own arguments,
+environment, working directory, session and output, and runs `train.run`, as the script does. What
+it does not show is the start itself: test_train.py and test_faults.py also start train.py by
+torchrun.
+"""
+import multiprocessing
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["torch.distributed.fsdp", "transformers.modeling_utils", "datasets", "filelock"])
+
+
+def run_train(arguments, environment, cwd, folder):
+    """Become `python train.py ARGUMENTS`, with its output in two files of `folder`."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["train.py", *arguments]
+    import train
+    train.run()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def rank_environment(rank, ranks, port):
+    """What torchrun sets for one of the processes that it starts; nothing for a single one."""
+    if ranks == 1:
+        return {}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def wait(processes, timeout):
+    """Wait for all, or until one fails or the time is over; then end the others. -> exit codes"""
+    end = time.monotonic() + timeout
+    while any(process.exitcode is None for process in processes):
+        if time.monotonic() > end or any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
+    return [process.exitcode for process in processes]
+
+
+def run(arguments, ranks=1, cwd=None, timeout=300):
+    """Run train.py in `ranks` processes -> a subprocess.CompletedProcess, whose returncode is 1 if
+    one of several processes failed, and whose output is that of all ranks."""
+    port, processes, folders = free_port(), [], []
+    with tempfile.TemporaryDirectory() as home:
+        for rank in range(ranks):
+            folder = pathlib.Path(home, str(rank))
+            folder.mkdir()
+            environment = dict(os.environ) | rank_environment(rank, ranks, port)
+            given = (list(arguments), environment, cwd or os.getcwd(), folder)
+            process = SERVER.Process(target=run_train, args=given)
+            process.start()
+            processes.append(process)
+            folders.append(folder)
+        codes = wait(processes, timeout)
+        output = []
+        for name in ("stdout", "stderr"):
+            output.append("".join((folder / name).read_text() for folder in folders))
+    code = codes[0] if ranks == 1 else int(any(codes))
+    return subprocess.CompletedProcess(["train.py", *arguments], code, *output)
