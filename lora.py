@@ -49,7 +49,8 @@ class Lora(torch.nn.Module):
     DoRA (arXiv:2402.09353, Sec. 4.1, eq. 5)    y = m ⊙ (W₀ + s·BA)x / ‖W₀ + s·BA‖
 
     A (r, in) is random, B (out, r) starts at 0, s is the scale. DoRA's m (out,) starts at ‖W₀‖.
-    The norm ‖·‖ is taken of each row of the (out, in) weight, and is detached (Sec. 4.3, eq. 11).
+    The norm ‖·‖ is detached (Sec. 4.3, eq. 11). It has one value for each output, the norm of a row
+    of torch's (out, in) weight, as in PEFT; the paper writes norms of columns.
     The paper draws A from a Gaussian; the authors' code and this code draw A as torch
     initializes a linear layer, Kaiming uniform. A, B and m are fp32 or better.
     Dropout applies to the input of A, and only where gradients are enabled: references and

@@ -30,7 +30,8 @@ Symbols, the same in every docstring (B pairs; x a prompt, y_w its chosen, y_l i
                                           the margin of averages
     n̄         mean of n_w                 over the pairs of an optimizer step, so that the mean of
                                           −w/n̄ is the negative log-likelihood per chosen token
-    β         beta                        a larger β keeps π closer to π_ref
+    β         beta                        a larger β keeps π closer to π_ref; in a loss without
+                                          reference it is only the scale of the log-probs
     ε         label_smoothing             the share of labels believed to be flipped
     σ, sp     sigmoid, softplus           sp(x) = log(1 + eˣ) = −log σ(−x), numerically stable at
                                           any x; log(sigmoid(x)) is not
@@ -54,9 +55,10 @@ of train.py, and a positional argument with a default is optional for the caller
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
 
-    margin   the log-probs enter through one margin alone. So an f-divergence score, which is known
-             up to a constant per prompt, may replace a log-ratio of sums (f_divergence_score), and
-             zeros the reference (--reference_free)
+    margin   the log-probs enter through one margin alone, so zeros may replace the reference
+             (--reference_free). If it is a margin of sums, a constant per prompt cancels, so an
+             f-divergence score, which is known up to such a constant, may replace the log-ratio
+             (f_divergence_score)
     average  the margin, or each of the two rewards, is an average per token
     batch    the loss of a pair depends on the other pairs of the batch
 
@@ -81,10 +83,11 @@ from registry import (  # noqa: F401  (other files import these from here: LOSSE
 # --------------------------------------------------------------------------------------------------
 # Margin losses: the log-probs enter through h alone. The chosen and the rejected answer get
 # gradients of the same size and opposite sign, and a constant added to both log-probs of a prompt
-# changes nothing. (Where the loss averages over tokens, both hold for the averages.) These losses
-# say which answer to prefer, not how probable either answer should be, so both probabilities may
-# fall while h rises. They differ in the shape of the curve: how hard they push pairs that are
-# wrong, right, or very right.
+# changes nothing. `ipo` and `sigmoid_norm` take the margin of averages: there the sizes are as
+# 1/n_w to 1/n_l, and only a constant per token changes nothing. These losses say which answer to
+# prefer, not how probable either answer should be, so both probabilities may fall while h rises.
+# They differ in the shape of the curve: how hard they push pairs that are wrong, right, or very
+# right.
 # --------------------------------------------------------------------------------------------------
 
 @loss("margin", beta="> 0", label_smoothing="[0, 0.5)")
@@ -215,7 +218,9 @@ def discopop(
     Gradient   ∂L/∂w = β L′(z) = −∂L/∂l,
                L′(z) = −(1−m) σ(−z) − m e^(−z) + m(1−m)/τ [e^(−z) − sp(−z)]. The loss is not
                convex: with τ = 0.05 it has a local minimum at z = −0.119 and a maximum at
-               z = 0.072, so pairs that are a little wrong stay there.
+               z = 0.072. Where π = π_ref, L′(0) = +0.784: it pushes AGAINST y_w. A single pair
+               ends in that minimum, ranked wrongly; only a pair that others move beyond the
+               maximum is pushed on.
     Args       four (B,) log-probs; beta > 0 (paper 0.05); discopop_tau > 0 (paper 0.05), the width
                of the blend
     Elsewhere  TRL and the authors multiply e^(−z) by m, which in fp32 is inf · 0 = NaN once
@@ -247,8 +252,8 @@ def ipo(
                target; the gradient of DPO never is.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0. β sets the target alone and
                does not scale h̄.
-    Elsewhere  The paper prints the summed log-ratio and says nothing of averages. Its authors later
-               told TRL that the average is meant (huggingface/trl pull request 1265).
+    Elsewhere  The paper prints the summed log-ratio and says nothing of averages. Its authors, when
+               asked, said that averages are meant, as huggingface.co/blog/pref-tuning reports.
                TRL >= 0.7.11, LLaMA-Factory and we average; the DPO authors' repository, OpenRLHF
                and TRL <= 0.7.10 sum. For the summed form pass lengths of one. HALOs counts the
                tokens whose log-ratio is not 0, which gives 0/0 before the first step.
@@ -295,9 +300,8 @@ def rdpo(
     Gradient   ∂L/∂w = −β σ(−(βh + α (n_w − n_l))) = −∂L/∂l: pairs whose chosen answer is the longer
                one get a smaller gradient.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0; rdpo_alpha >= 0, per token
-               (authors' scripts 0.005 to 0.05)
-    Elsewhere  The sign agrees with the authors' code and SimPO's Tables 3 and 7; one survey
-               prints a minus, against its own derivation. SamPO's code calls α lenN.
+    Elsewhere  We found no code of the authors. The sign agrees with SimPO's Tables 3 and 7; one
+               survey prints a minus, against its own derivation. SamPO's code calls α lenN.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -317,8 +321,9 @@ def odpo(
     Formula    L = −log σ(βh − Δ),        Δ = α log(s_w − s_l)
     Gradient   ∂L/∂w = −β σ(Δ − βh) = −∂L/∂l: the gradient of DPO at a margin that is smaller by Δ.
     Args       four (B,) log-probs; chosen_scores > rejected_scores, both (B,): s_w and s_l, a score
-               of each answer on any scale (checked on CPU tensors); beta > 0; odpo_alpha >= 0
-               (authors' code 1, sentiment task 0.5; 0 is DPO)
+               of each answer (checked on CPU tensors). Their scale matters: c times the scores are
+               α log c more offset. beta > 0; odpo_alpha >= 0 (authors' code 1, sentiment task 0.5;
+               0 is DPO)
     Elsewhere  Functions of the scores other than the log are possible, and α can be
                outside of them: turbo-alignment takes Δ itself.
     """
@@ -435,9 +440,9 @@ def kto_pair(
     Args       four (B,) log-probs; beta > 0
     Elsewhere  The paper estimates z from mismatched prompts and answers. Pairs have none, so the
                mean of the OTHER side takes its place, as in TRL 0.7.5 to 0.9.4, where this loss
-               comes from. Those versions back-propagate through z (twice the gradient at one pair)
-               and return 2B terms. Ours is half the sum of a pair's two terms, so the mean is the
-               same.
+               comes from. Those versions back-propagate through z (twice the gradient, for one pair
+               with a, b > 0) and return 2B terms. Ours is half the sum of a pair's two terms, so
+               the mean is the same.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -614,7 +619,7 @@ def aot_unpaired(
     Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). It does not
                matter which rejected answer came with which chosen one. The result is in sorted
                order.
-    Elsewhere  `aot_pair` in TRL 0.9 to 0.28, although it is the unpaired form. Here the name
+    Elsewhere  `aot_pair` in TRL 0.9.6 to 0.28, although it is the unpaired form. Here the name
                `aot_pair` selects this function too.
     """
     u = (policy_chosen_logps - ref_chosen_logps).sort().values
@@ -713,8 +718,9 @@ def alphapo(
     Args       two (B,) log-probs, two (B,) lengths >= 1; beta > 0 (2.5); gamma finite (0.1);
                alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. TRL's
                documentation quotes the three values from the paper.
-    Elsewhere  TRL computes exp(logp)^(−α), which underflows to NaN for long sums. Here it is one
-               expm1, which `capped_exp` extends linearly beyond the cap.
+    Elsewhere  TRL computes exp(logp)^(−α). Its AlphaPO does this with averages, where it is
+               finite; with the same option, its losses on sums are NaN for long answers. Here it is
+               one expm1, which `capped_exp` extends linearly beyond the cap.
     """
     average_w = policy_chosen_logps / chosen_lengths      # w̄
     average_l = policy_rejected_logps / rejected_lengths  # l̄
@@ -791,7 +797,7 @@ def slic(
 def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
     """Supervised fine-tuning on the chosen answers: mean negative log-likelihood over the tokens.
 
-    Paper      Maximum likelihood, the stage before every other here: arXiv:2305.18290v3, Sec. 3
+    Paper      Maximum likelihood, the stage before DPO: arXiv:2305.18290v3, Sec. 3
     Formula    L_i = −w_i / n̄,        n̄ = mean of n_w over the batch, so that
                mean_i L_i = −Σ w_i / Σ n_w
     Gradient   ∂L_i/∂w_i = −1/n̄: every token of the batch has the same weight, also in long
@@ -801,7 +807,7 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
                part of the step. If it is left out, these pairs are the batch.
     Elsewhere  TRL's "sft" loss averages over the tokens of one device's micro-batch, so
                accumulation changes its gradient. With n̄ passed in, ours is the same for every
-               split. RPO (arXiv:2404.19733) averages each answer separately.
+               split. Iterative Reasoning PO (arXiv:2404.19733) averages each answer separately.
     """
     if mean_chosen_length is None:
         mean_chosen_length = chosen_lengths.to(policy_chosen_logps.dtype).mean()

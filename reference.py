@@ -189,7 +189,10 @@ def moving_tensors(args: Namespace, policy: FastLogps, reference: Callable | Non
 
 @torch.no_grad()
 def move_reference(args: Namespace, policy: FastLogps, reference: Callable | None):
-    """Move the reference, buffers too: θ_ref <- α θ + (1 − α) θ_ref (TR-DPO, arXiv:2404.09656)."""
+    """Move the reference, buffers too: θ_ref <- α θ + (1 − α) θ_ref (TR-DPO, arXiv:2404.09656).
+
+    α = 1 is the paper's hard update. With adapters θ are the factors A and B, not their product.
+    """
     source = policy.state_dict()
     if args.ref == "adapter":
         source = adapter_tensors(policy.model, "policy")

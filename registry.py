@@ -180,11 +180,14 @@ def combine(weights: dict[str, float]) -> Callable:
     of the parts differ, the sum has no default (`...`), and the caller must give a value.
 
     Known sums:
-        sigmoid,sft                     RPO, arXiv:2404.19733v3, eq. 1. With a reference of zeros
-                                        it is CPO.
+        sigmoid,sft                     Iterative Reasoning PO, arXiv:2404.19733v3, eq. 1, which
+                                        TRL once called RPO. With a reference of zeros it is CPO.
         sigmoid:0.8,bco_pair:0.2,sft:1  MPO, arXiv:2411.10442, Sec. 4.1, eq. 3. TRL's
                                         documentation quotes these weights.
-    RPO and MPO average the likelihood over each answer separately, `sft` over all tokens.
+    Both papers average the likelihood over each answer separately, `sft` over all tokens. Two other
+    methods are called RPO: Regularized PO (arXiv:2405.16436), whose code gives the summed
+    likelihood of y_w the small weight βη (5e-5 at β = 0.01), and reward-aware PO
+    (arXiv:2406.11704).
     """
     functions = {name: LOSSES[name] for name in weights}
     sum_name = ",".join(f"{name}:{weight:g}" for name, weight in weights.items())

@@ -115,7 +115,8 @@ def length_weights(labels, ld_alpha):
 
     labels (2B, T), chosen rows first -> (2B, T) weights: 1 up to the common length, ld_alpha after
     it. Policy and reference are weighted alike, so that equal models have margin 0. TRL 0.18 to
-    0.28 and LLaMA-Factory weight the policy's tokens only, and begin at another token.
+    0.28 and LLaMA-Factory weight the policy's tokens only; TRL also counts from the first token of
+    the prompt.
     """
     rank = (labels != IGNORE).cumsum(-1)  # of each scored token in its answer, from 1
     lengths = rank[:, -1].view(2, -1)  # (2, B)
