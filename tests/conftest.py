@@ -153,7 +153,7 @@ def start_training(flags, torchrun=0):
 
 def run_training(flags, ranks=1, cwd=None, timeout=300):
     """Run train.py in other processes and wait for their end -> a CompletedProcess."""
-    return forked.run(to_arguments(flags), ranks, cwd, timeout)
+    return forked.run("train.py", *to_arguments(flags), ranks=ranks, cwd=cwd, timeout=timeout)
 
 
 def run_by_torchrun(flags, ranks):

@@ -1,36 +1,38 @@
-"""Run train.py in processes that are forked from one that has imported torch and transformers.
+"""Run scripts in processes that are forked from one that has imported torch and transformers.
 
 `python train.py` spends five seconds of CPU on its imports, a tiny run a tenth of a second. Here
-the imports happen once for each process of pytest. A forked process has its own arguments,
-environment, working directory, session and output, and runs `train.run`, as the script does. What
-it does not show is the start itself: test_train.py and test_faults.py also start train.py by
-torchrun.
+the imports of the libraries happen once for each process of pytest. A forked process has its own
+arguments, environment, working directory, session and output, and runs the file of the script.
+What it does not show is the start itself: test_train.py, test_faults.py and test_environment.py
+also start scripts by python and torchrun.
 """
 import multiprocessing
 import os
 import pathlib
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch.distributed.fsdp", "transformers.modeling_utils", "datasets", "filelock"])
 
 
-def run_train(arguments, environment, cwd, folder):
-    """Become `python train.py ARGUMENTS`, with its output in two files of `folder`."""
+def become(script, arguments, environment, cwd, folder):
+    """Become `python SCRIPT ARGUMENTS`, with its output in two files of `folder`."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = ["train.py", *arguments]
-    import train
-    train.run()
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(pathlib.Path(script).parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def free_port():
@@ -58,17 +60,18 @@ def wait(processes, timeout):
     return [process.exitcode for process in processes]
 
 
-def run(arguments, ranks=1, cwd=None, timeout=300):
-    """Run train.py in `ranks` processes -> a subprocess.CompletedProcess, whose returncode is 1 if
-    one of several processes failed, and whose output is that of all ranks."""
+def run(script, *arguments, ranks=1, cwd=None, timeout=300):
+    """Run a script, by default one of the project's -> a subprocess.CompletedProcess. With several
+    ranks its returncode is 1 if one of them failed, and its output is that of all."""
+    script, arguments = ROOT / script, [str(argument) for argument in arguments]
     port, processes, folders = free_port(), [], []
     with tempfile.TemporaryDirectory() as home:
         for rank in range(ranks):
             folder = pathlib.Path(home, str(rank))
             folder.mkdir()
             environment = dict(os.environ) | rank_environment(rank, ranks, port)
-            given = (list(arguments), environment, cwd or os.getcwd(), folder)
-            process = SERVER.Process(target=run_train, args=given)
+            given = (script, arguments, environment, cwd or os.getcwd(), folder)
+            process = SERVER.Process(target=become, args=given)
             process.start()
             processes.append(process)
             folders.append(folder)
@@ -77,4 +80,4 @@ def run(arguments, ranks=1, cwd=None, timeout=300):
         for name in ("stdout", "stderr"):
             output.append("".join((folder / name).read_text() for folder in folders))
     code = codes[0] if ranks == 1 else int(any(codes))
-    return subprocess.CompletedProcess(["train.py", *arguments], code, *output)
+    return subprocess.CompletedProcess([str(script), *arguments], code, *output)

@@ -2,15 +2,14 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import datasets
+import forked
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, SHARED, make_rows, write_jsonl
+from conftest import SHARED, make_rows, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -1098,12 +1097,7 @@ def test_rows_are_shown_as_the_model_sees_them_with_scored_tokens_in_brackets(lo
 
 
 def run_report(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return forked.run("data.py", *arguments)
 
 
 def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anything(folder, tmp_path):

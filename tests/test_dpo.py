@@ -1,9 +1,8 @@
 """dpo.py: which tokens count, the metrics of a step, and a loop that trains as train.py does."""
 import math
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, tiny_model
@@ -271,8 +270,7 @@ def test_its_first_20_losses_and_gradients_are_those_of_train_py(
 
 def test_dpo_py_trains_a_model_on_a_data_set_and_reports_mistakes_in_one_line(folder, pairs):
     def run(*arguments):
-        script = [sys.executable, str(ROOT / "dpo.py"), *arguments]
-        return subprocess.run(script, capture_output=True, text=True, timeout=120)
+        return forked.run("dpo.py", *arguments)
 
     result = run("--model", folder, "--dataset", pairs, "--steps", "3", "--beta", "0.5")
     assert result.returncode == 0, result.stderr

@@ -1,19 +1,13 @@
 """A user's mistake is one line and exit status 2; every other exception shows its traceback."""
 import ast
 import shutil
-import subprocess
-import sys
 
+import forked
 import pytest
 from conftest import ROOT
 
 import flags
 from errors import UserError
-
-
-def run_script(script, *arguments):
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def plant(bug, name, folder):
@@ -39,7 +33,7 @@ def plant(bug, name, folder):
     ("model.py", "int('x')"),
 ])
 def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
-    result = run_script(plant(bug, name, tmp_path))
+    result = forked.run(plant(bug, name, tmp_path))
     assert result.returncode == 1, result.stderr
     assert "Traceback (most recent call last)" in result.stderr and "ValueError" in result.stderr
     assert "in main" in result.stderr
@@ -56,7 +50,7 @@ def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
     ("model.py", ["new", "--tokenizer=M", "--out=/tmp"], "--out /tmp: exists already"),
 ])
 def test_a_mistake_of_the_user_is_reported_in_one_line_with_exit_status_2(name, arguments, message):
-    result = run_script(ROOT / name, *arguments)
+    result = forked.run(name, *arguments)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -97,5 +91,5 @@ def test_a_message_with_line_breaks_is_printed_as_one_line(tmp_path):
         "from errors import UserError, run_script\n"
         "def main(argv):\n    raise UserError('file: wrong\\nhere')\n"
         "run_script(main)\n")
-    result = run_script(tmp_path / "script.py")
+    result = forked.run(tmp_path / "script.py")
     assert result.returncode == 2 and result.stderr == "error: file: wrong here\n"

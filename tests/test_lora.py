@@ -6,14 +6,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ROOT,
     TINY_RUN,
     differences,
     read_metrics,
@@ -530,8 +528,7 @@ def test_model_py_merge_prints_how_far_the_saved_model_is_from_the_adapted_model
         fit, folder, tmp_path):
     out, _ = fit(lora_rank=4, max_steps=3, lr=1e-2, quantize="nf4")
     merged = tmp_path / "merged"
-    script = [sys.executable, str(ROOT / "model.py"), "merge", "--adapter", out, "--out", merged]
-    result = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    result = forked.run("model.py", "merge", "--adapter", out, "--out", merged)
     assert result.returncode == 0, result.stderr
     pattern = r"differ from the adapted model's by at most (\S+),"
     assert float(re.search(pattern, result.stdout)[1]) < 1e-4

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, differences, tiny_model, unfinished, weights
@@ -100,8 +101,7 @@ def test_model_py_new_writes_a_folder_that_loads_and_equal_weights_for_equal_see
         folder, tmp_path):
     for name in ("one", "two"):
         flags = ["--tokenizer", folder, "--hidden_size", "64", "--layers", "2"]
-        script = [sys.executable, ROOT / "model.py", "new", *flags, "--out", tmp_path / name]
-        subprocess.run(script, check=True, capture_output=True)
+        forked.run("model.py", "new", *flags, "--out", tmp_path / name).check_returncode()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert model.config.hidden_size == 64
     assert model.config.num_hidden_layers == 2

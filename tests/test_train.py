@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import forked
 import pytest
 import torch
 from conftest import (
@@ -15,7 +16,6 @@ from conftest import (
     ROOT,
     SHARED,
     TINY_RUN,
-    command,
     differences,
     make_rows,
     read_metrics,
@@ -782,8 +782,7 @@ def test_a_learning_rate_that_explodes_stops_the_run_before_it_saves_weights_tha
     (["--model=.", "--dataset=x.jsonl"], "error: "),
 ])
 def test_a_mistake_in_a_flag_is_one_line_and_exit_status_2(tmp_path, flags, message):
-    result = subprocess.run(
-        command(*flags), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = forked.run("train.py", *flags, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
