@@ -147,6 +147,8 @@ def command(*arguments, torchrun=0):
 
 def start_training(flags, torchrun=0):
     """Start train.py in a process group of its own, which a test can interrupt or kill."""
+    if not torchrun:
+        return forked.Forked("train.py", to_arguments(flags))
     return subprocess.Popen(command(*to_arguments(flags), torchrun=torchrun), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 

@@ -49,35 +49,60 @@ def rank_environment(rank, ranks, port):
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
-def wait(processes, timeout):
-    """Wait for all, or until one fails or the time is over; then end the others. -> exit codes"""
+class Forked:
+    """A script in a forked process, with the part of subprocess.Popen that the tests use."""
+
+    def __init__(self, script, arguments, cwd=None, environment=None):
+        # Deleted with this object, after the test.
+        self.home = tempfile.TemporaryDirectory(prefix="forked-")
+        self.output = pathlib.Path(self.home.name)
+        given = (ROOT / script, [str(argument) for argument in arguments],
+                 dict(os.environ) | (environment or {}), cwd or os.getcwd(), self.output)
+        self.process = SERVER.Process(target=become, args=given)
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked script", timeout)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return tuple((self.output / name).read_text() for name in ("stdout", "stderr"))
+
+
+def wait_for_all(processes, timeout):
+    """Wait for all, or until one fails or the time is over; then end the others."""
     end = time.monotonic() + timeout
-    while any(process.exitcode is None for process in processes):
-        if time.monotonic() > end or any(process.exitcode for process in processes):
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > end or any(process.poll() for process in processes):
             for process in processes:
                 process.kill()
         time.sleep(0.01)
-    return [process.exitcode for process in processes]
 
 
 def run(script, *arguments, ranks=1, cwd=None, timeout=300):
     """Run a script, by default one of the project's -> a subprocess.CompletedProcess. With several
     ranks its returncode is 1 if one of them failed, and its output is that of all."""
-    script, arguments = ROOT / script, [str(argument) for argument in arguments]
-    port, processes, folders = free_port(), [], []
-    with tempfile.TemporaryDirectory() as home:
-        for rank in range(ranks):
-            folder = pathlib.Path(home, str(rank))
-            folder.mkdir()
-            environment = dict(os.environ) | rank_environment(rank, ranks, port)
-            given = (script, arguments, environment, cwd or os.getcwd(), folder)
-            process = SERVER.Process(target=become, args=given)
-            process.start()
-            processes.append(process)
-            folders.append(folder)
-        codes = wait(processes, timeout)
-        output = []
-        for name in ("stdout", "stderr"):
-            output.append("".join((folder / name).read_text() for folder in folders))
-    code = codes[0] if ranks == 1 else int(any(codes))
-    return subprocess.CompletedProcess([str(script), *arguments], code, *output)
+    port, processes = free_port(), []
+    for rank in range(ranks):
+        environment = rank_environment(rank, ranks, port)
+        processes.append(Forked(script, arguments, cwd, environment))
+    wait_for_all(processes, timeout)
+    code = processes[0].returncode
+    if ranks > 1:
+        code = int(any(process.returncode for process in processes))
+    outputs = zip(*[process.communicate() for process in processes])
+    return subprocess.CompletedProcess(arguments, code, *map("".join, outputs))
