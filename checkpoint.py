@@ -155,11 +155,6 @@ def delete_checkpoint(folder: pathlib.Path) -> None:
             path.rmdir()
 
 
-def missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders that have to be made for this one, itself first."""
-    return [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-
-
 def refuse_files_of_others(folder: pathlib.Path) -> None:
     """Raise if a new run may not write here, because the folder has another run or other files."""
     names = others(folder)

@@ -132,9 +132,12 @@ def finish(folder: pathlib.Path) -> None:
 
 def flush(path: pathlib.Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    flags = os.O_WRONLY
+    if path.is_dir():
+        flags = os.O_RDONLY
+        if os.name == "nt":  # folders cannot be opened there
+            return
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -201,6 +204,11 @@ def after_error(undo: Callable, *arguments) -> Iterator[None]:
         raise
 
 
+def missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the folders that have to be made for this one, itself first."""
+    return [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+
+
 def remove_folders(folders: Iterable[pathlib.Path]) -> None:
     """Remove these folders up to the first one that is not empty."""
     for path in folders:
@@ -209,15 +217,16 @@ def remove_folders(folders: Iterable[pathlib.Path]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
-    """Make a folder that must not exist yet, and remove it after an error if it is still empty."""
+    """Make a folder that must not exist yet. After an error remove it if it is still empty."""
     path = pathlib.Path(path)
+    made = missing_folders(path)
     try:
         path.mkdir(parents=True)
     except FileExistsError:
         raise UserError(f"{flag} {path}: exists already; choose another folder") from None
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be made ({error}); choose another") from error
-    with after_error(path.rmdir):
+    with after_error(remove_folders, made):
         yield path
 
 

@@ -62,7 +62,6 @@ from checkpoint import (
     gather_tensors,
     is_complete,
     load_checkpoint,
-    missing_folders,
     newest_checkpoint,
     optimizer_tensors,
     plan_checkpoints,
@@ -70,7 +69,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from files import free_name
+from files import free_name, missing_folders
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
 from logps import FastLogps
