@@ -83,7 +83,8 @@ def content(folder):
 FOREIGN_FILES = {
     "config.json": '{"my": "settings"}', "run.json": "[]", "metrics.jsonl": "my log",
     "tokenizer.json": "t", "pairs.jsonl": "{}", ".saving": "p", ".hidden": "", ".lock": "mine",
-    files.LIST: "not a run's", "checkpoint-2": "a file", ".partial-mine": "p", "not utf-8 \udcff": "",
+    files.LIST: "not a run's", "checkpoint-2": "a file", ".partial-mine": "p",
+    "not utf-8 \udcff": "",
 }
 
 
@@ -101,7 +102,9 @@ def test_a_folder_with_a_file_of_the_user_is_refused_at_once_and_stays_as_it_is(
     assert content(out) == before
 
 
-@pytest.mark.parametrize("name", [".saving", ".checkpoint", "checkpoint-2", "data", ".partial-mine"])
+@pytest.mark.parametrize("name", [
+    ".saving", ".checkpoint", "checkpoint-2", "data", ".partial-mine",
+])
 def test_a_folder_with_a_folder_or_a_broken_link_is_refused(name, nothing_slow, tmp_path):
     for kind in ("folder", "link"):
         out = tmp_path / kind
@@ -143,7 +146,7 @@ def test_a_started_run_without_a_checkpoint_is_resumed_from_step_0_and_not_overw
     for path in stopped.glob("checkpoint-*"):
         shutil.rmtree(path)
     before = content(stopped)
-    message = "holds a run already, which has no checkpoint yet: start it again from step 0 with --r"
+    message = "holds a run already, which has no checkpoint yet: start it again from step 0 with"
     with pytest.raises(errors.UserError, match=message):
         start(stopped)
     assert content(stopped) == before
