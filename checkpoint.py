@@ -155,52 +155,64 @@ def delete_checkpoint(folder: pathlib.Path) -> None:
             path.rmdir()
 
 
-def refuse_files_of_others(folder: pathlib.Path) -> None:
-    """Raise if a new run may not write here, because the folder has another run or other files."""
+def reason_against_new_run(folder: pathlib.Path) -> str | None:
+    """None for an empty folder; else a text about the run or the files that are there."""
     names = others(folder)
     if any("flags" in read_config(folder, name) for name in (RUN_FILE, "config.json")):
         what = "holds a run already: continue it with --resume"
         if not is_complete(folder) and not checkpoints(folder):
             what = ("holds a run already, which has no checkpoint yet: start it again from step 0 "
                     "with --resume")
-        raise UserError(f"--output_dir {folder} {what}, or choose another folder")
+        return f" {what}, or choose another folder"
     if names:
-        raise UserError(f"--output_dir {folder} holds files that no run wrote, such as {names[0]}: "
-                        "choose a folder that is empty or does not exist")
+        return (f" holds files that no run wrote, such as {names[0]}: choose a folder that is "
+                "empty or does not exist")
+    return None
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path, resume: bool, ranks: Ranks, made: Sequence[pathlib.Path] = ()):
-    """Make and lock the folder of a run, and begin its list of files.
+    """Make and lock the folder of a run, and begin its list of files. Rank 0 does it.
 
     A new run needs a folder that is empty. `made` has the folders that this run made or will make,
     from the inside out. After an error they are removed if there is nothing in them.
     """
-    if ranks.rank > 0:
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(after_error(remove_folders, made))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Once before .lock is written, which has no place in the folder of a user.
-            if not resume and read_list(folder) is None:
-                refuse_files_of_others(folder)
-            stack.enter_context(lock_file(folder / ".lock"))
-            stack.enter_context(after_error(abandon, folder))
-            if not resume:
-                refuse_files_of_others(folder)
+        reason = None
+        if ranks.rank == 0:
+            stack.enter_context(after_error(remove_folders, made))
+            reason = take_folder(folder, resume, stack)
+        reason = first_reason(reason, ranks)
+        if reason is not None:
+            raise UserError(f"--output_dir {folder}{reason}")
+        yield
+
+
+def take_folder(folder: pathlib.Path, resume: bool, stack: contextlib.ExitStack) -> str | None:
+    """Make and lock the folder, and begin its list -> None, or why a run may not write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Once before .lock is written, which has no place in the folder of a user.
+        reason = None
+        if not resume and read_list(folder) is None:
+            reason = reason_against_new_run(folder)
+        if reason is not None:
+            return reason
+        stack.enter_context(lock_file(folder / ".lock"))
+        stack.enter_context(after_error(abandon, folder))
+        if not resume:
+            reason = reason_against_new_run(folder)
+        if reason is None:
             delete_partial(folder, alone=True)
             begin_list(folder)
-        except filelock.Timeout:
-            raise UserError(f"--output_dir {folder}: another run is writing there") from None
-        except NotImplementedError as error:
-            raise UserError(f"--output_dir {folder}: cannot be locked ({error}); choose a folder "
-                            "on another file system") from error
-        except OSError as error:
-            raise UserError(f"--output_dir {folder}: cannot be written ({error}); choose another "
-                            "folder") from error
-        yield
+        return reason
+    except filelock.Timeout:
+        return ": another run is writing there"
+    except NotImplementedError as error:
+        return f": cannot be locked ({error}); choose a folder on another file system"
+    except OSError as error:
+        return (f": cannot be written ({error}); make room or change its permissions, or choose "
+                "another folder")
 
 
 def begin_list(folder: pathlib.Path) -> None:

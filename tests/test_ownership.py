@@ -436,12 +436,12 @@ def test_every_file_is_on_the_disk_before_it_is_renamed_and_its_folder_after(
     assert inode(out) in flushed
 
 
-def test_rows_written_into_a_folder_with_output_below_it_are_still_read(fit, tmp_path):
-    """A run may be in a folder of the data, where its own files are not rows."""
+@pytest.mark.parametrize("place", [".", "sub"])
+def test_a_run_whose_output_is_below_its_data_reads_no_rows_from_there(
+        fit, whole, tmp_path, place):
     rows = tmp_path / "rows"
-    rows.mkdir()
-    write_jsonl(rows / "pairs.jsonl", make_rows(22))
-    whole, _ = fit(**STEPS, dataset=rows, out="whole")
+    (rows / place).mkdir(parents=True)
+    write_jsonl(rows / place / "pairs.jsonl", make_rows(22))
     out, _ = fit(**STEPS, dataset=rows, out="rows/out")
     unfinished(out)
     assert not resume(out)
