@@ -7,6 +7,7 @@
         optimizer/      the optimizer's state and a moving reference, in one file per rank,
         state.json      the step, the schedule, the flags, and a hash of every other file
     .lock               held by the process that writes in this folder
+    .written.json       what the run wrote here, and so may replace or delete: see files.py
 
 Nothing here knows models or adapters: train.py passes their tensors and a function that saves them.
 """
@@ -17,8 +18,7 @@ import json
 import os
 import pathlib
 import shutil
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import filelock
@@ -33,7 +33,21 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from errors import UserError
-from files import RUN_FILE, delete_partial, free_name, write_text, written_aside
+from files import (
+    LIST,
+    RUN_FILE,
+    SYSTEM_FILES,
+    after_error,
+    delete_partial,
+    free_name,
+    lock_file,
+    others,
+    read_list,
+    remove_folders,
+    write_list,
+    write_text,
+    written_aside,
+)
 from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
@@ -59,9 +73,10 @@ def explained_write_errors(folder: pathlib.Path):
 
 def read_config(folder: str | pathlib.Path, name: str = "config.json") -> dict:
     try:
-        return json.loads((pathlib.Path(folder) / name).read_text())
-    except (OSError, json.JSONDecodeError):
+        config = json.loads((pathlib.Path(folder) / name).read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return config if isinstance(config, dict) else {}
 
 
 def saved_flags(folder: str | None) -> dict:
@@ -76,16 +91,14 @@ def saved_flags(folder: str | None) -> dict:
 
 
 def write_flags(folder: pathlib.Path, flags: dict) -> None:
-    """Write the flags of a run that begins, and delete those of a run that left no checkpoint.
+    """Write the flags of a run that begins.
 
     With an adapter the file is run.json: transformers would take the folder of an adapter for a
     model because of a config.json.
     """
-    name, other = "config.json", RUN_FILE
-    if flags.get("adapter") or flags.get("lora_rank"):
-        name, other = other, name
+    adapted = flags.get("adapter") or flags.get("lora_rank")
+    name = RUN_FILE if adapted else "config.json"
     write_text(folder / name, json.dumps({"flags": flags}, indent=2) + "\n")
-    (folder / other).unlink(missing_ok=True)
 
 
 def is_complete(folder: str | pathlib.Path) -> bool:
@@ -95,51 +108,129 @@ def is_complete(folder: str | pathlib.Path) -> bool:
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Complete checkpoints, oldest first. checkpoint-best, without a number, is the user's."""
-    numbers = {}
+    """Complete checkpoints, oldest first, those that this run did not write before all others.
+
+    A run that finds a name taken writes checkpoint-5-2. Only its list of files tells this one from
+    a copy that a user made.
+    """
+    written, order = read_list(folder) or set(), {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal():
-            numbers[path] = int(number)
-    return sorted(numbers, key=numbers.get)
+        if path.name in written:
+            number = number.partition("-")[0]
+        if number.isdecimal() and path.is_dir():
+            order[path] = path.name in written, int(number), path.name
+    return sorted(order, key=order.get)
 
 
-def lock_file(path: pathlib.Path) -> filelock.AcquireReturnProxy:
-    """Lock a file until the returned context manager ends. The operating system releases the lock
-    when the process ends, however it ends.
+def own_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints that this run wrote, oldest first. A link in place of one is the user's."""
+    written = read_list(folder) or set()
+    paths = [path for path in checkpoints(folder) if path.name in written]
+    return [path for path in paths if not path.is_symlink()]
 
-    Raises filelock.Timeout if another process has the lock. On a file system without locks, new
-    versions of filelock warn and then create a marker, which would outlive a killed process. Here
-    the warning is an error, as this case is in older versions.
+
+def delete_old_checkpoints(folder: pathlib.Path, keep: int) -> None:
+    """Delete the checkpoints that this run wrote, except the newest `keep`."""
+    old = own_checkpoints(folder)[:-keep]
+    for path in old:
+        delete_checkpoint(path)
+    if old:
+        write_list(folder, read_list(folder).difference(path.name for path in old))
+
+
+def delete_checkpoint(folder: pathlib.Path) -> None:
+    """Delete the files of a checkpoint that its state.json names, then its empty folders.
+
+    A file that a user put there stays. state.json goes last: until then a resumed run can finish.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        try:
-            return filelock.FileLock(path).acquire(timeout=0)
-        except UserWarning:
-            raise NotImplementedError("its file system has no locks") from None
+    written = read_config(folder, "state.json").get("files", {})
+    paths = sorted(folder.rglob("*"), reverse=True)  # files before their folders
+    for path in paths:
+        if str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES:
+            path.unlink()
+    (folder / "state.json").unlink(missing_ok=True)
+    for path in [*paths, folder]:
+        with contextlib.suppress(OSError):  # a file, or not empty
+            path.rmdir()
+
+
+def reason_against_new_run(folder: pathlib.Path) -> str | None:
+    """None for an empty folder; else a text about the run or the files that are there."""
+    names = others(folder)
+    if any("flags" in read_config(folder, name) for name in (RUN_FILE, "config.json")):
+        what = "holds a run already: continue it with --resume"
+        if not is_complete(folder) and not checkpoints(folder):
+            what = ("holds a run already, which has no checkpoint yet: start it again from step 0 "
+                    "with --resume")
+        return f" {what}, or choose another folder"
+    if names:
+        return (f" holds files that no run wrote, such as {names[0]}: choose a folder that is "
+                "empty or does not exist")
+    return None
 
 
 @contextlib.contextmanager
-def claim(folder: pathlib.Path, resume: bool, ranks: Ranks):
-    """Lock the folder for one run, and refuse a folder with another run in it unless `resume`."""
-    if ranks.rank > 0:
+def claim(folder: pathlib.Path, resume: bool, ranks: Ranks, made: Sequence[pathlib.Path] = ()):
+    """Make and lock the folder of a run, and begin its list of files. Rank 0 does it.
+
+    A new run needs a folder that is empty. `made` has the folders that this run made or will make,
+    from the inside out. After an error they are removed if there is nothing in them.
+    """
+    with contextlib.ExitStack() as stack:
+        reason = None
+        if ranks.rank == 0:
+            stack.enter_context(after_error(remove_folders, made))
+            reason = take_folder(folder, resume, stack)
+        reason = first_reason(reason, ranks)
+        if reason is not None:
+            raise UserError(f"--output_dir {folder}{reason}")
         yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def take_folder(folder: pathlib.Path, resume: bool, stack: contextlib.ExitStack) -> str | None:
+    """Make and lock the folder, and begin its list -> None, or why a run may not write there."""
     try:
-        lock = lock_file(folder / ".lock")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Once before .lock is written, which has no place in the folder of a user.
+        reason = None
+        if not resume and read_list(folder) is None:
+            reason = reason_against_new_run(folder)
+        if reason is not None:
+            return reason
+        stack.enter_context(lock_file(folder / ".lock"))
+        stack.enter_context(after_error(abandon, folder))
+        if not resume:
+            reason = reason_against_new_run(folder)
+        if reason is None:
+            delete_partial(folder, alone=True)
+            begin_list(folder)
+        return reason
     except filelock.Timeout:
-        raise UserError(f"--output_dir {folder}: another run is writing there") from None
-    except (OSError, NotImplementedError) as error:
-        raise UserError(f"--output_dir {folder}: cannot be locked ({error}); choose a folder on "
-                        "another file system") from error
-    with lock:
-        if not resume and (is_complete(folder) or checkpoints(folder)):
-            raise UserError(f"--output_dir {folder} holds a run already: "
-                            "continue it with --resume, or choose another")
-        delete_partial(folder)
-        yield
+        return ": another run is writing there"
+    except NotImplementedError as error:
+        return f": cannot be locked ({error}); choose a folder on another file system"
+    except OSError as error:
+        return (f": cannot be written ({error}); make room or change its permissions, or choose "
+                "another folder")
+
+
+def begin_list(folder: pathlib.Path) -> None:
+    """Write the list of a run's files, which shows that the folder can be written.
+
+    An earlier version made no list. Then only the files are taken over that a resumed run replaces.
+    """
+    written = read_list(folder)
+    if written is None:
+        written = {RUN_FILE, "config.json", "metrics.jsonl"}
+    write_list(folder, {name for name in written if os.path.lexists(folder / name)})
+
+
+def abandon(folder: pathlib.Path) -> None:
+    """Delete the list and the lock of a run that ended before it wrote anything else."""
+    if not others(folder):
+        (folder / LIST).unlink(missing_ok=True)
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 # --- How large checkpoints are, and whether they fit ----------------------------------------------
@@ -175,7 +266,7 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
     # Rank 0 decides for all ranks: it has the folder.
     problem = None
     if ranks.rank == 0:
-        existing = len(checkpoints(folder))
+        existing = len(own_checkpoints(folder))
         most = min(keep + 1, existing + max(1, due))
         needed = (most - existing) * size
         free = shutil.disk_usage(existing_parent(folder)).free
@@ -287,7 +378,8 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
     with contextlib.ExitStack() as stack:
         temporary = None
         if ranks.rank == 0:
-            temporary = stack.enter_context(written_aside(folder / f"checkpoint-{step}"))
+            path = free_name(folder / f"checkpoint-{step}")  # a user's copy may have the name
+            temporary = stack.enter_context(written_aside(path))
         temporary = broadcast(temporary, ranks)
         save_model(temporary)
         barrier(ranks)
@@ -301,8 +393,7 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
             text = json.dumps({"step": step, "files": digests} | state, indent=2)
             (temporary / "state.json").write_text(text + "\n")
     if ranks.rank == 0:
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        delete_old_checkpoints(folder, keep)
     barrier(ranks)
 
 

@@ -266,10 +266,13 @@ def list_folder(path):
     """Returns the files directly in a folder, the files at most two folders below, and
     {reason: files that hold no rows or cannot be read}."""
     direct, below, not_read = [], [], {}
+    # A run may write its output below its data. Then it finds no rows there when it is resumed.
+    locks = [*path.glob("*/.lock"), *path.glob("*/*/.lock")]
+    runs = {lock.parent for lock in locks}
     for pattern in ("*", "*/*", "*/*/*"):
         for file in sorted(path.glob(pattern)):
             is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if is_hidden or not file.is_file():
+            if is_hidden or not file.is_file() or not runs.isdisjoint(file.parents):
                 continue
             if file.name in NOT_ROWS:
                 reason = "describes a data set and holds no rows; --columns names columns"

@@ -193,7 +193,7 @@ def add_source_flags(add):
         help="held-out rows (default: a share of the prompts, see --eval_share)")
     add("--eval_share", type=at_least(0, float),
         help="share of the prompts to hold out (default 0.05; 0: none)")
-    add("--output_dir", help="default: a new folder below runs/")
+    add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
     add("--resume", action="store_true",
         help="continue from the newest checkpoint in --output_dir, with the flags of that run")
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from files import moved_into
+from files import moved_into, new_folder
 from lora import (
     NF4Linear,
     base_fingerprint,
@@ -522,6 +522,14 @@ def merge_command(args):
               f"{error.mean():.2g} on average")
 
 
+def new_command(args):
+    """Make a Llama with random weights and save it."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = new_model(tokenizer, args.hidden_size, args.layers, args.seed)
+    save_model(model, tokenizer, args.out)
+    print(f"{args.out}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
+
+
 def parse_command(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -536,21 +544,17 @@ def parse_command(argv):
     merged.add_argument("--adapter", required=True)
     merged.add_argument("--model", help="the base (default: the base that the adapter names)")
     merged.add_argument("--out", required=True)
-    args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise UserError(f"--out {args.out}: exists already; choose another folder")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str]):
     args = parse_command(argv)
-    if args.command == "merge":
-        merge_command(args)
-        return
-    tokenizer = load_tokenizer(args.tokenizer)
-    model = new_model(tokenizer, args.hidden_size, args.layers, args.seed)
-    save_model(model, tokenizer, args.out)
-    print(f"{args.out}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
+    # The folder is made first, so that one that cannot be written is found at once.
+    with new_folder(args.out, "--out"):
+        if args.command == "merge":
+            merge_command(args)
+        else:
+            new_command(args)
 
 
 if __name__ == "__main__":

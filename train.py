@@ -69,7 +69,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from files import free_name
+from files import free_name, missing_folders
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
 from logps import FastLogps
@@ -485,43 +485,28 @@ def caught_signals(ranks):
 
 
 def make_free_folder(base):
-    """Make the first of base, base-2, base-3, ... that no other run has made."""
+    """Make the first of base, base-2, base-3, ... that no other run has made -> the folder, and a
+    list of the folders that this made."""
     while True:
         folder = free_name(base)
+        made = missing_folders(folder)
         try:
             folder.mkdir(parents=True)
-            return folder
+            return folder, made
         except FileExistsError:  # another run made it just now
             continue
 
 
-@contextlib.contextmanager
-def removed_if_empty(folder, ranks):
-    """Remove the folder of a run that ended before it wrote a file, at an error or Ctrl-C."""
-    try:
-        yield
-    except BaseException:
-        if ranks.rank == 0:
-            with contextlib.suppress(OSError):  # it has files, or does not exist
-                folder.rmdir()
-                if folder.parent == pathlib.Path("runs"):
-                    folder.parent.rmdir()
-        raise
-
-
 def choose_folder(args, ranks):
-    """--output_dir, or the first free folder below runs/. A folder with a run is only continued."""
-    if args.output_dir is None:
-        made = None
-        if ranks.rank == 0:
-            made = make_free_folder(pathlib.Path("runs") / re.sub("[:,]", "+", args.loss))
-        return broadcast(made, ranks)
-    folder = pathlib.Path(args.output_dir)
-    if folder.exists():
-        # Raises if another run writes there, or if a run is there and --resume is not given.
-        with claim(folder, args.resume, ranks):
-            pass
-    return folder
+    """--output_dir, or the first free folder below runs/ -> the folder, and a list of the folders
+    that are, or will be, made for it."""
+    if args.output_dir is not None:
+        folder = pathlib.Path(args.output_dir)
+        return folder, missing_folders(folder)
+    chosen = None
+    if ranks.rank == 0:
+        chosen = make_free_folder(pathlib.Path("runs") / re.sub("[:,]", "+", args.loss))
+    return broadcast(chosen, ranks)
 
 
 def use_deterministic_kernels(on):
@@ -740,31 +725,27 @@ def advance(args, run, number, batches, delta, stopping, ranks):
     return values, delta, int(tokens.sum())
 
 
-def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Path | None,
-                 ranks: Ranks) -> bool:
+def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.Path,
+                 home: pathlib.Path | None, ranks: Ranks) -> bool:
     """Train with the flags of `parse_args`. Returns whether a signal ended it early.
 
-    `home` is the folder of the embedded world, or None in a run that is not in the world.
+    `folder` is the run's, see `claim`. `home` is the folder of the embedded world, or None in a run
+    that is not in the world.
     """
     say = print if ranks.rank == 0 else lambda text: None
-    folder = choose_folder(args, ranks)
-    if args.resume and is_complete(folder):
-        say(f"the run in {folder} is complete")
-        return False
     if args.parallel == "fsdp" and ranks.size == 1:
         raise UserError("--parallel fsdp: one process alone has nothing to share; "
                         "start several by torchrun")
     use_deterministic_kernels(args.deterministic)
-    with removed_if_empty(folder, ranks):
-        run = prepare(args, loss, hyper, home, folder, ranks)
-        line = check_first_rows(args, run, ranks)
+    run = prepare(args, loss, hyper, home, folder, ranks)
+    line = check_first_rows(args, run, ranks)
     if line:
         say(line)
 
     delta, steps = run.delta, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
-    with (claim(folder, args.resume, ranks), explained_write_errors(folder),
-          caught_signals(ranks) as stopped, contextlib.closing(batches)):
+    with (explained_write_errors(folder), caught_signals(ranks) as stopped,
+          contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
@@ -801,10 +782,18 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
 
 
 def main(argv: list[str], ranks: Ranks) -> bool:
-    """Read the flags, make the world if they name it, and train. Returns what train_policy does."""
+    """Read the flags, claim the folder, make the world if they name it, and train. Returns what
+    train_policy does."""
     args, loss, hyper = parse_args(argv, __doc__)
-    home = make_world(ranks) if "world" in (args.model, args.dataset) else None
-    return train_policy(args, loss, hyper, home, ranks)
+    folder, made = choose_folder(args, ranks)
+    if args.resume and is_complete(folder):
+        if ranks.rank == 0:
+            print(f"the run in {folder} is complete")
+        return False
+    # The folder comes first: a run that may not write there has not spent an hour on its reference.
+    with claim(folder, args.resume, ranks, made):
+        home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+        return train_policy(args, loss, hyper, folder, home, ranks)
 
 
 def explain(error):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-from files import written_aside
+from files import delete_partial, folder_aside
 from model import new_model, save_model
 
 THINGS = ("sea", "city", "night", "road", "wind", "house", "winter", "river")
@@ -300,8 +300,12 @@ def folder() -> pathlib.Path:
 
 def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
     """Return the folder. If it does not exist, make it: train_sft(model, rows, tokenizer) trains
-    the reference policy -> a dpo.SequenceLogps, and pairs are sampled from it."""
+    the reference policy -> a dpo.SequenceLogps, and pairs are sampled from it.
+
+    What a killed run left of a world is deleted.
+    """
     home = folder()
+    delete_partial(home.parent)
     if home.exists():
         return home
     print("world: the reference policy is trained first, only once", flush=True)
@@ -309,7 +313,7 @@ def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
     # One thread sums in one order, so the world is the same for any number of threads or ranks.
     torch.set_num_threads(1)
     try:
-        with written_aside(home) as aside:
+        with folder_aside(home) as aside:
             write_folder(aside, train_sft, device)
     except OSError:
         # Another run may have finished the same world first; a folder cannot replace it.
@@ -323,7 +327,7 @@ def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
 
 def write_folder(home, train_sft, device):
     """Write the texts, train the reference policy on them, and write its pairs."""
-    (home / "reference").mkdir(parents=True)
+    (home / "reference").mkdir()
     write_texts(home)
     tokenizer = make_tokenizer()
     rows, _ = data.load_tokens(str(home / "sft.jsonl"), tokenizer, ("chosen",), data.Limits())

@@ -41,6 +41,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import checkpoint
+import files
 import model as models
 import parallel
 import train
@@ -191,7 +192,7 @@ def unfinished(out):
     """Delete the final model from the folder, as if the run had ended after its last checkpoint."""
     flags = checkpoint.saved_flags(out)
     for path in out.iterdir():
-        if path.is_file() and path.name not in ("metrics.jsonl", ".lock"):
+        if path.is_file() and path.name not in ("metrics.jsonl", ".lock", files.LIST):
             path.unlink()
     checkpoint.write_flags(out, flags)
     return out

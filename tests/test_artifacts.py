@@ -286,17 +286,6 @@ def test_the_folder_of_an_adapter_has_no_config_json_and_its_flags_are_in_run_js
     assert (out / "adapter_config.json").exists()
 
 
-def test_flags_of_an_earlier_run_that_left_no_checkpoint_are_replaced(fit, tmp_path):
-    for old, new, flags in (("config.json", "run.json", {"lora_rank": 4}),
-                            ("run.json", "config.json", {})):
-        folder = tmp_path / new
-        folder.mkdir()
-        (folder / old).write_text(json.dumps({"flags": {"loss": "ipo"}}))
-        fit(max_steps=1, out=new, **flags)
-        assert not (folder / old).exists()
-        assert json.loads((folder / new).read_text())["flags"]["loss"] == "sigmoid"
-
-
 def test_the_flags_of_an_adapter_of_an_earlier_version_are_read_from_config_json(
         fit, tmp_path, capsys):
     out, _ = fit(lora_rank=4, max_steps=1, quantize="nf4")

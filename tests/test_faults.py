@@ -62,7 +62,7 @@ def test_a_full_disk_loses_no_saved_file_and_the_run_resumes_once_there_is_room(
         resume(out)
     full_disk(resource.RLIM_INFINITY)
     names = {path.name for path in out.iterdir()}
-    assert names == {".lock", "config.json", "metrics.jsonl", "checkpoint-2"}
+    assert names == {".lock", files.LIST, "config.json", "metrics.jsonl", "checkpoint-2"}
     resume(out)
     assert not differences(whole, out)
 
@@ -417,7 +417,7 @@ def test_a_file_system_without_locks_is_refused(monkeypatch, tmp_path):
 def test_files_that_a_killed_run_was_writing_are_deleted_by_the_next_run(fit):
     whole, _ = fit(**STEPS, out="whole")
     out = unfinished(fit(**STEPS)[0])
-    partial = out / f"{files.PARTIAL}0" / "checkpoint-6"
+    partial = out / f"{files.PARTIAL}0123abcd" / "checkpoint-6"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     resume(out)

@@ -623,13 +623,13 @@ def test_only_the_newest_checkpoints_are_kept_and_each_is_complete(uninterrupted
         assert (path / "state.json").exists() and weights(path)
     for path in uninterrupted.rglob("*"):
         assert path.suffix != ".tmp"
-        assert not path.name.startswith(".") or path.name == ".lock"
+        assert not path.name.startswith(".") or path.name in (".lock", files.LIST)
 
 
 def test_a_half_written_checkpoint_does_not_count_as_one(fit, tmp_path):
     """A kill while saving leaves a folder `.checkpoint` and nothing else."""
     fit(max_steps=4, save_every=2)
-    partial = tmp_path / "out" / f"{files.PARTIAL}0" / "checkpoint-4"
+    partial = tmp_path / "out" / f"{files.PARTIAL}0123abcd" / "checkpoint-4"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
