@@ -11,11 +11,15 @@ deleted on an exception. After a kill it is still there: see `delete_partial`.
         (aside / "config.json").write_text("{}")
 """
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+
+from errors import UserError, reading
 
 PARTIAL = ".partial-"
 
@@ -69,3 +73,39 @@ def free_name(path: pathlib.Path) -> pathlib.Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+# --- JSON that is read again ----------------------------------------------------------------------
+
+def read_json(path: str | pathlib.Path, advice: str = "") -> dict:
+    """Read a JSON object from a file. A file that has none is a UserError that names the file.
+
+    advice      the end of the error: what to do
+    """
+    with reading(f"{path}: cannot be read", advice):
+        content = json.loads(pathlib.Path(path).read_bytes())  # UTF-8, UTF-16 or UTF-32
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must have a JSON object in braces, not {content!r:.40}{advice}")
+    return content
+
+
+def json_digest(content: dict) -> str:
+    """Hash the values in a JSON object: the layout of its file and the order of its keys do not
+    count."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def read_run_file(folder: str | pathlib.Path) -> dict:
+    """Read run.json of a run with an adapter, or the config.json of another run; {} if the folder
+    has neither, as the folder of an adapter made by PEFT."""
+    for name in (RUN_FILE, "config.json"):
+        path = pathlib.Path(folder) / name
+        if not os.path.lexists(path):
+            continue
+        content = read_json(path, "; put a good copy in its place, or delete it")
+        if not isinstance(content.get("flags", {}), dict):
+            raise UserError(f"{path}: its flags must be a JSON object in braces, not "
+                            f"{content['flags']!r:.40}; put a good copy in its place, or delete it")
+        return content
+    return {}

@@ -69,7 +69,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from files import free_name
+from files import free_name, json_digest
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
 from logps import FastLogps
@@ -120,6 +120,7 @@ from reference import (
     load_weights,
     move_reference,
     moving_tensors,
+    settings_digest,
 )
 from verify import can_drop_mask, can_pack, find_noise
 
@@ -580,6 +581,13 @@ def load_trained_tokenizer(args, source):
     return tokenizer, lines
 
 
+def tokenizer_digest(tokenizer) -> str:
+    """Hash the tokenizer, which a run saves with its model. Call it before the first text."""
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json_digest({"words": words, "special": special, "chat": tokenizer.chat_template})
+
+
 def load_models(args, home, newest, ranks):
     """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
     function, in the same dtype."""
@@ -627,12 +635,20 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
     weights = fingerprint(model, reference, dtype, ranks)
+    settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)
 
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    # With --eval_dataset the held-out rows are from another file, which a resumed run may change.
+    # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
+    # are from another file, which the error about them names.
     splits = [rows] if args.eval_dataset else [rows, held_out]
-    row_hashes = "+".join(data.digest(split) for split in splits)
-    fixed = {"rows": row_hashes, "weights": weights}
+    fixed = {
+        "tokenizer": tokenizer_hash,
+        "weights": weights,
+        "settings": settings,
+        "rows": "+".join(data.digest(split) for split in splits),
+        "held_out": data.digest(held_out),
+        "world": world.enumeration_digest(home) if home else None,
+    }
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
@@ -658,7 +674,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
                      masked)
     if args.ref == "cache":
         splits = rows, held_out
-        rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
+        fixed_model = weights + settings
+        rows, held_out = cache_reference(args, reference, splits, fixed_model, tokenizer, task,
+                                         ranks)
         reference = None  # frees its memory
 
     flags = vars(args) | {

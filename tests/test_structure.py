@@ -15,7 +15,7 @@ import registry
 # File: the product files that it may import.
 ALLOWED_IMPORTS = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "registry": {"errors"},
     "losses": {"registry"},
     "templates": {"errors"},
