@@ -407,9 +407,10 @@ def read_state(checkpoint: pathlib.Path) -> dict:
     except UserError:
         return {}
     digest = state.pop("digest", None)
-    if digest != json_digest(state) or checkpoint.name != f"checkpoint-{state['step']}":
+    if digest != json_digest(state):
         return {}
-    return state
+    _, number, *_ = checkpoint.name.split("-")
+    return state if number == str(state["step"]) else {}
 
 
 def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path | None, dict]:

@@ -30,7 +30,8 @@ def bar_interval() -> float:
 class Log:
     """Writes the flags, metrics.jsonl, the bar and messages on rank 0, and nothing elsewhere."""
 
-    def __init__(self, folder: Path, flags: dict, start: int, steps: int, ranks: Ranks):
+    def __init__(self, folder: Path, flags: dict, checkpoint: Path | None, start: int, steps: int,
+                 ranks: Ranks):
         self.on, self.path = ranks.rank == 0, folder / METRICS_FILE
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
@@ -40,8 +41,7 @@ class Log:
         write_flags(folder, flags)
         # A resumed run repeats the steps after its checkpoint, which has the rows up to there.
         rows = ""
-        if start:
-            checkpoint = folder / f"checkpoint-{start}"
+        if checkpoint:
             rows = (checkpoint / METRICS_FILE).read_text()
             if not has_prefix(self.path, rows.encode()):
                 self.say(f"{self.path}: its rows up to step {start} were changed or are missing; "

@@ -552,7 +552,8 @@ class Run(NamedTuple):
     task: Task
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    start: int  # the step of the checkpoint that is resumed, else 0
+    newest: pathlib.Path | None  # the checkpoint that is resumed
+    start: int  # its step, else 0
     steps: int  # number of the last step
     delta: float  # of BCO
     fixed: dict  # hashes of what must be the same when the run is resumed
@@ -685,8 +686,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, chosen_lengths = data.column(rows, "tokens"), data.column(rows, "chosen_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               chosen_lengths, held_out, task, optimizer, scheduler, start, steps, delta, fixed,
-               flags, keep)
+               chosen_lengths, held_out, task, optimizer, scheduler, newest, start, steps, delta,
+               fixed, flags, keep)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -783,7 +784,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (claim(folder, args.resume, ranks), explained_write_errors(folder),
           caught_signals(ranks) as stopped, contextlib.closing(batches)):
-        log = Log(folder, run.flags, run.start, steps, ranks)
+        log = Log(folder, run.flags, run.newest, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
             values, delta, tokens = advance(args, run, number, batches, delta,

@@ -158,7 +158,10 @@ def content_of(path):
 def compare(whole, folder):
     """-> what is wrong in the folder of a run that was broken and resumed."""
     expected, found = tree(whole), tree(folder)
-    leftovers = {name for name in found if files.PARTIAL in name}
+    # A kill inside a write leaves a folder of this name, one inside a rotation an old checkpoint
+    # without some of its files, which a resumed run recognizes by its hashes.
+    leftovers = {name for name in found.keys() - expected.keys()
+                 if files.PARTIAL in name or name.startswith("out/checkpoint-")}
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{name} is too much" for name in found.keys() - expected.keys() - leftovers]
     wrong += [f"{name} differs" for name in expected.keys() & found.keys()
@@ -201,7 +204,7 @@ def main(runs, seed):
     numbers = map(int, (whole / "counts").read_text().split())
     counts = dict(zip(KINDS, numbers))
     print(f"uninterrupted: {seconds:.1f} s, changes of files: {counts}")
-    print("| run | fault -> exit status | files of killed writes left | end |\n|---|---|---|---|")
+    print("| run | fault -> exit status | files left over | end |\n|---|---|---|---|")
 
     good = 0
     for run in range(1, runs + 1):
