@@ -336,7 +336,7 @@ def parse_args(
     # Then parse all flags. The world has its own defaults; a resumed run has its saved flags.
     parser = build_parser(loss, description)
     all_flags = vars(parser.parse_args([]))
-    if saved and loss_name == saved.get("loss"):
+    if saved and loss_name == saved.get("loss", loss_name):
         check_saved(saved, parser, all_flags, flags_path(early.output_dir))
     world_defaults = {}
     if (early.dataset or saved.get("dataset", "world")) == "world":
