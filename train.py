@@ -57,6 +57,7 @@ from batches import (
     split_step,
 )
 from checkpoint import (
+    FREE_ON_RESUME,
     claim,
     explained_write_errors,
     gather_tensors,
@@ -631,9 +632,19 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
     return attention, masked
 
 
+def print_changed_flags(args, saved):
+    """Say which flags a resumed run changes, by the command line or by an edit of config.json."""
+    for name in sorted(FREE_ON_RESUME - {"resume", "output_dir"}):
+        value = getattr(args, name)
+        if value != saved[name]:
+            print(f"--{name} {value}: it was {saved[name]} when the checkpoint was written")
+
+
 def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     """Everything before the first step, in the order in which the parts need each other."""
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
+    if newest and ranks.rank == 0:
+        print_changed_flags(args, saved["flags"])
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
     weights = fingerprint(model, reference, dtype, ranks)
     settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)

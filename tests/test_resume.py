@@ -166,6 +166,12 @@ def test_without_a_config_json_or_in_another_encoding_the_run_ends_the_same(whol
     assert not differences(whole, killed)
 
 
+def test_a_flag_that_a_resumed_run_may_change_is_told_where_it_changes(whole, killed, capsys):
+    resume(killed, "--save_every=3")
+    assert "--save_every 3: it was 2 when the checkpoint" in capsys.readouterr().out
+    assert not differences(whole, killed)
+
+
 def without_checkpoints(killed):
     """The run as it is before its first checkpoint, with a config.json without a digest."""
     for path in killed.glob("checkpoint-*"):
@@ -217,6 +223,21 @@ def test_a_complete_run_whose_weights_are_gone_is_resumed_to_the_same_weights(
     (copy / "model.safetensors").unlink()
     resume(copy)
     assert not differences(whole, copy)
+
+
+@pytest.mark.parametrize("change", ["a folder", "a link to nothing", "a link to the same"])
+def test_a_file_of_a_checkpoint_that_is_no_file_is_damage_and_a_link_to_the_same_is_not(
+        whole, killed, tmp_path, capsys, change):
+    path = killed / "checkpoint-4" / "model.safetensors"
+    moved = path.rename(tmp_path / "elsewhere")
+    if change == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(moved if change == "a link to the same" else tmp_path / "nothing")
+    resume(killed)
+    step = 4 if change == "a link to the same" else 2
+    assert f"resumed after step {step}" in capsys.readouterr().out
+    assert not differences(whole, killed)
 
 
 # --- Files that are not ours, and links -----------------------------------------------------------
