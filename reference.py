@@ -341,8 +341,7 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_m
                                                ranks, title)
                 check_finite(tables[name], rows)
         if ranks.rank == 0:
-            with written_aside(path) as temporary:
-                save_file(tables, temporary, {"digest": tables_digest(key, tables)})
+            write_cache(path, key, tables)
         barrier(ranks)
     with_logps = []
     for name, rows in named.items():
@@ -374,6 +373,15 @@ def tables_digest(key: str, tables: dict) -> str:
         digest.update(f"{name} {table.dtype} {tuple(table.shape)}".encode())
         digest.update(table.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def write_cache(path, key, tables):
+    try:
+        with written_aside(path) as temporary:
+            save_file(tables, temporary, {"digest": tables_digest(key, tables)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the cache of --ref cache could not be written ({error}); make "
+                        "room, or start train.py in another folder") from error
 
 
 def read_cache(path, key):

@@ -49,6 +49,7 @@ FLAGS = {
 }
 # Files with times or flags in them, which differ between a resumed run and an uninterrupted one.
 NOT_COMPARED = {"config.json", "metrics.jsonl", "state.json"}
+START = "---- train.py"  # in the log, before each process
 SECONDS = 120  # after which a run counts as hung
 
 
@@ -82,6 +83,7 @@ def run_child(shim, folder, arguments, fault):
         os.dup2(log, 1)
         os.dup2(log, 2)
         datasets.config.HF_DATASETS_CACHE = pathlib.Path(folder) / "datasets"
+        print(START)
         sys.argv = ["train.py", *arguments]
         shim.arm(*fault)
         train.run()
@@ -179,16 +181,27 @@ def broken_run(shim, folder, choose, counts, seconds, faults):
         text, fault, until = draw_fault(choose, counts, seconds)
         status, took = live(shim, folder, arguments, fault, until)
         told.append(f"{text} -> {status}")
+        # An error is one line, in the words of a user.
+        lines = [line for line in said(folder) if "error: " in line]
+        if status == 2 and len(lines) == 1:
+            told[-1] += f" ({lines[0].partition('error: ')[2][:120]})"
+        elif status == 2:
+            wrong.append(f"{len(lines)} lines of error")
         if status not in (0, 2, -signal.SIGKILL) or took > SECONDS:
             wrong.append(f"exit status {status} after {took:.0f} s")
         arguments = next_arguments(folder)
     status, took = live(shim, folder, arguments)
+    if "Traceback" in (folder / "log").read_text(errors="replace"):
+        wrong.append("a traceback")
     if status != 0:
         wrong.append(f"the resumed run has exit status {status} after {took:.0f} s")
-    log = (folder / "log").read_text(errors="replace")
-    if "Traceback" in log:
-        wrong.append("a traceback")
     return told, wrong
+
+
+def said(folder):
+    """The lines of the last process, without the bars."""
+    text = (folder / "log").read_text(errors="replace")
+    return text.rpartition(START)[2].replace("\r", "\n").splitlines()
 
 
 def main(runs, seed):

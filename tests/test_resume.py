@@ -503,6 +503,16 @@ def test_the_cache_of_other_rows_under_this_name_is_not_used(
     assert not differences(tmp_path / "out1", tmp_path / "out2")
 
 
+def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(
+        folder, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "references").write_text("a file")
+    flags = TINY_RUN | {"model": folder, "dataset": pairs, "ref": "cache"}
+    with pytest.raises(UserError, match="runs/references/.*: the cache of --ref cache could not"):
+        train.main(to_arguments(flags | {"output_dir": "out"}), ALONE)
+
+
 def test_a_reference_without_finite_log_probs_is_refused_and_leaves_no_cache(
         pairs, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
