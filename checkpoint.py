@@ -5,7 +5,9 @@
     metrics.jsonl       see log.Log
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
         optimizer/      the optimizer's state and a moving reference, in one file per rank,
-        state.json      the step, the schedule, the flags, and a hash of every other file
+        metrics.jsonl   the rows up to step N,
+        state.json      the step, the schedule, the flags, a hash of every other file, and a hash
+                        of itself. A resumed run reads nothing of a run that no hash covers
     .lock               held by the process that writes in this folder
     .written.json       what the run wrote here, and so may replace or delete: see files.py
 
@@ -40,9 +42,12 @@ from files import (
     after_error,
     delete_partial,
     free_name,
+    json_digest,
     lock_file,
     others,
+    read_json,
     read_list,
+    read_run_file,
     remove_folders,
     write_list,
     write_text,
@@ -50,7 +55,14 @@ from files import (
 )
 from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
+METRICS_FILE = "metrics.jsonl"  # see log.Log
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
+
+# Flags that a resumed run may change: they change no weight, except by rounding.
+FREE_ON_RESUME = {
+    "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
+    "attention", "compile", "deterministic",
+}
 
 
 # --- The folder of a run --------------------------------------------------------------------------
@@ -71,23 +83,55 @@ def explained_write_errors(folder: pathlib.Path):
             f"whole. Make room, then: python train.py --output_dir {folder} --resume") from error
 
 
-def read_config(folder: str | pathlib.Path, name: str = "config.json") -> dict:
-    try:
-        config = json.loads((pathlib.Path(folder) / name).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+def flags_digest(flags: dict) -> str:
+    """Hash the flags of a run except its folder, which may be moved."""
+    return json_digest({name: flags[name] for name in flags if name != "output_dir"})
 
 
 def saved_flags(folder: str | None) -> dict:
-    """The flags of the run that --resume continues."""
+    """The flags of the run that --resume continues, from run.json, config.json or a checkpoint.
+
+    The file and every checkpoint must have the same flags, except those that a resumed run may
+    change: an edit of the file would make the run end elsewhere than it would have ended.
+    """
     if folder is None:
         raise UserError("--resume needs the --output_dir of the run to go on with")
-    for name in (RUN_FILE, "config.json"):
-        config = read_config(folder, name)
-        if "flags" in config:
-            return config["flags"]
-    raise UserError(f"--resume: there is no run in {folder}")
+    saved = {}  # {file: flags}
+    content = read_run_file(folder)
+    if "flags" in content:
+        path = flags_path(folder)
+        if "digest" in content and content["digest"] != flags_digest(content["flags"]):
+            raise UserError(f"{path}: its flags are not those that the run saved; put a good copy "
+                            "in its place, or delete it: --resume reads them from a checkpoint")
+        saved[path] = content["flags"]
+    for checkpoint in reversed(checkpoints(pathlib.Path(folder))):
+        state = read_state(checkpoint)
+        if state:
+            saved[checkpoint / "state.json"] = state["flags"]
+    if not saved:
+        raise UserError(f"--resume: there is no run in {folder}: no run.json and no config.json "
+                        "with the flags of a run, and no checkpoint that has them")
+    check_agreement(saved)
+    return next(iter(saved.values()))
+
+
+def flags_path(folder: str | pathlib.Path) -> pathlib.Path:
+    """The file of a run that has its flags."""
+    path = pathlib.Path(folder) / RUN_FILE
+    return path if path.exists() else path.with_name("config.json")
+
+
+def check_agreement(saved: dict) -> None:
+    """Raise a UserError if two files have different values of a flag that may not change."""
+    first_path, first = next(iter(saved.items()))
+    for path, flags in saved.items():
+        for name in sorted((first.keys() | flags.keys()) - FREE_ON_RESUME):
+            values = [json.dumps(some.get(name, "no value")) for some in (first, flags)]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"{first_path}: {name} is {values[0]}, but {path} has {values[1]}: one of the "
+                    f"two was changed. Put a good copy of {first_path.name} in its place, or "
+                    "delete it: --resume reads the flags from a checkpoint")
 
 
 def write_flags(folder: pathlib.Path, flags: dict) -> None:
@@ -97,14 +141,18 @@ def write_flags(folder: pathlib.Path, flags: dict) -> None:
     model because of a config.json.
     """
     adapted = flags.get("adapter") or flags.get("lora_rank")
-    name = RUN_FILE if adapted else "config.json"
-    write_text(folder / name, json.dumps({"flags": flags}, indent=2) + "\n")
+    content = {"flags": flags, "digest": flags_digest(flags)}
+    write_text(folder / (RUN_FILE if adapted else "config.json"),
+               json.dumps(content, indent=2) + "\n")
 
 
 def is_complete(folder: str | pathlib.Path) -> bool:
-    """Has the run ended? Then config.json has the model's entries, or there is an adapter."""
-    has_adapter = (pathlib.Path(folder) / "adapter_config.json").exists()
-    return has_adapter or "model_type" in read_config(folder)
+    """Has the run ended? Then there are weights, and config.json has the model's entries or there
+    is an adapter."""
+    folder = pathlib.Path(folder)
+    if not any(folder.glob("*.safetensors")):
+        return False
+    return (folder / "adapter_config.json").exists() or "model_type" in read_run_file(folder)
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -142,9 +190,12 @@ def delete_old_checkpoints(folder: pathlib.Path, keep: int) -> None:
 def delete_checkpoint(folder: pathlib.Path) -> None:
     """Delete the files of a checkpoint that its state.json names, then its empty folders.
 
-    A file that a user put there stays. state.json goes last: until then a resumed run can finish.
+    A file that a user put there stays, and so does a checkpoint whose state.json was changed.
+    state.json goes last: until then a resumed run can finish.
     """
-    written = read_config(folder, "state.json").get("files", {})
+    written = read_state(folder).get("files")
+    if written is None:
+        return
     paths = sorted(folder.rglob("*"), reverse=True)  # files before their folders
     for path in paths:
         if str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES:
@@ -155,10 +206,19 @@ def delete_checkpoint(folder: pathlib.Path) -> None:
             path.rmdir()
 
 
+def has_flags(folder: pathlib.Path) -> bool:
+    """Return whether a file of the folder has the flags of a run."""
+    for name in (RUN_FILE, "config.json"):
+        with contextlib.suppress(UserError):  # no such file, or not a run's
+            if "flags" in read_json(folder / name):
+                return True
+    return False
+
+
 def reason_against_new_run(folder: pathlib.Path) -> str | None:
     """None for an empty folder; else a text about the run or the files that are there."""
     names = others(folder)
-    if any("flags" in read_config(folder, name) for name in (RUN_FILE, "config.json")):
+    if has_flags(folder):
         what = "holds a run already: continue it with --resume"
         if not is_complete(folder) and not checkpoints(folder):
             what = ("holds a run already, which has no checkpoint yet: start it again from step 0 "
@@ -343,23 +403,24 @@ class HashingFileSystem(FileSystem):
         self.digests[pathlib.Path(path)] = file.hash.hexdigest()
 
 
-def file_digests(folder: pathlib.Path, ranks: Ranks, written: dict | None = None) -> dict[str, str]:
-    """{file: hash} of a checkpoint. Each rank reads its share of the files.
+def file_digests(folder: pathlib.Path, names: list[str], ranks: Ranks,
+                 known: dict | None = None) -> dict[str, str | None]:
+    """{name: hash} of these files of a checkpoint, None for a file that cannot be read. Each rank
+    reads its share of the files.
 
-    `written` has the hashes of the files that this rank has just written; no rank reads these.
+    `known` has the hashes of the files that this rank has just written; no rank reads these.
     """
-    digests = {str(path.relative_to(folder)): digest for path, digest in (written or {}).items()}
-    known = set()
+    digests = dict(known or {})
+    written = set()
     for part in gather(digests, ranks):
-        known |= part.keys()
-    files = []
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_file() and name != "state.json" and name not in known:
-            files.append((name, path))
-    for name, path in files[ranks.rank::ranks.size]:
-        with open(path, "rb") as file:
-            digests[name] = hashlib.file_digest(file, "blake2b").hexdigest()
+        written |= part.keys()
+    unread = [name for name in names if name not in written]
+    for name in unread[ranks.rank::ranks.size]:
+        try:
+            with open(folder / name, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError:
+            digests[name] = None
     merged = {}
     for part in gather(digests, ranks):
         merged |= part
@@ -382,19 +443,37 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
             temporary = stack.enter_context(written_aside(path))
         temporary = broadcast(temporary, ranks)
         save_model(temporary)
+        if ranks.rank == 0:
+            copy_metrics(folder, temporary)
         barrier(ranks)
         # Every rank writes its shards and hashes them on the way. Only the model's files are read
         # again for their hashes, because the libraries that write them take no file object.
         writer = HuggingFaceStorageWriter(str(temporary / "optimizer"), save_distributed=True)
         writer.fs = HashingFileSystem()
         dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
-        digests = file_digests(temporary, ranks, writer.fs.digests)
+        written = {}
+        for path, digest in writer.fs.digests.items():
+            written[str(path.relative_to(temporary))] = digest
+        barrier(ranks)
+        names = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        names = [str(path.relative_to(temporary)) for path in names]
+        digests = file_digests(temporary, names, ranks, written)
         if ranks.rank == 0:
-            text = json.dumps({"step": step, "files": digests} | state, indent=2)
-            (temporary / "state.json").write_text(text + "\n")
+            state = {"step": step, "files": digests} | state
+            state["digest"] = json_digest(state)
+            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     if ranks.rank == 0:
         delete_old_checkpoints(folder, keep)
     barrier(ranks)
+
+
+def copy_metrics(folder: pathlib.Path, checkpoint: pathlib.Path):
+    """Copy metrics.jsonl into a checkpoint. The user may have deleted it."""
+    rows = folder / METRICS_FILE
+    if rows.exists():
+        shutil.copyfile(rows, checkpoint / METRICS_FILE)
+    else:
+        (checkpoint / METRICS_FILE).touch()
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
@@ -417,33 +496,77 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
 # --- Resume ---------------------------------------------------------------------------------------
 
+def read_state(checkpoint: pathlib.Path) -> dict:
+    """state.json of a checkpoint, or {} if it is not as it was saved."""
+    try:
+        state = read_json(checkpoint / "state.json")
+    except UserError:
+        return {}
+    digest = state.pop("digest", None)
+    if digest != json_digest(state):
+        return {}
+    _, number, *_ = checkpoint.name.split("-")
+    return state if number == str(state["step"]) else {}
+
+
 def newest_checkpoint(folder: pathlib.Path, ranks: Ranks) -> tuple[pathlib.Path | None, dict]:
     """-> the newest checkpoint whose files have the saved hashes, and its state; or None, {}.
 
-    A damaged checkpoint is renamed, and a line says so. A run that resumes from an older checkpoint
-    ends with the same weights.
+    A file that no checkpoint lists, such as a note of the user, is ignored. A damaged checkpoint is
+    renamed, and a line says so. A run that resumes from an older checkpoint ends with the same
+    weights.
     """
-    paths = broadcast(checkpoints(folder), ranks)
-    for path in reversed(paths):
-        try:
-            state = json.loads((path / "state.json").read_text())
-        except (OSError, ValueError):
-            state = {}
-        saved, found = state.get("files", {}), file_digests(path, ranks)
-        if state and saved == found:
+    damaged = {}  # {checkpoint: its files that are missing or changed}
+    for path in reversed(broadcast(checkpoints(folder), ranks)):
+        state = read_state(path)
+        saved = state.get("files", {})
+        found = file_digests(path, sorted(saved), ranks)
+        wrong = [name for name in sorted(saved) if found[name] != saved[name]]
+        if state and not wrong:
+            if ranks.rank == 0:
+                set_aside(damaged)
+            barrier(ranks)
             return path, state
-        if ranks.rank == 0:
-            wrong = ["state.json"]
-            if saved:
-                wrong = sorted({name for name, _ in saved.items() ^ found.items()})
-            renamed = free_name(path.with_name(f"damaged-{path.name}"))
-            print(f"{path} is damaged ({', '.join(wrong[:3])}) and is now {renamed}")
-            os.replace(path, renamed)
-        barrier(ranks)
-    if paths:
+        damaged[path] = wrong or ["state.json"]
+    if damaged:
+        files = "; ".join(f"{path.name}: {wrong[0]}" for path, wrong in damaged.items())
         raise UserError(f"--resume: every checkpoint in {folder} is damaged; "
-                        "begin again in another --output_dir")
+                        f"begin again in another --output_dir ({files})")
     return None, {}
+
+
+def set_aside(damaged: dict):
+    """Rename damaged checkpoints, so that the run can write them again. Nothing is deleted."""
+    for path, wrong in damaged.items():
+        renamed = free_name(path.with_name(f"damaged-{path.name}"))
+        print(f"{path} is damaged ({', '.join(wrong[:3])}) and is now {renamed}")
+        os.replace(path, renamed)
+
+
+class OwnFiles(FileSystem):
+    """The file system of torch's checkpoint reader, which would read every file of the folder. It
+    shows only the files of the checkpoint."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def ls(self, path):
+        return self.paths
+
+
+# What differs when a resumed run finds other inputs.
+CHANGED = {
+    "rows": "the data set is not the one that this run began with: its rows, or their order, are "
+            "others",
+    "held_out": "the rows of --eval_dataset are not those that this run began with",
+    "weights": "the reference, or the model below the adapter, has other weights than when this "
+               "run began",
+    "settings": "the reference, or the model below the adapter, has another config.json or "
+                "adapter_config.json than when this run began",
+    "tokenizer": "the tokenizer of the model, or its chat template, is not the one that this run "
+                 "began with",
+    "world": "the files of the embedded world are not those that this run began with",
+}
 
 
 @torch.no_grad()
@@ -451,16 +574,16 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
                     scheduler: Any, ranks: Ranks) -> tuple[int, float]:
     """Fill `tensors` and the schedule -> the step after which they were saved, and BCO's delta.
 
-    fixed has the hashes of the rows and of the frozen weights. They must equal the saved hashes.
-    Only JSON and safetensors are read, so that loading a checkpoint runs no code from its files.
+    fixed has the hashes of what a run reads besides its checkpoint, by the names in CHANGED. They
+    must equal the saved hashes. Only JSON and safetensors are read, so that loading a checkpoint
+    runs no code from its files.
     """
-    if state["rows"] != fixed["rows"]:
-        raise UserError("--resume: the data set is not the one that this run began with: "
-                        "its rows, or their order, are others")
-    if state["weights"] != fixed["weights"]:
-        raise UserError("--resume: the reference, or the model below the adapter, "
-                        "has other weights than when this run began")
+    for name, digest in fixed.items():
+        if state[name] != digest:
+            raise UserError(f"--resume: {CHANGED[name]}")
     reader = HuggingFaceStorageReader(str(folder / "optimizer"))
+    reader.fs = OwnFiles([str(folder / name) for name in state["files"]
+                          if name.startswith("optimizer/")])
     dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
     scheduler.load_state_dict(state["scheduler"])
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):

@@ -17,6 +17,7 @@ name which the run needs is renamed, and a line says so.
 """
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import filelock
 
-from errors import UserError
+from errors import UserError, reading
 
 PARTIAL = ".partial-"
 LOCK = ".lock"
@@ -293,3 +294,39 @@ def others(folder: pathlib.Path) -> list[str]:
 
 def is_empty_file(path):
     return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+
+
+# --- JSON that is read again ----------------------------------------------------------------------
+
+def read_json(path: str | pathlib.Path, advice: str = "") -> dict:
+    """Read a JSON object from a file. A file that has none is a UserError that names the file.
+
+    advice      the end of the error: what to do
+    """
+    with reading(f"{path}: cannot be read", advice):
+        content = json.loads(pathlib.Path(path).read_bytes())  # UTF-8, UTF-16 or UTF-32
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must have a JSON object in braces, not {content!r:.40}{advice}")
+    return content
+
+
+def json_digest(content: dict) -> str:
+    """Hash the values in a JSON object: the layout of its file and the order of its keys do not
+    count."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def read_run_file(folder: str | pathlib.Path) -> dict:
+    """Read run.json of a run with an adapter, or the config.json of another run; {} if the folder
+    has neither, as the folder of an adapter made by PEFT."""
+    for name in (RUN_FILE, "config.json"):
+        path = pathlib.Path(folder) / name
+        if not os.path.lexists(path):
+            continue
+        content = read_json(path, "; put a good copy in its place, or delete it")
+        if not isinstance(content.get("flags", {}), dict):
+            raise UserError(f"{path}: its flags must be a JSON object in braces, not "
+                            f"{content['flags']!r:.40}; put a good copy in its place, or delete it")
+        return content
+    return {}

@@ -26,7 +26,7 @@ import torch
 
 import data
 import world
-from checkpoint import saved_flags
+from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
 from data import at_least
 from errors import Parser, UserError
 from lora import read_adapter
@@ -42,12 +42,6 @@ from variants import Variants, check_variants
 
 # our name: transformers' name
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-# These flags change no weight, except by rounding.
-FREE_ON_RESUME = {
-    "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "compile", "deterministic",
-}
 
 # Flags of a loss with a reference.
 REFERENCE_FLAGS = ("ref", "ref_model", "ref_batch_size", "sync_ref_every", "sync_ref_alpha")
@@ -335,13 +329,15 @@ def parse_args(
     first.add_argument("--resume", action="store_true")
     early = first.parse_known_args(argv)[0]
     saved = saved_flags(early.output_dir) if early.resume else {}
-    loss_name = early.loss or saved.get("loss", "sigmoid")
+    loss_name = early.loss or str(saved.get("loss", "sigmoid"))
     with naming_flags(["loss"]):
         loss = find(loss_name)
 
     # Then parse all flags. The world has its own defaults; a resumed run has its saved flags.
     parser = build_parser(loss, description)
     all_flags = vars(parser.parse_args([]))
+    if saved and loss_name == saved.get("loss", loss_name):
+        check_saved(saved, parser, all_flags, flags_path(early.output_dir))
     world_defaults = {}
     if (early.dataset or saved.get("dataset", "world")) == "world":
         world_defaults = world.flags(loss_name)
@@ -367,6 +363,7 @@ def parse_args(
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
     fill_defaults(args, loss, world_defaults)
+    check_unchanged(args, saved)
     return args, loss, hyper
 
 
@@ -554,16 +551,49 @@ def refuse_flag(flag, loss_name, all_flags):
     raise UserError(f"{flag}: there is no such flag; the nearest is --{near[0]}")
 
 
-def check_args(args, saved):
-    """Check combinations of flags that no flag's type can check.
+def check_saved(saved, parser, all_flags, path):
+    """Raise a UserError if the file of a run has a flag that its command line could not have.
 
-    `saved` has the flags of the run that is resumed; in a new run it is empty.
+    The values are written as a command line and parsed again.
     """
+    # A loss without a reference has no flags for one, and yet these two values.
+    unknown = sorted(saved.keys() - all_flags.keys() - {"ref", "sync_ref_every"})
+    missing = sorted(all_flags.keys() - saved.keys())
+    if unknown or missing:
+        problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which is no flag"
+        raise UserError(f"{path}: {problem}; it was changed, or another version wrote it")
+    words = []
+    for name, default in all_flags.items():
+        value = saved[name]
+        if default is False and value is True:  # a switch
+            words.append(f"--{name}")
+        elif value is not default:
+            text = str(value).lower() if isinstance(value, bool) else value
+            words.append(f"--{name}={text}")
+    try:
+        parsed = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, value in parsed.items():
+        if value != saved[name]:
+            raise UserError(f"{path}: {name} is {saved[name]!r}, which --{name} cannot give")
+
+
+def check_unchanged(args, saved):
+    """Raise a UserError if a flag of a resumed run is not the saved one."""
     for name in ["loss", *sorted(saved)] if saved else []:
         value = getattr(args, name, None)
         if name not in FREE_ON_RESUME and value != saved[name]:
             raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, "
                             "and may not change when it is resumed")
+
+
+def check_args(args, saved):
+    """Check combinations of flags that no flag's type can check.
+
+    `saved` has the flags of the run that is resumed; in a new run it is empty.
+    """
+    check_unchanged(args, saved)
     if args.epochs and args.max_steps:
         raise UserError(f"--epochs {args.epochs} and --max_steps {args.max_steps} both say how "
                         "long to train: give one")

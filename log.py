@@ -13,7 +13,7 @@ import torch
 import tqdm
 
 from batches import Task
-from checkpoint import write_flags
+from checkpoint import METRICS_FILE, write_flags
 from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
@@ -30,21 +30,23 @@ def bar_interval() -> float:
 class Log:
     """Writes the flags, metrics.jsonl, the bar and messages on rank 0, and nothing elsewhere."""
 
-    def __init__(self, folder: Path, flags: dict, start: int, steps: int, ranks: Ranks):
-        self.on, self.path = ranks.rank == 0, folder / "metrics.jsonl"
+    def __init__(self, folder: Path, flags: dict, checkpoint: Path | None, start: int, steps: int,
+                 ranks: Ranks):
+        self.on, self.path = ranks.rank == 0, folder / METRICS_FILE
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
         self.first = True  # no step has ended yet
         if not self.on:
             return
         write_flags(folder, flags)
-        # A resumed run repeats the steps after its checkpoint, so keep only the rows up to there.
-        # The last row may be incomplete.
-        kept_rows = []
-        for row in self.path.read_text().splitlines() if start else ():
-            if row.endswith("}") and json.loads(row)["step"] <= start:
-                kept_rows.append(row + "\n")
-        write_text(self.path, "".join(kept_rows))
+        # A resumed run repeats the steps after its checkpoint, which has the rows up to there.
+        rows = ""
+        if checkpoint:
+            rows = (checkpoint / METRICS_FILE).read_text()
+            if not has_prefix(self.path, rows.encode()):
+                self.say(f"{self.path}: its rows up to step {start} were changed or are missing; "
+                         f"they are now those of {checkpoint}")
+        write_text(self.path, rows)
 
     def row(self, step: int, split: str, values: dict):
         if self.on:
@@ -73,6 +75,14 @@ class Log:
     def say(self, text: str):
         if self.on:
             self.bar.write(text)
+
+
+def has_prefix(path: Path, content: bytes) -> bool:
+    """Return whether a file exists and begins with these bytes."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(content)) == content
 
 
 def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable | None,

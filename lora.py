@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError, nearest
-from files import RUN_FILE, moved_into
+from files import RUN_FILE, moved_into, read_run_file
 
 # --- Low-rank updates -----------------------------------------------------------------------------
 
@@ -379,21 +379,6 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
         if extra:
             (aside / RUN_FILE).write_text(json.dumps(extra, indent=2) + "\n")
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def read_run_file(folder: str | pathlib.Path) -> dict:
-    """Read run.json of an adapter, or the config.json that earlier versions wrote; {} if there is
-    neither, as in an adapter made by PEFT."""
-    for name in (RUN_FILE, "config.json"):
-        path = pathlib.Path(folder) / name
-        if not path.exists():
-            continue
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: is damaged ({error}); copy it again from the run") from error
-    return {}
 
 
 def check_adapter_config(folder, config):

@@ -5,6 +5,7 @@ every kind. The other functions:
 
     check_reference    compares the vocabulary and positions of --ref_model with the policy's
     fingerprint        hashes the weights that no step changes; a resumed run must have the same
+    settings_digest    hashes the configs of these models in the same way
     move_reference     TR-DPO: moves the reference towards the policy
     check_start        the step-0 check: before the first update policy and reference are equal
     cache_reference    --ref cache: computes the log-probs of all rows once and keeps them in a
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 import tqdm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import data
@@ -39,7 +40,7 @@ from batches import (
 from checkpoint import without_ties
 from dpo import concatenated_forward, preference_loss
 from errors import UserError
-from files import written_aside
+from files import json_digest, written_aside
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
@@ -171,6 +172,33 @@ def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,
     return broadcast(digest.hexdigest(), ranks)
 
 
+# Entries of a model's config that change none of its outputs.
+NEUTRAL_ENTRIES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+
+
+def settings_digest(policy: FastLogps, reference: Callable | None) -> str:
+    """Hash what the weights of `fingerprint` do not show: the config of their model, as the base of
+    its positions and its activation, and the rank and scale of a frozen adapter."""
+    settings = {}
+    if isinstance(reference, torch.nn.Module):
+        settings["reference"] = config_entries(reference.model.config)
+    if lora_layers(policy):
+        settings["base"] = config_entries(policy.model.config)
+    for path, layer in lora_layers(policy).items():
+        frozen = {name: layer.settings[name] for name in layer.settings if name != "policy"}
+        settings[path] = frozen
+    return json_digest(settings)
+
+
+def config_entries(config):
+    """The entries of a model's config as JSON, without the neutral ones, also in its parts."""
+    def without_neutral(entries):
+        return {name: entries[name] for name in entries if name not in NEUTRAL_ENTRIES}
+
+    text = config.to_json_string(use_diff=False)
+    return json.loads(text, object_hook=without_neutral)
+
+
 # --- A reference that moves -----------------------------------------------------------------------
 
 def moving_tensors(args: Namespace, policy: FastLogps, reference: Callable | None) -> dict:
@@ -260,10 +288,11 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
 
 # --- The cache ------------------------------------------------------------------------------------
 
-def cache_key(args, weights, splits, dtype):
-    """Hash all inputs of the cached log-probs: weights, token ids, dtype, ld_alpha, --quantize."""
+def cache_key(args, fixed_model, splits, dtype):
+    """Hash all inputs of the cached log-probs: weights and configs, token ids, dtype, ld_alpha,
+    --quantize."""
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(f"{weights} {dtype} {args.ld_alpha} {args.quantize}".encode())
+    digest.update(f"{fixed_model} {dtype} {args.ld_alpha} {args.quantize}".encode())
     for rows in splits:
         columns = rows.select_columns(["id", "prompt_ids", "chosen_ids", "rejected_ids"])
         for batch in columns.iter(1000):
@@ -289,37 +318,40 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
     return torch.stack([table["chosen"], table["rejected"]], 1).cpu()
 
 
-def cache_reference(args: Namespace, reference: Callable, splits: tuple, weights: str,
+def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_model: str,
                     tokenizer: Any, task: Task, ranks: Ranks) -> list:
     """Add the columns ref_chosen_logp and ref_rejected_logp to the splits.
 
-    The log-probs are read from a file. If the file does not exist, all ranks compute it together.
+    fixed_model     a hash of the weights and configs of the reference
+
+    The log-probs are read from a file. If the file does not exist, or not as it was written, all
+    ranks compute it together.
     """
-    key = cache_key(args, weights, splits, task.dtype) if ranks.rank == 0 else None
-    path = pathlib.Path("runs") / "references" / f"{broadcast(key, ranks)}.safetensors"
-    splits = dict(zip(("train", "eval"), splits))
-    exists = broadcast(path.exists(), ranks)
-    if not exists:
-        tables = {}
-        for name, rows in splits.items():
+    key = cache_key(args, fixed_model, splits, task.dtype) if ranks.rank == 0 else None
+    key = broadcast(key, ranks)
+    path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
+    named = dict(zip(("train", "eval"), splits))
+    tables = read_cache(path, key) if ranks.rank == 0 else None
+    tables = broadcast(tables, ranks)
+    source = "read from"
+    if tables is None:
+        source, tables = "kept in", {}
+        for name, rows in named.items():
             tables[name] = torch.zeros(0, 2)
             if len(rows):
                 indices, title = np.arange(len(rows)), f"reference, {name}"
                 tables[name] = reference_logps(args, reference, rows, indices, tokenizer, task,
                                                ranks, title)
-            ids = "\n".join(rows["id"]).encode()
-            tables[f"{name}_ids"] = torch.tensor(list(ids), dtype=torch.uint8)
+                check_finite(tables[name], rows)
         if ranks.rank == 0:
-            with written_aside(path) as temporary:
-                save_file(tables, temporary)
-    barrier(ranks)
+            write_cache(path, key, tables)
+        barrier(ranks)
     with_logps = []
-    for name, rows in splits.items():
+    for name, rows in named.items():
         if len(rows):
-            table = read_cache(path, name, rows)
+            table = tables[name]
             check_cache(args, path, table, reference, rows, tokenizer, task, ranks)
             if ranks.rank == 0:
-                source = "read from" if exists else "kept in"
                 print(f"reference of {len(rows)} {name} rows {source} {path}")
             rows = rows.add_column("ref_chosen_logp", table[:, 0].tolist())
             rows = rows.add_column("ref_rejected_logp", table[:, 1].tolist())
@@ -327,18 +359,49 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, weights
     return with_logps
 
 
-def read_cache(path, name, rows):
-    """Read the (rows, 2) log-probs of a split from the file."""
+def check_finite(table, rows):
+    """Raise a UserError if the reference gives a row no log-prob, as a model with broken weights
+    does."""
+    finite = table.isfinite().all(1)  # (rows,)
+    if not finite.all():
+        first = int(finite.int().argmin())
+        raise UserError(f"--ref cache: the reference gives {rows[first]['id']} the log-probs "
+                        f"{table[first].tolist()}")
+
+
+def tables_digest(key: str, tables: dict) -> str:
+    """Hash the log-probs of a cache and its key, so that a renamed file is recognized too."""
+    digest = hashlib.blake2b(key.encode(), digest_size=12)
+    for name, table in sorted(tables.items()):
+        digest.update(f"{name} {table.dtype} {tuple(table.shape)}".encode())
+        digest.update(table.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_cache(path, key, tables):
     try:
-        tables = load_file(path)
-        table, ids = tables[name], bytes(tables[f"{name}_ids"].tolist()).decode().split("\n")
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); "
-                        "delete the file, and the next run computes it again") from error
-    if ids != list(rows["id"]) or len(table) != len(rows) or not table.isfinite().all():
-        raise UserError(f"{path}: does not have the log-probs of every {name} row; "
-                        "delete the file, and the next run computes it again")
-    return table
+        with written_aside(path) as temporary:
+            save_file(tables, temporary, {"digest": tables_digest(key, tables)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the cache of --ref cache could not be written ({error}); make "
+                        "room, or start train.py in another folder") from error
+
+
+def read_cache(path, key):
+    """Read {split: (rows, 2) log-probs}, or None if there is no file, or a damaged one, which is
+    computed again."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            saved = (file.metadata() or {}).get("digest")
+            tables = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError):
+        saved, tables = None, {}
+    if saved == tables_digest(key, tables):
+        return tables
+    print(f"{path}: is damaged, so the log-probs of the reference are computed again")
+    return None
 
 
 def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):

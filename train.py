@@ -57,6 +57,7 @@ from batches import (
     split_step,
 )
 from checkpoint import (
+    FREE_ON_RESUME,
     claim,
     explained_write_errors,
     gather_tensors,
@@ -69,7 +70,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from files import free_name, missing_folders
+from files import free_name, json_digest, missing_folders
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
 from logps import FastLogps
@@ -120,6 +121,7 @@ from reference import (
     load_weights,
     move_reference,
     moving_tensors,
+    settings_digest,
 )
 from verify import can_drop_mask, can_pack, find_noise
 
@@ -536,7 +538,8 @@ class Run(NamedTuple):
     task: Task
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    start: int  # the step of the checkpoint that is resumed, else 0
+    newest: pathlib.Path | None  # the checkpoint that is resumed
+    start: int  # its step, else 0
     steps: int  # number of the last step
     delta: float  # of BCO
     fixed: dict  # hashes of what must be the same when the run is resumed
@@ -563,6 +566,13 @@ def load_trained_tokenizer(args, source):
                          "another chat template")
         tokenizer.chat_template = template
     return tokenizer, lines
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Hash the tokenizer, which a run saves with its model. Call it before the first text."""
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json_digest({"words": words, "special": special, "chat": tokenizer.chat_template})
 
 
 def load_models(args, home, newest, ranks):
@@ -607,17 +617,35 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
     return attention, masked
 
 
+def print_changed_flags(args, saved):
+    """Say which flags a resumed run changes, by the command line or by an edit of config.json."""
+    for name in sorted(FREE_ON_RESUME - {"resume", "output_dir"}):
+        value = getattr(args, name)
+        if value != saved[name]:
+            print(f"--{name} {value}: it was {saved[name]} when the checkpoint was written")
+
+
 def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     """Everything before the first step, in the order in which the parts need each other."""
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
+    if newest and ranks.rank == 0:
+        print_changed_flags(args, saved["flags"])
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
     weights = fingerprint(model, reference, dtype, ranks)
+    settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)
 
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    # With --eval_dataset the held-out rows are from another file, which a resumed run may change.
+    # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
+    # are from another file, which the error about them names.
     splits = [rows] if args.eval_dataset else [rows, held_out]
-    row_hashes = "+".join(data.digest(split) for split in splits)
-    fixed = {"rows": row_hashes, "weights": weights}
+    fixed = {
+        "tokenizer": tokenizer_hash,
+        "weights": weights,
+        "settings": settings,
+        "rows": "+".join(data.digest(split) for split in splits),
+        "held_out": data.digest(held_out),
+        "world": world.enumeration_digest(home) if home else None,
+    }
     steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
@@ -643,7 +671,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
                      masked)
     if args.ref == "cache":
         splits = rows, held_out
-        rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
+        fixed_model = weights + settings
+        rows, held_out = cache_reference(args, reference, splits, fixed_model, tokenizer, task,
+                                         ranks)
         reference = None  # frees its memory
 
     flags = vars(args) | {
@@ -652,8 +682,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, chosen_lengths = data.column(rows, "tokens"), data.column(rows, "chosen_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               chosen_lengths, held_out, task, optimizer, scheduler, start, steps, delta, fixed,
-               flags, keep)
+               chosen_lengths, held_out, task, optimizer, scheduler, newest, start, steps, delta,
+               fixed, flags, keep)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -746,7 +776,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder), caught_signals(ranks) as stopped,
           contextlib.closing(batches)):
-        log = Log(folder, run.flags, run.start, steps, ranks)
+        log = Log(folder, run.flags, run.newest, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
             values, delta, tokens = advance(args, run, number, batches, delta,

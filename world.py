@@ -298,6 +298,14 @@ def folder() -> pathlib.Path:
     return pathlib.Path("runs") / f"world-{digest[:8]}"
 
 
+def enumeration_digest(home: pathlib.Path) -> str:
+    """Hash the files that `evaluate_policy` reads."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name in ("every.jsonl", "reference.npy"):
+        digest.update((home / name).read_bytes())
+    return digest.hexdigest()
+
+
 def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
     """Return the folder. If it does not exist, make it: train_sft(model, rows, tokenizer) trains
     the reference policy -> a dpo.SequenceLogps, and pairs are sampled from it.

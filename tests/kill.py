@@ -2,6 +2,7 @@
 
     python tests/kill.py --runs 20                   # one process
     python tests/kill.py --runs 20 --processes 2     # DDP; --parallel fsdp: FSDP2
+    python tests/kill.py --runs 100 --faults         # the whole life of a run, see crash.py
 
 Each run is killed with SIGKILL and resumed. Every second run is killed while it writes a
 checkpoint. Every third run is killed and resumed twice. Prints a table. Exits with status 1 if any
@@ -18,6 +19,7 @@ import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import crash
 from conftest import (
     TINY_RUN,
     differences,
@@ -102,11 +104,15 @@ def parse_args():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", action="store_true",
+                        help="kills, torn writes, a full disk and failing writes at any moment")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.faults:
+        crash.main(args.runs, args.seed)
     choose = random.Random(args.seed)
     home, flags = prepare(args.parallel)
     whole = home / "whole"

@@ -304,7 +304,7 @@ def test_loading_a_checkpoint_unpickles_nothing(fit, monkeypatch):
     called."""
     out = unfinished(fit(**STEPS)[0])
     suffixes = {path.suffix for path in out.glob("checkpoint-*/**/*") if path.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".jinja"}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja"}
 
     def refuse(*arguments, **options):
         pytest.fail("unpickled")

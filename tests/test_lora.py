@@ -886,29 +886,15 @@ def test_other_weights_rows_token_weights_or_dtype_make_another_cache_file(
         assert len(cached_references(tmp_path)) == count
 
 
-def truncate_file(path):
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def remove_row(path):
-    tensors = load_file(path)
-    tensors["train"] = tensors["train"][:-1].clone()
-    save_file(tensors, path)
-
-
-def shift_values(path):
-    tensors = load_file(path)
-    tensors["train"] = tensors["train"] - 1
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize("damage", [truncate_file, remove_row, shift_values])
-def test_a_damaged_cache_raises_an_error_that_says_to_delete_it(
-        fit, tmp_path, monkeypatch, damage):
+def test_a_cache_that_is_whole_but_not_what_the_reference_gives_now_raises_an_error(
+        fit, tmp_path, monkeypatch):
+    """As on another machine, or after a change of a kernel."""
     monkeypatch.chdir(tmp_path)
     fit(ref="cache", max_steps=1)
     path, = cached_references(tmp_path)
-    damage(path)
+    tables = load_file(path)
+    tables["train"] = tables["train"] - 1
+    save_file(tables, path, {"digest": references.tables_digest(path.stem, tables)})
     with pytest.raises(ValueError, match="delete the file, and the next run computes it again"):
         fit(ref="cache", max_steps=1, out="next")
 
