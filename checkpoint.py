@@ -144,10 +144,12 @@ def delete_checkpoint(folder: pathlib.Path) -> None:
 
     A file that a user put there stays. state.json goes last: until then a resumed run can finish.
     """
-    written = read_config(folder, "state.json").get("files", {})
+    hashes = read_config(folder, "state.json").get("files")
+    written = set(hashes) if isinstance(hashes, dict) else set()
     paths = sorted(folder.rglob("*"), reverse=True)  # files before their folders
     for path in paths:
-        if str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES:
+        is_written = str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES
+        if is_written and not path.is_dir():
             path.unlink()
     (folder / "state.json").unlink(missing_ok=True)
     for path in [*paths, folder]:
