@@ -198,7 +198,8 @@ def delete_checkpoint(folder: pathlib.Path) -> None:
         return
     paths = sorted(folder.rglob("*"), reverse=True)  # files before their folders
     for path in paths:
-        if str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES:
+        is_written = str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES
+        if is_written and not path.is_dir():
             path.unlink()
     (folder / "state.json").unlink(missing_ok=True)
     for path in [*paths, folder]:

@@ -288,6 +288,7 @@ def test_a_checkpoint_from_elsewhere_stays_where_the_next_one_of_the_run_would_b
 def test_a_file_that_the_user_put_into_a_checkpoint_stays_when_it_is_deleted(stopped, tmp_path):
     (stopped / "checkpoint-2" / "notes.txt").write_text("my notes")
     (stopped / "checkpoint-2" / "optimizer" / ".DS_Store").write_text("")
+    (stopped / "checkpoint-2" / "lost+found").mkdir()
     outside = tmp_path / "outside.txt"
     outside.write_text("mine")
     path = stopped / "checkpoint-2" / "state.json"
