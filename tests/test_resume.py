@@ -7,10 +7,13 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import (
     ALONE,
+    ROOT,
     TINY_RUN,
     differences,
     make_rows,
@@ -268,6 +271,16 @@ def test_a_linked_checkpoint_is_read_and_a_damaged_one_loses_only_its_link(
     assert (damaged / "state.json").exists()
     assert os.readlink(killed / "damaged-checkpoint-4") == str(damaged)
     assert not differences(whole, killed)
+
+
+# --- Kills and failing disks ----------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_runs_that_are_broken_at_any_moment_of_their_life_end_like_a_whole_one():
+    command = [sys.executable, "tests/kill.py", "--faults", "--runs=12", "--seed=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
