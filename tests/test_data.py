@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
+import layouts
 from data import (
     IGNORE,
     Limits,
@@ -23,11 +24,12 @@ from data import (
     load_tokens,
     micro_batches,
     pad_rows,
-    split_prompt,
     truncate,
     window,
 )
 from errors import UserError
+from layouts import examples, split_prompt
+from sources import Source
 
 BOTH = ("chosen", "rejected")
 
@@ -99,8 +101,8 @@ def test_a_json_list_has_the_texts_of_the_same_json_lines(tmp_path, optional):
         rows[0]["chosen"][0] |= optional
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    files = [data.Source(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
-    from_list, from_lines = (list(data.examples(file, BOTH)) for file in files)
+    files = [Source(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
+    from_list, from_lines = (list(examples(file, BOTH)) for file in files)
     assert [text.pop("id") for text in from_list] == [
         f"{tmp_path}/rows.json, row 1", f"{tmp_path}/rows.json, row 2",
     ]
@@ -685,7 +687,7 @@ def test_a_file_may_not_change_its_format(load, tokenizer):
     with pytest.raises(UserError, match=message):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
     with pytest.raises(UserError, match="row 1: one text without a prompt"):
-        data.split_row(None, ["hi"], "row 1")
+        layouts.split_row(None, ["hi"], "row 1")
 
 
 LOOP_LAST = (

@@ -1,0 +1,358 @@
+"""Finds the files of a --dataset, and reads their rows as they are.
+
+    pairs.jsonl                 a file
+    pairs                       a folder of files: those of one split, `train` if none is named
+    pairs:test                  the same, of another split
+    saved                       a folder that `save_to_disk` of `datasets` wrote
+    acme/pairs                  a data set of the Hub
+    a.jsonl:0.3, b.jsonl:0.7    a mixture
+
+`read_rows` yields each row as a dict with its name in errors and logs: file and number. layouts.py
+finds the prompt and the answers in it. Files of a folder that are not read are named in the report.
+"""
+import csv
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from typing import NamedTuple
+
+import datasets
+import pyarrow.parquet
+
+from errors import UserError, nearest, stop_hub_retries
+
+
+def first_line(error):
+    """Return the first line of an exception's message, or its name if it has no message."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+# --- The readers ----------------------------------------------------------------------------------
+# A text must be read exactly as the file has it, and every row with its number. The CSV and JSON
+# readers of `datasets`, pandas and pyarrow infer types instead: "2020-01-01" becomes a date, a
+# message with an optional key becomes a string of JSON, and surplus cells of a CSV row disappear.
+# The standard library reads both formats as they are. Parquet has types; `datasets` reads it by
+# pyarrow, too.
+
+def json_line_rows(path):
+    """Yield (number, row), numbered as the lines of the file."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, row {number}: not a whole JSON object ({error})") from None
+            yield number, row
+
+
+def json_rows(path):
+    """Yield (number, row) of one JSON list, numbered from 1, or of JSON lines."""
+    with open(path, encoding="utf-8-sig") as file:
+        if file.read(4096).lstrip().startswith("["):
+            file.seek(0)
+            yield from enumerate(json.load(file), 1)
+            return
+    yield from json_line_rows(path)
+
+
+def csv_rows(path):
+    """Yield (number, row). Every value is the text of the file: "NA" is not null, "42" no int."""
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # strict: an open quote is an error instead of swallowing all rows after it.
+        reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames
+        if names is not None and len(set(names)) < len(names):
+            raise UserError(f"{path}: its header names a column twice")
+        for number, row in enumerate(reader, 1):
+            # DictReader puts surplus cells under the key None.
+            if None in row:
+                raise UserError(f"{path}, row {number}: more cells than the header names; "
+                                "text with commas must be quoted")
+            yield number, row
+
+
+def parquet_rows(path):
+    """Yield (number, row), numbered from 1."""
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+READERS = {
+    ".jsonl": json_line_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+}
+# The readers raise these exceptions for a file whose content does not fit its suffix.
+UNREADABLE = (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError,
+              RecursionError)
+
+
+class Source(NamedTuple):
+    """One part of a --dataset: a file, a folder of files, a folder of `save_to_disk`, or a data set
+    of the Hub."""
+    name: str
+    split: str | None = None
+    share: float | None = None
+
+
+def parse_sources(spec):
+    """Split a --dataset into its parts: `NAME[:SPLIT][:SHARE]`, or several separated by commas.
+
+    A path that exists is taken as it is, even with a comma or a colon in it.
+    """
+    if os.path.exists(spec):
+        return [Source(spec)]
+    parts = [parse_source(text) for text in spec.split(",")]
+    if len({part.share is None for part in parts}) > 1:
+        raise UserError(f"{spec}: give every part a share, or none")
+    return parts
+
+
+def parse_source(text):
+    text = text.strip()
+    if os.path.exists(text):
+        return Source(text)
+    name, *options = [part.strip() for part in text.split(":")]
+    share = None
+    if options and re.fullmatch(r"\d*\.?\d+", options[-1]):
+        share = float(options.pop())
+    share_is_wrong = share is not None and not 0 < share < math.inf
+    if len(options) > 1 or not name or share_is_wrong:
+        raise UserError(f"{text}: a data set is NAME, NAME:SPLIT or NAME:SPLIT:SHARE, "
+                        "with a share above 0")
+    split = options[0] if options else None
+    return Source(name, split, share)
+
+
+def find_files(source: Source) -> tuple[list, dict]:
+    """List the files of a source, none for a folder of `save_to_disk` or a data set of the Hub.
+
+    Returns (files, {reason: files or splits of the source that are not read}).
+    """
+    path, kinds = pathlib.Path(source.name), ", ".join(READERS)
+    if is_saved(path):
+        return [], {"other splits of the folder": other_saved_splits(path, source.split)}
+    if path.is_dir():
+        return find_files_of_folder(path, source.split)
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"{path}: cannot read this kind of file; use one of {kinds}")
+        if source.split:
+            raise UserError(f"{source.name}:{source.split}: a file has no splits; "
+                            "a share is a number, as in FILE:0.7")
+        return [path], {}
+    # A name of the Hub has no suffix of a file and does not look like a path.
+    is_path = path.is_absolute() or source.name.startswith(".")
+    if is_path or path.suffix.lower() in READERS:
+        raise UserError(f"{path}: no such file{nearest_file(path)}")
+    return [], {}
+
+
+def nearest_file(path):
+    """Name the files whose names resemble the name of a missing one."""
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [file.name for file in path.parent.iterdir()])
+
+
+def is_saved(path):
+    """Return whether `save_to_disk` wrote this folder. dataset_info.json alone does not tell: the
+    Hub and LLaMA-Factory have files of this name next to files of rows."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def other_saved_splits(path, split):
+    """List the splits of a folder of `save_to_disk` that are not read."""
+    try:
+        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [name for name in names if name != (split or "train")]
+
+
+# --- The splits of a folder of files. They follow from the names, as for `datasets`:
+# test.jsonl, pairs_test.jsonl, test/0000.parquet, data/test-00000-of-00002.parquet,
+# data/test_prefs-00000-of-00001.parquet.
+
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "holdout": "validation", "heldout": "validation",
+}
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})s?(?![a-z])")
+# A shard of a file, as the Hub names it; older names end in a hash.
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
+# Files that describe a data set and hold no rows.
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json")
+# Files that probably hold rows, which no reader here reads.
+OTHER_KINDS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow", ".tsv", ".xlsx", ".ndjson")
+
+
+def find_files_of_folder(path, split):
+    """Choose the files of one split of a folder: of the training split if `split` is None.
+
+    Files without the name of a split are training rows. Returns as find_files.
+    """
+    direct, below, not_read = list_folder(path)
+    # Subfolders are read if there is no file outside them, or if the split is in them alone.
+    files = direct or below
+    if split and not any(is_of_split(path, file, split) for file in direct):
+        files = direct + below
+    if not files:
+        raise UserError(f"{path}: no {', '.join(READERS)} file in this folder")
+    if not direct:
+        check_one_data_set(path, files)
+
+    chosen = choose_split(path, files, split)
+    for file in direct + below:
+        if file in chosen:
+            continue
+        name = split_of_file(path, file)
+        reason = f"of the split {name}" if name else "of another subfolder or split"
+        not_read.setdefault(reason, []).append(str(file))
+    return chosen, not_read
+
+
+def list_folder(path):
+    """Returns the files directly in a folder, the files at most two folders below, and
+    {reason: files that hold no rows or cannot be read}."""
+    direct, below, not_read = [], [], {}
+    for pattern in ("*", "*/*", "*/*/*"):
+        for file in sorted(path.glob(pattern)):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if is_hidden or not file.is_file():
+                continue
+            if file.name in NOT_ROWS:
+                reason = "describes a data set and holds no rows; --columns names columns"
+                not_read.setdefault(reason, []).append(str(file))
+            elif file.suffix.lower() in OTHER_KINDS:
+                not_read.setdefault("of a kind that is not read", []).append(str(file))
+            elif file.suffix.lower() in READERS:
+                files = direct if file.parent == path else below
+                files.append(file)
+    return direct, below, not_read
+
+
+def check_one_data_set(path, files):
+    """Raise if the subfolders are more than the splits of one data set."""
+    folders = set()
+    for file in files:
+        parts = file.parent.relative_to(path).parts
+        names = [part for part in parts if part != "data" and not SPLIT_WORD.search(part.lower())]
+        folders.add("/".join(names))
+    if len(folders) > 1:
+        raise UserError(f"{path}: no file directly in this folder; name one of its subfolders, or "
+                        f"several separated by commas: {', '.join(sorted(folders - {''}))}")
+
+
+def split_of_file(path, file):
+    """Return the split of a file in the folder `path`, or None if its name has none."""
+    stem = file.stem
+    shard = SHARD.fullmatch(stem)
+    if shard and SPLIT_WORD.search(shard[1].lower()):
+        return shard[1]
+    folders = file.parent.relative_to(path).parts
+    for name in (stem, *reversed(folders)):
+        word = SPLIT_WORD.search(name.lower())
+        if word:
+            return SPLIT_WORDS[word[1]]
+    return None
+
+
+def kind_of_split(name):
+    """Return train, validation or test for a name such as train_prefs, or None."""
+    word = SPLIT_WORD.search(name.lower())
+    return SPLIT_WORDS[word[1]] if word else None
+
+
+def is_of_split(path, file, split):
+    return split in (file.stem, split_of_file(path, file))
+
+
+def choose_split(path, files, split):
+    """Choose the files of a split. Raises if the split is not there or is not clear."""
+    names = {file: split_of_file(path, file) for file in files}
+    existing = sorted({name for name in names.values() if name})
+    without = [file for file in files if names[file] is None]
+    kind = kind_of_split(split or "train")
+
+    # A name as the user wrote it; else any of its kind, so that `val` finds `validation`.
+    chosen = []
+    if split:
+        chosen = [file for file in files if is_of_split(path, file, split)]
+    if not chosen and split in (None, *SPLIT_WORDS):
+        chosen = [file for file in files if names[file] and kind_of_split(names[file]) == kind]
+        variants = sorted({names[file] for file in chosen})
+        if len(variants) > 1:
+            raise UserError(f"{path}: has the splits {', '.join(existing)}; name one of them, as "
+                            f"in {path}:{variants[0]}")
+    if split is None or (kind == "train" and not chosen):
+        chosen = [file for file in files if file in chosen or file in without]
+    # A folder of one split alone is read by the name of the folder.
+    if not chosen and split is None and len(existing) == 1:
+        return files
+    if not chosen:
+        there = ", ".join(existing) or ", ".join(file.name for file in files[:5])
+        raise UserError(f"{path}: there is no split {split or 'train'} in this folder; "
+                        f"there are {there}; name one, as in {path}:{(existing or ['train'])[0]}")
+    return chosen
+
+
+def open_dataset(source):
+    """Load the data set of a folder of `save_to_disk`, or of the Hub."""
+    split = source.split or "train"
+    on_disk = is_saved(pathlib.Path(source.name))
+    # The network, the Hub and old files raise exceptions of many kinds. Each means that the data
+    # set cannot be read.
+    try:
+        if on_disk:
+            saved = datasets.load_from_disk(source.name)
+        else:
+            stop_hub_retries()
+            saved = datasets.load_dataset(source.name, split=split)
+    except Exception as error:
+        if "Unknown split" in str(error):
+            raise UserError(f"{source.name}:{split}: {first_line(error)}") from error
+        raise UserError(
+            f"{source.name}: not found locally or on the Hub ({first_line(error)})"
+            f"{nearest_file(pathlib.Path(source.name))}") from error
+    if not on_disk:
+        return saved
+    # A saved folder contains a dictionary of splits, or one data set without splits.
+    splits = "none"
+    if isinstance(saved, datasets.DatasetDict):
+        splits = ", ".join(saved)
+        if split in saved:
+            return saved[split]
+    elif not source.split:
+        return saved
+    raise UserError(
+        f"{source.name}: there is no split {split} in this folder; there are {splits}")
+
+
+def read_rows(source):
+    """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
+    files, _ = find_files(source)
+    if not files:
+        for number, row in enumerate(open_dataset(source), 1):
+            yield f"{source.name}, row {number}", row
+    for path in files:
+        read = READERS[path.suffix.lower()]
+        try:
+            for number, row in read(path):
+                yield f"{path}, row {number}", row
+        except UNREADABLE as error:
+            kind = path.suffix[1:]
+            raise UserError(f"{path}: cannot be read as {kind} ({error})") from error
