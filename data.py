@@ -227,7 +227,9 @@ def tokenize(batch, tokenizer, sides, limits):
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):
-        return tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+        # Without masks, which would be as long as the ids and are not used.
+        return tokenizer(strings, add_special_tokens=False, return_attention_mask=False,
+                         return_token_type_ids=False, verbose=False)["input_ids"]
 
     prompt_ids = encode([text.prompt for text in texts])
     whole_ids = []
@@ -394,8 +396,15 @@ def mix(parts, mixture):
 
 
 def column(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """Return a whole column of numbers or strings as an array."""
-    return rows.select_columns([name]).with_format("numpy")[:][name]
+    """Return a whole column of numbers or strings as an array.
+
+    It is taken from the stored rows, of which `rows` may be a selection: `datasets` would take the
+    selected rows one by one.
+    """
+    values = np.array(rows.data.column(name))  # (stored rows,), a copy
+    if rows._indices is None:
+        return values
+    return values[rows._indices.column(0).to_numpy()]  # (rows,)
 
 
 def digest(rows: datasets.Dataset) -> str:

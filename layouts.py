@@ -92,7 +92,11 @@ def read_message(message, field, where):
 
 def is_unicode(text):
     """Return False for half of a surrogate pair, which UTF-8 cannot encode."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_score(row, field, where):

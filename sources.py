@@ -17,74 +17,168 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import datasets
 import pyarrow.parquet
 
-from errors import UserError, nearest, stop_hub_retries
+from errors import UserError, library_reason, nearest, printable, reading, stop_hub_retries
 
-
-def first_line(error):
-    """Return the first line of an exception's message, or its name if it has no message."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 # --- The readers ----------------------------------------------------------------------------------
 # A text must be read exactly as the file has it, and every row with its number. The CSV and JSON
 # readers of `datasets`, pandas and pyarrow infer types instead: "2020-01-01" becomes a date, a
 # message with an optional key becomes a string of JSON, and surplus cells of a CSV row disappear.
-# The standard library reads both formats as they are. Parquet has types; `datasets` reads it by
-# pyarrow, too.
+# The standard library reads both formats as they are. Parquet and Arrow have types.
+
+def one_value_for_each_key(pairs):
+    """Make a dict of the keys and values of a JSON object, in which a key has one value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        for key, value in pairs:
+            if row[key] != value:
+                raise ValueError(f"the key {key!r} is there twice with different values")
+    return row
+
+
+JSON = json.JSONDecoder(object_pairs_hook=one_value_for_each_key)
+
+
+def open_text(path):
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def lines_of(path):
+    """Yield the lines of a text file."""
+    with reading(f"{path}: cannot be read as text in UTF-8"), open_text(path) as file:
+        yield from file
+
 
 def json_line_rows(path):
     """Yield (number, row), numbered as the lines of the file."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, row {number}: not a whole JSON object ({error})") from None
+    for number, line in enumerate(lines_of(path), 1):
+        if line.strip():
+            with reading(f"{path}, row {number}: not a whole JSON object"):
+                row = JSON.decode(line)
             yield number, row
 
 
 def json_rows(path):
     """Yield (number, row) of one JSON list, numbered from 1, or of JSON lines."""
-    with open(path, encoding="utf-8-sig") as file:
-        if file.read(4096).lstrip().startswith("["):
+    with reading(f"{path}: cannot be read as text in UTF-8"), open_text(path) as file:
+        text = file.read() if file.read(4096).lstrip().startswith("[") else ""
+        if text:
             file.seek(0)
-            yield from enumerate(json.load(file), 1)
-            return
-    yield from json_line_rows(path)
+            text = file.read()
+    if text:
+        yield from json_list_rows(path, text)
+    else:
+        yield from json_line_rows(path)
+
+
+def json_list_rows(path, text):
+    """Yield (number, row) of the text of one JSON list. Its rows are parsed one by one, so that an
+    error names the row."""
+    position, number, after = text.index("["), 0, ","
+    while after == ",":
+        position = skip_space(text, position + 1)
+        if text[position:position + 1] == "]" and number == 0:
+            after = "]"
+            break
+        number += 1
+        with reading(f"{path}, row {number}: not a whole JSON object"):
+            row, position = JSON.raw_decode(text, position)
+        yield number, row
+        position = skip_space(text, position)
+        after = text[position:position + 1]
+    if after != "]" or text[position + 1:].strip():
+        raise UserError(f"{path}: not a whole JSON list; after row {number} it has "
+                        f"{text[position:position + 40]!r}")
+
+
+def skip_space(text, position):
+    """Return the position of the next character that is no white space of JSON."""
+    return SPACE.match(text, position).end()
+
+
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def csv_rows(path):
     """Yield (number, row). Every value is the text of the file: "NA" is not null, "42" no int."""
     csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        # strict: an open quote is an error instead of swallowing all rows after it.
-        reader = csv.DictReader(file, strict=True)
-        names = reader.fieldnames
-        if names is not None and len(set(names)) < len(names):
-            raise UserError(f"{path}: its header names a column twice")
-        for number, row in enumerate(reader, 1):
-            # DictReader puts surplus cells under the key None.
-            if None in row:
-                raise UserError(f"{path}, row {number}: more cells than the header names; "
-                                "text with commas must be quoted")
-            yield number, row
+    # strict: an open quote is an error instead of swallowing all rows after it.
+    reader = csv.DictReader(lines_without_nul(path), strict=True)
+    names = read_csv_header(reader, path)
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: its header names a column twice")
+    number = 0
+    while True:
+        number += 1
+        with reading(f"{path}, row {number}: cannot be read as csv"):
+            row = next(reader, None)
+        if row is None:
+            return
+        # DictReader puts surplus cells under the key None.
+        if None in row:
+            raise UserError(f"{path}, row {number}: more cells than the header names; "
+                            "text with commas must be quoted")
+        yield number, row
+
+
+def read_csv_header(reader, path):
+    with reading(f"{path}: its header cannot be read as csv"):
+        return reader.fieldnames or []
+
+
+def lines_without_nul(path):
+    """Yield the lines of a text file. A NUL is a sign of another encoding, such as UTF-16."""
+    for number, line in enumerate(lines_of(path), 1):
+        if "\0" in line:
+            raise UserError(f"{path}, line {number}: has a NUL character, so it is not text in "
+                            "UTF-8; save it as UTF-8")
+        yield line
+
+
+class Unreadable(NamedTuple):
+    """The value of a column of Parquet or Arrow that Python cannot represent, such as a date of the
+    year 20000. It is an error only where the column is read."""
+    reason: str
 
 
 def parquet_rows(path):
     """Yield (number, row), numbered from 1."""
+    with reading(f"{path}: cannot be read as parquet"):
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: has two columns of one name")
+    yield from table_rows(batches_of_parquet(file, path))
+
+
+def batches_of_parquet(file, path):
+    with reading(f"{path}: cannot be read as parquet"):
+        yield from file.iter_batches(batch_size=1024)
+
+
+def table_rows(batches):
+    """Yield (number, row) of tables of Arrow, numbered from 1."""
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
+    for batch in batches:
+        columns = [values_of(column) for column in batch.columns]
+        for values in zip(*columns):
             number += 1
-            yield number, row
+            yield number, dict(zip(batch.schema.names, values))
+
+
+def values_of(column):
+    """Return the values of a column of Arrow as objects of Python."""
+    # Types such as dates raise exceptions of many kinds.
+    try:
+        return column.to_pylist()
+    except Exception as error:
+        return [Unreadable(f"{column.type}: {library_reason(error)}")] * len(column)
 
 
 READERS = {
@@ -93,10 +187,9 @@ READERS = {
     ".csv": csv_rows,
     ".parquet": parquet_rows,
 }
-# The readers raise these exceptions for a file whose content does not fit its suffix.
-UNREADABLE = (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError,
-              RecursionError)
 
+
+# --- The parts of a --dataset ---------------------------------------------------------------------
 
 class Source(NamedTuple):
     """One part of a --dataset: a file, a folder of files, a folder of `save_to_disk`, or a data set
@@ -310,27 +403,30 @@ def choose_split(path, files, split):
     return chosen
 
 
-def open_dataset(source):
+def open_dataset(source: Source) -> datasets.Dataset:
     """Load the data set of a folder of `save_to_disk`, or of the Hub."""
+    path = pathlib.Path(source.name)
+    if is_saved(path):
+        with reading(f"{source.name}: cannot be read as a folder of save_to_disk"):
+            saved = datasets.load_from_disk(source.name)
+        return choose_saved_split(source, saved)
     split = source.split or "train"
-    on_disk = is_saved(pathlib.Path(source.name))
+    stop_hub_retries()
     # The network, the Hub and old files raise exceptions of many kinds. Each means that the data
     # set cannot be read.
     try:
-        if on_disk:
-            saved = datasets.load_from_disk(source.name)
-        else:
-            stop_hub_retries()
-            saved = datasets.load_dataset(source.name, split=split)
+        return datasets.load_dataset(source.name, split=split)
     except Exception as error:
-        if "Unknown split" in str(error):
-            raise UserError(f"{source.name}:{split}: {first_line(error)}") from error
-        raise UserError(
-            f"{source.name}: not found locally or on the Hub ({first_line(error)})"
-            f"{nearest_file(pathlib.Path(source.name))}") from error
-    if not on_disk:
-        return saved
-    # A saved folder contains a dictionary of splits, or one data set without splits.
+        reason = library_reason(error)
+        if "Unknown split" in reason:
+            raise UserError(f"{source.name}:{split}: {reason}") from error
+        raise UserError(f"{source.name}: not found locally or on the Hub ({reason})"
+                        f"{nearest_file(path)}") from error
+
+
+def choose_saved_split(source, saved):
+    """A saved folder has a dictionary of splits, or one data set without splits."""
+    split = source.split or "train"
     splits = "none"
     if isinstance(saved, datasets.DatasetDict):
         splits = ", ".join(saved)
@@ -342,17 +438,25 @@ def open_dataset(source):
         f"{source.name}: there is no split {split} in this folder; there are {splits}")
 
 
-def read_rows(source):
+def dataset_rows(source):
+    """Yield (number, row) of a data set of `datasets`. Its tables have all columns as they are
+    stored: images, for example, are not decoded."""
+    rows = open_dataset(source).with_format("arrow")
+    yield from table_rows(tables_of_dataset(rows, source))
+
+
+def tables_of_dataset(rows, source):
+    with reading(f"{source.name}: cannot be read"):
+        yield from rows.iter(batch_size=1024)
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, object]]:
     """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
     files, _ = find_files(source)
     if not files:
-        for number, row in enumerate(open_dataset(source), 1):
+        for number, row in dataset_rows(source):
             yield f"{source.name}, row {number}", row
     for path in files:
-        read = READERS[path.suffix.lower()]
-        try:
-            for number, row in read(path):
-                yield f"{path}, row {number}", row
-        except UNREADABLE as error:
-            kind = path.suffix[1:]
-            raise UserError(f"{path}: cannot be read as {kind} ({error})") from error
+        name = printable(str(path))
+        for number, row in READERS[path.suffix.lower()](path):
+            yield f"{name}, row {number}", row
