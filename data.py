@@ -28,8 +28,10 @@ These rules hold for every row:
 Files -> rows (sources.py) -> prompt and answers (layouts.py, unread.py) -> text (templates.py) ->
 token ids -> batches: the last two are the sections below, in this order.
 """
-from errors import UserError, nearest, run_script, stop_hub_retries  # first, see errors.py
+from errors import Parser, UserError, nearest, printable, reading  # first, see errors.py
+from errors import run_script, stop_hub_retries
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -41,6 +43,7 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
 import transformers
@@ -50,7 +53,7 @@ import sources
 import templates
 import unread
 from layouts import examples
-from sources import find_files, first_line, open_dataset, parse_sources
+from sources import find_files, list_empty, open_dataset, parse_sources
 from unread import check_ignored, count_unread
 
 # The label of a token that is not scored.
@@ -77,11 +80,32 @@ def load_text(source, sides, scored=False, columns=(), ignored=()):
     if not state:
         state = open_dataset(source)._fingerprint
     cache_key = {"code": SOURCE, "stamps": state}
-    try:
+    with reading_cache():
         return datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+
+
+@contextlib.contextmanager
+def reading_cache():
+    """Turn what `datasets` raises about its own files into one line.
+
+    An exception of `examples` is raised as it is: a UserError names the file and the row.
+    """
+    what = f"the cache of `datasets` in {datasets.config.HF_DATASETS_CACHE} cannot be used"
+    advice = "; delete this folder, or set HF_DATASETS_CACHE to another with free space"
+    try:
+        yield
     except datasets.exceptions.DatasetGenerationError as error:
-        # Raise the exception of `examples`, which names the file and the row.
-        raise error.__cause__ from None
+        if not isinstance(error.__cause__, CACHE_ERRORS):
+            raise error.__cause__ from None
+        with reading(what, advice):
+            raise error.__cause__ from error
+    except CACHE_ERRORS:
+        with reading(what, advice):
+            raise
+
+
+# Our own functions, which `datasets` calls, open no files but by `errors.reading`.
+CACHE_ERRORS = (OSError, pyarrow.ArrowException, json.JSONDecodeError)
 
 
 def file_state(file):
@@ -291,13 +315,17 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
     for source in mixture:
         text = load_text(source, sides, scored, columns, ignored)
         count_unread(text, account["unread"])
-        for reason, names in find_files(source)[1].items():
+        files, not_read = find_files(source)
+        if len(files) > 1:
+            not_read = not_read | {"without a row": list_empty(files)}
+        for reason, names in not_read.items():
             account["not_read"].setdefault(reason, []).extend(names)
-        rows = text.map(
-            tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-            new_fingerprint=cache_name(text, tokenizer, sides, limits),
-            features=token_features(sides, scored),
-            fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        with reading_cache():
+            rows = text.map(
+                tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
+                new_fingerprint=cache_name(text, tokenizer, sides, limits),
+                features=token_features(sides, scored),
+                fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
         if len(usable) == 0:
@@ -475,7 +503,7 @@ def list_rows(groups):
 
 def describe(account: dict) -> str:
     """Format the account of load_tokens: rows kept and dropped, and rows with a note."""
-    line = f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
+    line = f"{printable(account['data'])}: {account['kept']} of {account['rows']} rows kept"
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
@@ -494,13 +522,14 @@ def describe_unread(account):
     for reason, names in account["not_read"].items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  not read, {reason}: {', '.join(names[:3])}{more}")
+            names = map(printable, names[:3])
+            lines.append(f"  not read, {reason}: {', '.join(names)}{more}")
     names_by_count = {}
     for name, count in account["unread"].items():
         names_by_count.setdefault(count, []).append(name)
     if names_by_count:
         parts = [f"{', '.join(names)} ({count} rows)" for count, names in names_by_count.items()]
-        lines.append(f"  columns and message keys not read: {'; '.join(parts)}")
+        lines.append(f"  columns and message keys not read: {printable('; '.join(parts))}")
     return lines
 
 
@@ -753,18 +782,16 @@ def check_template(path: str | None, accounts: list[dict]):
 def load_report_tokenizer(args):
     if not os.path.isdir(args.model):
         stop_hub_retries()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model {args.model}: no tokenizer there ({first_line(error)})") from error
+    with reading(f"--model {args.model}: no tokenizer there"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            args.model, trust_remote_code=False)
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
     return tokenizer
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")

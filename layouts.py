@@ -9,14 +9,15 @@
 them lists of messages. Every row of a file must have the layout of the first.
 """
 import ast
+import decimal
 import json
 import math
 import os
 import re
 from collections.abc import Iterator
 
-from errors import UserError, nearest
-from sources import Source, kind_of_split, read_rows
+from errors import UserError, nearest, printable
+from sources import JSON, KeyTwiceError, Source, Unreadable, kind_of_split, read_rows
 from templates import begins_with
 from unread import list_unread
 
@@ -24,6 +25,10 @@ from unread import list_unread
 
 # The text before each answer in HH-RLHF and in data sets of its format.
 TURN = "\n\nAssistant:"
+
+
+# A number as text. float() alone would read "1_0" and digits of every script too.
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def rename_columns(row, columns, where):
@@ -70,10 +75,11 @@ def read_field(row, field, where):
         texts = []
         for message in value:
             texts += message.values()
+    elif isinstance(value, Unreadable):
+        raise UserError(f"{where}: the field '{field}' cannot be read: {value.reason}")
     else:
-        start = json.dumps(value, default=str)[:60]
-        raise UserError(f"{where}: the field '{field}' holds {start}, which is not text and no "
-                        "list of messages")
+        raise UserError(f"{where}: the field '{field}' holds {beginning(value)}, which is not text and "
+                        "no list of messages")
     if not all(map(is_unicode, texts)):
         raise UserError(
             f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
@@ -84,10 +90,17 @@ def read_message(message, field, where):
     """Read the role and the content of a message. `list_unread` checks its other keys."""
     texts = {key: message.get(key) for key in ("role", "content")}
     if not all(isinstance(text, str) for text in texts.values()):
-        start = json.dumps(message, default=str)[:80]
-        raise UserError(f"{where}: the field '{field}' holds the message {start}; "
+        raise UserError(f"{where}: the field '{field}' holds the message {beginning(message, 80)}; "
                         "a message has a role and a content, both text")
     return texts
+
+
+def beginning(value, most=60):
+    """Write the beginning of a value as JSON, for an error."""
+    try:
+        return json.dumps(value, default=str)[:most]
+    except (RecursionError, TypeError):  # nested too deep, or keys that are no texts
+        return f"a {type(value).__name__} that JSON cannot write"
 
 
 def is_unicode(text):
@@ -100,15 +113,17 @@ def is_unicode(text):
 
 
 def read_score(row, field, where):
+    """Read a finite number. CSV has it as text, so a text that is a number is one everywhere."""
     value = row.get(field) if isinstance(row, dict) else None
+    is_number = isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool)
+    is_number = is_number or (isinstance(value, str) and NUMBER.fullmatch(value.strip()))
     try:
-        score = float(value)
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
+        score = float(value) if is_number else math.nan
+    except OverflowError:
+        score = math.inf
     if not math.isfinite(score):
-        start = json.dumps(value, default=str)[:60]
         raise UserError(f"{where}: the loss reads the field '{field}', a finite number, "
-                        f"and the row has {start}")
+                        f"and the row has {beginning(value)}")
     return score
 
 
@@ -151,7 +166,9 @@ def parse_message_list(text, field, where):
     try:
         # A JSON string may hold JSON.
         while isinstance(value, str):
-            value = json.loads(value)
+            value = JSON.decode(value)
+    except KeyTwiceError as error:
+        raise UserError(f"{where}: the field '{field}' holds messages as text: {error}") from error
     except (ValueError, RecursionError):
         try:
             value = ast.literal_eval(text.strip())
@@ -322,6 +339,7 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
 def name_row(row, where):
     """Return the name of a row in errors and logs: file and number, and its id if it has one."""
     row_id = row.get("id")
-    if row_id is None or not is_unicode(str(row_id)):
+    if row_id is None:
         return where
-    return f"{where} (id {row_id})"
+    text = beginning(row_id) if isinstance(row_id, (list, dict)) else str(row_id)[:200]
+    return f"{where} (id {printable(text)})"

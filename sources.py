@@ -25,20 +25,23 @@ import pyarrow.parquet
 
 from errors import UserError, library_reason, nearest, printable, reading, stop_hub_retries
 
-
 # --- The readers ----------------------------------------------------------------------------------
 # A text must be read exactly as the file has it, and every row with its number. The CSV and JSON
 # readers of `datasets`, pandas and pyarrow infer types instead: "2020-01-01" becomes a date, a
 # message with an optional key becomes a string of JSON, and surplus cells of a CSV row disappear.
 # The standard library reads both formats as they are. Parquet and Arrow have types.
 
+class KeyTwiceError(ValueError):
+    """A key of a JSON object has two values, and which of them is meant is unknown."""
+
+
 def one_value_for_each_key(pairs):
-    """Make a dict of the keys and values of a JSON object, in which a key has one value."""
+    """Make a dict of the keys and values of a JSON object."""
     row = dict(pairs)
     if len(row) < len(pairs):
         for key, value in pairs:
             if row[key] != value:
-                raise ValueError(f"the key {key!r} is there twice with different values")
+                raise KeyTwiceError(f"the key {key!r} is there twice, with different values")
     return row
 
 
@@ -51,8 +54,12 @@ def open_text(path):
 
 def lines_of(path):
     """Yield the lines of a text file."""
-    with reading(f"{path}: cannot be read as text in UTF-8"), open_text(path) as file:
+    with reading(what_is_read(path)), open_text(path) as file:
         yield from file
+
+
+def what_is_read(path):
+    return f"{path}: cannot be read as {path.suffix[1:]}"
 
 
 def json_line_rows(path):
@@ -66,15 +73,11 @@ def json_line_rows(path):
 
 def json_rows(path):
     """Yield (number, row) of one JSON list, numbered from 1, or of JSON lines."""
-    with reading(f"{path}: cannot be read as text in UTF-8"), open_text(path) as file:
-        text = file.read() if file.read(4096).lstrip().startswith("[") else ""
-        if text:
-            file.seek(0)
-            text = file.read()
-    if text:
-        yield from json_list_rows(path, text)
-    else:
-        yield from json_line_rows(path)
+    with reading(what_is_read(path)), open_text(path) as file:
+        is_list = file.read(4096).lstrip().startswith("[")
+        file.seek(0)
+        text = file.read() if is_list else ""
+    yield from json_list_rows(path, text) if is_list else json_line_rows(path)
 
 
 def json_list_rows(path, text):
@@ -87,13 +90,13 @@ def json_list_rows(path, text):
             after = "]"
             break
         number += 1
-        with reading(f"{path}, row {number}: not a whole JSON object"):
+        with reading(f"{path}, row {number}: cannot be read as json"):
             row, position = JSON.raw_decode(text, position)
         yield number, row
         position = skip_space(text, position)
         after = text[position:position + 1]
     if after != "]" or text[position + 1:].strip():
-        raise UserError(f"{path}: not a whole JSON list; after row {number} it has "
+        raise UserError(f"{path}: cannot be read as json: after row {number} of the list it has "
                         f"{text[position:position + 40]!r}")
 
 
@@ -128,7 +131,7 @@ def csv_rows(path):
 
 
 def read_csv_header(reader, path):
-    with reading(f"{path}: its header cannot be read as csv"):
+    with reading(f"{what_is_read(path)}: its header"):
         return reader.fieldnames or []
 
 
@@ -149,7 +152,7 @@ class Unreadable(NamedTuple):
 
 def parquet_rows(path):
     """Yield (number, row), numbered from 1."""
-    with reading(f"{path}: cannot be read as parquet"):
+    with reading(what_is_read(path)):
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
     if len(set(names)) < len(names):
@@ -158,7 +161,7 @@ def parquet_rows(path):
 
 
 def batches_of_parquet(file, path):
-    with reading(f"{path}: cannot be read as parquet"):
+    with reading(what_is_read(path)):
         yield from file.iter_batches(batch_size=1024)
 
 
@@ -236,9 +239,10 @@ def find_files(source: Source) -> tuple[list, dict]:
     path, kinds = pathlib.Path(source.name), ", ".join(READERS)
     if is_saved(path):
         return [], {"other splits of the folder": other_saved_splits(path, source.split)}
-    if path.is_dir():
+    if os.path.isdir(path):
         return find_files_of_folder(path, source.split)
-    if path.is_file():
+    if os.path.lexists(path):
+        check_is_file(path)
         if path.suffix.lower() not in READERS:
             raise UserError(f"{path}: cannot read this kind of file; use one of {kinds}")
         if source.split:
@@ -252,9 +256,19 @@ def find_files(source: Source) -> tuple[list, dict]:
     return [], {}
 
 
+def check_is_file(path):
+    """Raise for a link to nothing, a pipe, a socket or a device: no rows can be read from it, or
+    not twice."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: a link to {os.readlink(path)}, which does not exist")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: not a regular file but a pipe, a socket or a device; write the "
+                        "rows to a file")
+
+
 def nearest_file(path):
     """Name the files whose names resemble the name of a missing one."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return ""
     return nearest(path.name, [file.name for file in path.parent.iterdir()])
 
@@ -262,16 +276,17 @@ def nearest_file(path):
 def is_saved(path):
     """Return whether `save_to_disk` wrote this folder. dataset_info.json alone does not tell: the
     Hub and LLaMA-Factory have files of this name next to files of rows."""
-    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    names = ("state.json", "dataset_dict.json")
+    return any(os.path.exists(path / name) for name in names)
 
 
 def other_saved_splits(path, split):
     """List the splits of a folder of `save_to_disk` that are not read."""
     try:
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-    except (OSError, ValueError, KeyError):
-        return []
-    return [name for name in names if name != (split or "train")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []  # `open_dataset` names the fault
+    return [str(name) for name in names if name != (split or "train")]
 
 
 # --- The splits of a folder of files. They follow from the names, as for `datasets`:
@@ -322,20 +337,37 @@ def list_folder(path):
     """Returns the files directly in a folder, the files at most two folders below, and
     {reason: files that hold no rows or cannot be read}."""
     direct, below, not_read = [], [], {}
-    for pattern in ("*", "*/*", "*/*/*"):
+    for depth, file in visible_files(path):
+        suffix, reason = file.suffix.lower(), ""
+        if file.name in NOT_ROWS:
+            reason = "describes a data set and holds no rows; --columns names columns"
+        elif suffix in OTHER_KINDS:
+            reason = "of a kind that is not read"
+        elif suffix in READERS and depth > 2:
+            reason = "more than two folders below"
+        elif suffix in READERS:
+            check_is_file(file)
+            files = below if depth else direct
+            files.append(file)
+        elif not file.is_file():
+            reason = "a pipe, a socket or a link to nothing"
+        if reason:
+            not_read.setdefault(reason, []).append(str(file))
+    return direct, below, not_read
+
+
+def visible_files(path):
+    """Yield (folders above it, file) of the files and links of a folder, without hidden ones."""
+    for depth, pattern in enumerate(("*", "*/*", "*/*/*", "*/*/*/*")):
         for file in sorted(path.glob(pattern)):
             is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if is_hidden or not file.is_file():
-                continue
-            if file.name in NOT_ROWS:
-                reason = "describes a data set and holds no rows; --columns names columns"
-                not_read.setdefault(reason, []).append(str(file))
-            elif file.suffix.lower() in OTHER_KINDS:
-                not_read.setdefault("of a kind that is not read", []).append(str(file))
-            elif file.suffix.lower() in READERS:
-                files = direct if file.parent == path else below
-                files.append(file)
-    return direct, below, not_read
+            if not is_hidden and not file.is_dir():
+                yield depth, file
+
+
+def list_empty(files: list) -> list:
+    """List the files without a row, of several that are read together."""
+    return [str(file) for file in files if next(READERS[file.suffix.lower()](file), None) is None]
 
 
 def check_one_data_set(path, files):

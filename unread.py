@@ -26,6 +26,7 @@ CONTEXT = {
 # Keys of a message alone: the same name of a column may be the judge's reasoning.
 MESSAGE_CONTEXT = CONTEXT | {
     "reasoning", "reasoningcontent", "reasoningdetail", "thinking", "think",
+    "attachment", "file", "media", "picture", "photo",
 }
 # Columns with the prompt under another name, in a row whose answers do not show where it ends.
 PROMPT_NAMES = {
@@ -39,6 +40,10 @@ SWITCHES = {"label", "train", "trainable", "loss"}
 WEIGHTS = {"weight", "sampleweight", "lossweight"}
 
 
+# Texts that hold nothing.
+BLANK = ("", "[]", "{}", "null", "None", "nan")
+
+
 @functools.lru_cache(maxsize=1024)
 def plain_name(name):
     """Return the letters of a name in lower case, without a plural s: `Tools`, `tool` -> tool."""
@@ -47,13 +52,19 @@ def plain_name(name):
 
 def is_blank(value):
     """Return whether a value holds nothing: no text and no number, however deep."""
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null", "None", "nan")
-    if isinstance(value, dict):
-        return all(is_blank(item) for item in value.values())
-    if isinstance(value, list):
-        return all(is_blank(item) for item in value)
-    return value is None
+    pending = [value]  # a list instead of recursion, which a value nested 1000 deep would end
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            if item.strip() not in BLANK:
+                return False
+        elif isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
+        elif item is not None:
+            return False
+    return True
 
 
 def texts_of(value):
@@ -85,11 +96,12 @@ def why_it_matters(name, value, context, texts):
     texts       the texts that are read: a value that they repeat is not lost
     """
     plain = plain_name(name)
-    if plain in WEIGHTS and str(value) not in ("1", "1.0", "True"):
+    written = "" if isinstance(value, (list, dict)) else str(value).strip()
+    if plain in WEIGHTS and written not in ("1", "1.0", "True"):
         return "every row counts the same"
-    if plain in SWITCHES and str(value).strip().lower() == "false":
+    if plain in SWITCHES and written.lower() == "false":
         return "it says false, and the text would be trained on"
-    holds_content = isinstance(value, (str, list, dict, bytes))
+    holds_content = isinstance(value, (str, list, tuple, dict, bytes))
     if plain in context and holds_content and not is_repeated(value, texts):
         return "the model would not see it"
     return ""
