@@ -38,6 +38,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ import sources
 import templates
 import unread
 from layouts import examples
-from sources import find_files, list_empty, open_dataset, parse_sources
+from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
 from unread import check_ignored, count_unread
 
 # The label of a token that is not scored.
@@ -80,13 +81,19 @@ def load_text(source, sides, scored=False, columns=(), ignored=()):
     if not state:
         state = open_dataset(source)._fingerprint
     cache_key = {"code": SOURCE, "stamps": state}
-    with reading_cache():
-        return datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+    with reading_cache(Exception):
+        rows = datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+    check_whole(rows)
+    return rows
+
+
+# What `datasets` raises about its files. Our functions that it calls open none themselves.
+CACHE_ERRORS = (OSError, pyarrow.ArrowException, json.JSONDecodeError)
 
 
 @contextlib.contextmanager
-def reading_cache():
-    """Turn what `datasets` raises about its own files into one line.
+def reading_cache(kinds):
+    """Turn the exceptions of these kinds that `datasets` raises about its own files into one line.
 
     An exception of `examples` is raised as it is: a UserError names the file and the row.
     """
@@ -99,13 +106,9 @@ def reading_cache():
             raise error.__cause__ from None
         with reading(what, advice):
             raise error.__cause__ from error
-    except CACHE_ERRORS:
+    except kinds:
         with reading(what, advice):
             raise
-
-
-# Our own functions, which `datasets` calls, open no files but by `errors.reading`.
-CACHE_ERRORS = (OSError, pyarrow.ArrowException, json.JSONDecodeError)
 
 
 def file_state(file):
@@ -274,6 +277,7 @@ def tokenize(batch, tokenizer, sides, limits):
         row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
+        row["unclosed"] = any(leaves_thinking_open(text, answer) for answer in text.answers)
         row["prompt_key"] = hash_prompt(batch["prompt"][i])
         row |= {f"{side}_ids": answer for side, answer in zip(sides, row.pop("answer_ids"))}
         rows.append(row)
@@ -289,6 +293,22 @@ def tokenize(batch, tokenizer, sides, limits):
     for name in rows[0]:
         columns[name] = [row[name] for row in rows]
     return columns
+
+
+# The tags around the reasoning of an answer.
+THINK = re.compile(r"<(/?)think(?:ing)?>")
+
+
+def leaves_thinking_open(text, answer):
+    """Return whether an answer opens <think> and does not close it, so that it never answers.
+
+    Some templates open <think> at the end of the prompt instead.
+    """
+    tags = THINK.findall(answer)
+    if tags:
+        return tags[-1] == ""
+    opened = text.prompt.rstrip().endswith(("<think>", "<thinking>"))
+    return opened and "unserved" not in text.notes
 
 
 def hash_prompt(prompt):
@@ -320,12 +340,13 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
             not_read = not_read | {"without a row": list_empty(files)}
         for reason, names in not_read.items():
             account["not_read"].setdefault(reason, []).extend(names)
-        with reading_cache():
+        with reading_cache(CACHE_ERRORS):
             rows = text.map(
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
                 new_fingerprint=cache_name(text, tokenizer, sides, limits),
                 features=token_features(sides, scored),
                 fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
         if len(usable) == 0:
@@ -353,6 +374,7 @@ NOTES = {
     "answers_truncated": "answers truncated",
     "repeats": "prompt repeated inside both answers",
     "merged": "tokens merged across the end of the prompt",
+    "unclosed": "an answer opens <think> and never closes it",
     **templates.TEXT_NOTES,
 }
 

@@ -78,8 +78,8 @@ def read_field(row, field, where):
     elif isinstance(value, Unreadable):
         raise UserError(f"{where}: the field '{field}' cannot be read: {value.reason}")
     else:
-        raise UserError(f"{where}: the field '{field}' holds {beginning(value)}, which is not text and "
-                        "no list of messages")
+        raise UserError(f"{where}: the field '{field}' holds {beginning(value)}, which is not "
+                        "text and no list of messages")
     if not all(map(is_unicode, texts)):
         raise UserError(
             f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")

@@ -153,11 +153,14 @@ class Unreadable(NamedTuple):
 def parquet_rows(path):
     """Yield (number, row), numbered from 1."""
     with reading(what_is_read(path)):
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: has two columns of one name")
-    yield from table_rows(batches_of_parquet(file, path))
+        stream = open(path, "rb")  # pyarrow opens no name that is not UTF-8
+    with stream:
+        with reading(what_is_read(path)):
+            file = pyarrow.parquet.ParquetFile(stream)
+            names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: has two columns of one name")
+        yield from table_rows(batches_of_parquet(file, path))
 
 
 def batches_of_parquet(file, path):
@@ -284,9 +287,9 @@ def other_saved_splits(path, split):
     """List the splits of a folder of `save_to_disk` that are not read."""
     try:
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return [str(name) for name in names if name != (split or "train")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []  # `open_dataset` names the fault
-    return [str(name) for name in names if name != (split or "train")]
 
 
 # --- The splits of a folder of files. They follow from the names, as for `datasets`:
@@ -441,7 +444,9 @@ def open_dataset(source: Source) -> datasets.Dataset:
     if is_saved(path):
         with reading(f"{source.name}: cannot be read as a folder of save_to_disk"):
             saved = datasets.load_from_disk(source.name)
-        return choose_saved_split(source, saved)
+        rows = choose_saved_split(source, saved)
+        check_whole(rows)
+        return rows
     split = source.split or "train"
     stop_hub_retries()
     # The network, the Hub and old files raise exceptions of many kinds. Each means that the data
@@ -454,6 +459,23 @@ def open_dataset(source: Source) -> datasets.Dataset:
             raise UserError(f"{source.name}:{split}: {reason}") from error
         raise UserError(f"{source.name}: not found locally or on the Hub ({reason})"
                         f"{nearest_file(path)}") from error
+
+
+# The last bytes of a file that `datasets` writes: the end of a stream of Arrow.
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def check_whole(rows: datasets.Dataset):
+    """Raise if a file of Arrow was cut between two of its batches: pyarrow reads it without an
+    error, as fewer rows."""
+    for entry in rows.cache_files:
+        path = pathlib.Path(entry["filename"])
+        with reading(f"{path}: cannot be read"), open(path, "rb") as file:
+            file.seek(-len(END_OF_STREAM), os.SEEK_END)
+            end = file.read()
+        if end != END_OF_STREAM:
+            raise UserError(f"{path}: was cut: the end of its rows is missing; write it again, or "
+                            "delete it if it is a file of a cache")
 
 
 def choose_saved_split(source, saved):
