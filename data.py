@@ -20,7 +20,7 @@ These rules hold for every row:
     EOS          ends an answer unless the chat template ended it with another special token. A
                  truncated answer loses its EOS with the rest of its tail.
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
-                 tails of the answers.
+                 tails of the answers. shorten.py removes most of a very long text before.
     messages     the chat template writes them; templates.py checks that no text is lost.
     drops        rows without a training signal (an empty answer, chosen equal to rejected) are
                  dropped, counted and named in the report.
@@ -50,19 +50,21 @@ import torch
 import transformers
 
 import layouts
+import shorten
 import sources
 import templates
 import unread
 from layouts import examples
+from shorten import shorten_texts
 from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
 from unread import check_ignored, count_unread
 
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
-SOURCE = hashlib.sha256()
-for code in (__file__, sources.__file__, layouts.__file__, unread.__file__, templates.__file__):
-    SOURCE.update(pathlib.Path(code).read_bytes())
+SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+for module in (layouts, shorten, sources, templates, unread):
+    SOURCE.update(pathlib.Path(module.__file__).read_bytes())
 SOURCE = SOURCE.hexdigest()
 
 
@@ -251,6 +253,7 @@ def tokenize(batch, tokenizer, sides, limits):
     special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
     texts = [text_of_row(batch, i, tokenizer, sides, special) for i in range(count)]
+    texts = shorten_texts(texts, limits.max_length, tokenizer)
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):

@@ -28,7 +28,7 @@ TURN = "\n\nAssistant:"
 
 
 # A number as text. float() alone would read "1_0" and digits of every script too.
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def rename_columns(row, columns, where):
@@ -138,7 +138,7 @@ def holds_prompt(dialogue):
 # --- Messages that arrive as text -----------------------------------------------------------------
 
 # How messages begin that a CSV cell or a JSON string holds as text.
-MESSAGES_AS_TEXT = re.compile(r"""\s*"?\s*(\[\s*)?\{""")
+MESSAGES_AS_TEXT = re.compile(r""""?\s*(\[\s*)?\{""")
 QUOTED_ROLE = re.compile(r"""["'](role|from)\\*["']\s*:""")
 # The keys of a message: of the usual format, and of ShareGPT.
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
@@ -153,7 +153,7 @@ def parse_messages(row, theirs, where):
     for field in ("prompt", "chosen", "rejected"):
         name = theirs.get(field, field)
         text = row.get(name)
-        if isinstance(text, str) and MESSAGES_AS_TEXT.match(text):
+        if isinstance(text, str) and MESSAGES_AS_TEXT.match(text.lstrip()):
             parsed[name] = parse_message_list(text, name, where)
     return row | parsed if parsed else row
 

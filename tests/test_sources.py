@@ -64,7 +64,7 @@ def row(**more):
     ("rows.csv", "prompt,chosen,rejected\na,b\0,c\n", "rows.csv, line 2: has a NUL"),
     ("rows.csv", 'prompt,chosen,rejected\na,b,c\na,"b,c\nd,e,f\n', "rows.csv, row 2: "),
     ("rows.csv", '"prompt,chosen', "rows.csv: cannot be read as csv: its header"),
-    ("rows.jsonl", gzip.compress(LINE.encode(), mtime=0)[:30], "rows.jsonl: cannot be read as jsonl"),
+    ("rows.jsonl", gzip.compress(LINE.encode(), mtime=0)[:30], "rows.jsonl: cannot be read as"),
     ("rows.csv", b"PK\x03\x04" + bytes(50), "rows.csv, line 1: has a NUL"),
     ("rows.parquet", b"", "rows.parquet: cannot be read as parquet"),
 ])
