@@ -41,8 +41,9 @@ def trained(model, trainer, pre_tokenizer, normalizer=None):
 
 
 def bpe(pre_tokenizer, normalizer=None):
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], show_progress=False)
-    return trained(models.BPE(), trainer, pre_tokenizer, normalizer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>", "<unk>"], show_progress=False)
+    return trained(models.BPE(unk_token="<unk>"), trainer, pre_tokenizer, normalizer)
 
 
 def metaspace():
