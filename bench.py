@@ -3,7 +3,11 @@
     python bench.py --model M --data pairs.jsonl --batch_size 8 --no_shuffle --threads 1
     python bench.py --compare "python tests/bench_trl.py" --model M ... --no_shuffle
 
-The first command prints one JSON line. The second prints the ratios to another trainer.
+    python bench.py --model M --data pairs.jsonl --start 200000
+
+The first command prints one JSON line. The second prints the ratios to another trainer. The third
+prints the seconds from the start of train.main to the end of its first step, with so many rows: a
+first time, and with the cache of the first time. Above START_BOUND it ends with an error.
 
 bench.py runs train.main and reads the clock at the end of each optimizer step, so a step time
 includes all that a user waits for, such as the loading of rows and the metrics.
@@ -368,6 +372,31 @@ def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+# --- A start with many rows -----------------------------------------------------------------------
+
+# Seconds for the model and the first step, and for each row: read and tokenized, or from the cache.
+START_BOUND = {"start_s": (30.0, 5e-4), "cached_start_s": (30.0, 2e-5)}
+
+
+def measure_start(args):
+    """Return the fields of the JSON line of --start."""
+    torch.set_num_threads(args.threads)
+    ranks, lines = init_distributed(), read_lines(args.data, args.start)
+    line = {"rows": args.start}
+    with empty_folder():
+        pathlib.Path("rows.jsonl").write_text("".join(lines))
+        for name in START_BOUND:
+            flags = [*train_flags(args), f"--output_dir={name}", "--max_steps=1"]
+            with recorded() as recorder:
+                train.main(flags, ranks)
+            line[name] = rounded(recorder.step_ends[0] - recorder.start)
+    for name, (fixed, per_row) in START_BOUND.items():
+        most = fixed + per_row * args.start
+        if line[name] > most:
+            raise UserError(f"--start {args.start}: {name} is {line[name]}, above its bound {most}")
+    return line
+
+
 # --- Comparison with another trainer --------------------------------------------------------------
 
 def above_state(line, ours):
@@ -449,8 +478,15 @@ def main(argv):
     parser.add_argument("--compare", metavar="COMMAND",
                         help="run this command in turn with ours; it gets the flags that both have "
                              "and prints the same fields")
+    parser.add_argument("--start", type=data.at_least(1, int), metavar="ROWS",
+                        help="time the start of a run with so many rows instead of its steps")
     args = parser.parse_args(argv)
-    print(json.dumps(compare(args) if args.compare else measure(args)))
+    mode = measure
+    if args.compare:
+        mode = compare
+    elif args.start:
+        mode = measure_start
+    print(json.dumps(mode(args)))
 
 
 if __name__ == "__main__":

@@ -20,17 +20,18 @@ These rules hold for every row:
     EOS          ends an answer unless the chat template ended it with another special token. A
                  truncated answer loses its EOS with the rest of its tail.
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
-                 tails of the answers.
+                 tails of the answers. shorten.py removes most of a very long text before.
     messages     the chat template writes them; templates.py checks that no text is lost.
     drops        rows without a training signal (an empty answer, chosen equal to rejected) are
                  dropped, counted and named in the report.
 
-Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
+Files -> rows (sources.py) -> prompt and answers (layouts.py, unread.py) -> text (templates.py) ->
+token ids -> batches: the last two are the sections below, in this order.
 """
-from errors import UserError, nearest, run_script, stop_hub_retries  # first, see errors.py
+from errors import Parser, UserError, nearest, printable, reading  # first, see errors.py
+from errors import run_script, stop_hub_retries
 import argparse
-import ast
-import csv
+import contextlib
 import functools
 import hashlib
 import json
@@ -38,824 +39,36 @@ import math
 import os
 import pathlib
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 import torch
 import transformers
 
+import layouts
+import shorten
+import sources
 import templates
-from templates import begins_with
+import unread
+from layouts import examples
+from shorten import shorten_texts
+from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
+from unread import check_ignored, count_unread
 
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
-SOURCE = hashlib.sha256()
-for code in (__file__, templates.__file__):
-    SOURCE.update(pathlib.Path(code).read_bytes())
+SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+for module in (layouts, shorten, sources, templates, unread):
+    SOURCE.update(pathlib.Path(module.__file__).read_bytes())
 SOURCE = SOURCE.hexdigest()
 
 
-def first_line(error):
-    """Return the first line of an exception's message, or its name if it has no message."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-# --- Files -> rows --------------------------------------------------------------------------------
-# A text must be read exactly as the file has it, and every row with its number. The CSV and JSON
-# readers of `datasets`, pandas and pyarrow infer types instead: "2020-01-01" becomes a date, a
-# message with an optional key becomes a string of JSON, and surplus cells of a CSV row disappear.
-# The standard library reads both formats as they are. Parquet has types; `datasets` reads it by
-# pyarrow, too.
-
-def json_line_rows(path):
-    """Yield (number, row), numbered as the lines of the file."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, row {number}: not a whole JSON object ({error})") from None
-            yield number, row
-
-
-def json_rows(path):
-    """Yield (number, row) of one JSON list, numbered from 1, or of JSON lines."""
-    with open(path, encoding="utf-8-sig") as file:
-        if file.read(4096).lstrip().startswith("["):
-            file.seek(0)
-            yield from enumerate(json.load(file), 1)
-            return
-    yield from json_line_rows(path)
-
-
-def csv_rows(path):
-    """Yield (number, row). Every value is the text of the file: "NA" is not null, "42" no int."""
-    csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        # strict: an open quote is an error instead of swallowing all rows after it.
-        reader = csv.DictReader(file, strict=True)
-        names = reader.fieldnames
-        if names is not None and len(set(names)) < len(names):
-            raise UserError(f"{path}: its header names a column twice")
-        for number, row in enumerate(reader, 1):
-            # DictReader puts surplus cells under the key None.
-            if None in row:
-                raise UserError(f"{path}, row {number}: more cells than the header names; "
-                                "text with commas must be quoted")
-            yield number, row
-
-
-def parquet_rows(path):
-    """Yield (number, row), numbered from 1."""
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
-READERS = {
-    ".jsonl": json_line_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
-}
-# The readers raise these exceptions for a file whose content does not fit its suffix.
-UNREADABLE = (UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError, json.JSONDecodeError,
-              RecursionError)
-
-
-class Source(NamedTuple):
-    """One part of a --dataset: a file, a folder of files, a folder of `save_to_disk`, or a data set
-    of the Hub."""
-    name: str
-    split: str | None = None
-    share: float | None = None
-
-
-def parse_sources(spec):
-    """Split a --dataset into its parts: `NAME[:SPLIT][:SHARE]`, or several separated by commas.
-
-    A path that exists is taken as it is, even with a comma or a colon in it.
-    """
-    if os.path.exists(spec):
-        return [Source(spec)]
-    parts = [parse_source(text) for text in spec.split(",")]
-    if len({part.share is None for part in parts}) > 1:
-        raise UserError(f"{spec}: give every part a share, or none")
-    return parts
-
-
-def parse_source(text):
-    text = text.strip()
-    if os.path.exists(text):
-        return Source(text)
-    name, *options = [part.strip() for part in text.split(":")]
-    share = None
-    if options and re.fullmatch(r"\d*\.?\d+", options[-1]):
-        share = float(options.pop())
-    share_is_wrong = share is not None and not 0 < share < math.inf
-    if len(options) > 1 or not name or share_is_wrong:
-        raise UserError(f"{text}: a data set is NAME, NAME:SPLIT or NAME:SPLIT:SHARE, "
-                        "with a share above 0")
-    split = options[0] if options else None
-    return Source(name, split, share)
-
-
-def find_files(source: Source) -> tuple[list, dict]:
-    """List the files of a source, none for a folder of `save_to_disk` or a data set of the Hub.
-
-    Returns (files, {reason: files or splits of the source that are not read}).
-    """
-    path, kinds = pathlib.Path(source.name), ", ".join(READERS)
-    if is_saved(path):
-        return [], {"other splits of the folder": other_saved_splits(path, source.split)}
-    if path.is_dir():
-        return find_files_of_folder(path, source.split)
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise UserError(f"{path}: cannot read this kind of file; use one of {kinds}")
-        if source.split:
-            raise UserError(f"{source.name}:{source.split}: a file has no splits; "
-                            "a share is a number, as in FILE:0.7")
-        return [path], {}
-    # A name of the Hub has no suffix of a file and does not look like a path.
-    is_path = path.is_absolute() or source.name.startswith(".")
-    if is_path or path.suffix.lower() in READERS:
-        raise UserError(f"{path}: no such file{nearest_file(path)}")
-    return [], {}
-
-
-def nearest_file(path):
-    """Name the files whose names resemble the name of a missing one."""
-    if not path.parent.is_dir():
-        return ""
-    return nearest(path.name, [file.name for file in path.parent.iterdir()])
-
-
-def is_saved(path):
-    """Return whether `save_to_disk` wrote this folder. dataset_info.json alone does not tell: the
-    Hub and LLaMA-Factory have files of this name next to files of rows."""
-    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-
-
-def other_saved_splits(path, split):
-    """List the splits of a folder of `save_to_disk` that are not read."""
-    try:
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-    except (OSError, ValueError, KeyError):
-        return []
-    return [name for name in names if name != (split or "train")]
-
-
-# --- The splits of a folder of files. They follow from the names, as for `datasets`:
-# test.jsonl, pairs_test.jsonl, test/0000.parquet, data/test-00000-of-00002.parquet,
-# data/test_prefs-00000-of-00001.parquet.
-
-SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "holdout": "validation", "heldout": "validation",
-}
-SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})s?(?![a-z])")
-# A shard of a file, as the Hub names it; older names end in a hash.
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
-# Files that describe a data set and hold no rows.
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json")
-# Files that probably hold rows, which no reader here reads.
-OTHER_KINDS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow", ".tsv", ".xlsx", ".ndjson")
-
-
-def find_files_of_folder(path, split):
-    """Choose the files of one split of a folder: of the training split if `split` is None.
-
-    Files without the name of a split are training rows. Returns as find_files.
-    """
-    direct, below, not_read = list_folder(path)
-    # Subfolders are read if there is no file outside them, or if the split is in them alone.
-    files = direct or below
-    if split and not any(is_of_split(path, file, split) for file in direct):
-        files = direct + below
-    if not files:
-        raise UserError(f"{path}: no {', '.join(READERS)} file in this folder")
-    if not direct:
-        check_one_data_set(path, files)
-
-    chosen = choose_split(path, files, split)
-    for file in direct + below:
-        if file in chosen:
-            continue
-        name = split_of_file(path, file)
-        reason = f"of the split {name}" if name else "of another subfolder or split"
-        not_read.setdefault(reason, []).append(str(file))
-    return chosen, not_read
-
-
-def list_folder(path):
-    """Returns the files directly in a folder, the files at most two folders below, and
-    {reason: files that hold no rows or cannot be read}."""
-    direct, below, not_read = [], [], {}
-    # A run may write its output below its data. Then it finds no rows there when it is resumed.
-    locks = [*path.glob("*/.lock"), *path.glob("*/*/.lock")]
-    runs = {lock.parent for lock in locks}
-    for pattern in ("*", "*/*", "*/*/*"):
-        for file in sorted(path.glob(pattern)):
-            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if is_hidden or not file.is_file() or not runs.isdisjoint(file.parents):
-                continue
-            if file.name in NOT_ROWS:
-                reason = "describes a data set and holds no rows; --columns names columns"
-                not_read.setdefault(reason, []).append(str(file))
-            elif file.suffix.lower() in OTHER_KINDS:
-                not_read.setdefault("of a kind that is not read", []).append(str(file))
-            elif file.suffix.lower() in READERS:
-                files = direct if file.parent == path else below
-                files.append(file)
-    return direct, below, not_read
-
-
-def check_one_data_set(path, files):
-    """Raise if the subfolders are more than the splits of one data set."""
-    folders = set()
-    for file in files:
-        parts = file.parent.relative_to(path).parts
-        names = [part for part in parts if part != "data" and not SPLIT_WORD.search(part.lower())]
-        folders.add("/".join(names))
-    if len(folders) > 1:
-        raise UserError(f"{path}: no file directly in this folder; name one of its subfolders, or "
-                        f"several separated by commas: {', '.join(sorted(folders - {''}))}")
-
-
-def split_of_file(path, file):
-    """Return the split of a file in the folder `path`, or None if its name has none."""
-    stem = file.stem
-    shard = SHARD.fullmatch(stem)
-    if shard and SPLIT_WORD.search(shard[1].lower()):
-        return shard[1]
-    folders = file.parent.relative_to(path).parts
-    for name in (stem, *reversed(folders)):
-        word = SPLIT_WORD.search(name.lower())
-        if word:
-            return SPLIT_WORDS[word[1]]
-    return None
-
-
-def kind_of_split(name):
-    """Return train, validation or test for a name such as train_prefs, or None."""
-    word = SPLIT_WORD.search(name.lower())
-    return SPLIT_WORDS[word[1]] if word else None
-
-
-def is_of_split(path, file, split):
-    return split in (file.stem, split_of_file(path, file))
-
-
-def choose_split(path, files, split):
-    """Choose the files of a split. Raises if the split is not there or is not clear."""
-    names = {file: split_of_file(path, file) for file in files}
-    existing = sorted({name for name in names.values() if name})
-    without = [file for file in files if names[file] is None]
-    kind = kind_of_split(split or "train")
-
-    # A name as the user wrote it; else any of its kind, so that `val` finds `validation`.
-    chosen = []
-    if split:
-        chosen = [file for file in files if is_of_split(path, file, split)]
-    if not chosen and split in (None, *SPLIT_WORDS):
-        chosen = [file for file in files if names[file] and kind_of_split(names[file]) == kind]
-        variants = sorted({names[file] for file in chosen})
-        if len(variants) > 1:
-            raise UserError(f"{path}: has the splits {', '.join(existing)}; name one of them, as "
-                            f"in {path}:{variants[0]}")
-    if split is None or (kind == "train" and not chosen):
-        chosen = [file for file in files if file in chosen or file in without]
-    # A folder of one split alone is read by the name of the folder.
-    if not chosen and split is None and len(existing) == 1:
-        return files
-    if not chosen:
-        there = ", ".join(existing) or ", ".join(file.name for file in files[:5])
-        raise UserError(f"{path}: there is no split {split or 'train'} in this folder; "
-                        f"there are {there}; name one, as in {path}:{(existing or ['train'])[0]}")
-    return chosen
-
-
-def open_dataset(source):
-    """Load the data set of a folder of `save_to_disk`, or of the Hub."""
-    split = source.split or "train"
-    on_disk = is_saved(pathlib.Path(source.name))
-    # The network, the Hub and old files raise exceptions of many kinds. Each means that the data
-    # set cannot be read.
-    try:
-        if on_disk:
-            saved = datasets.load_from_disk(source.name)
-        else:
-            stop_hub_retries()
-            saved = datasets.load_dataset(source.name, split=split)
-    except Exception as error:
-        if "Unknown split" in str(error):
-            raise UserError(f"{source.name}:{split}: {first_line(error)}") from error
-        raise UserError(
-            f"{source.name}: not found locally or on the Hub ({first_line(error)})"
-            f"{nearest_file(pathlib.Path(source.name))}") from error
-    if not on_disk:
-        return saved
-    # A saved folder contains a dictionary of splits, or one data set without splits.
-    splits = "none"
-    if isinstance(saved, datasets.DatasetDict):
-        splits = ", ".join(saved)
-        if split in saved:
-            return saved[split]
-    elif not source.split:
-        return saved
-    raise UserError(
-        f"{source.name}: there is no split {split} in this folder; there are {splits}")
-
-
-def read_rows(source):
-    """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
-    files, _ = find_files(source)
-    if not files:
-        for number, row in enumerate(open_dataset(source), 1):
-            yield f"{source.name}, row {number}", row
-    for path in files:
-        read = READERS[path.suffix.lower()]
-        try:
-            for number, row in read(path):
-                yield f"{path}, row {number}", row
-        except UNREADABLE as error:
-            kind = path.suffix[1:]
-            raise UserError(f"{path}: cannot be read as {kind} ({error})") from error
-
-
-# --- Rows -> prompt and answers, as text or as messages -------------------------------------------
-
-# The text before each answer in HH-RLHF and in data sets of its format.
-TURN = "\n\nAssistant:"
-
-
-def rename_columns(row, columns, where):
-    """Apply --columns, {our name: the file's name}, to a row."""
-    existing = row if isinstance(row, dict) else {}
-    for name in columns.values():
-        if name not in existing:
-            raise UserError(f"{where}: --columns names {name!r}; the row has "
-                            f"{quote_names(existing)}{nearest(name, existing)}")
-    renamed = {name: value for name, value in row.items() if name not in columns.values()}
-    for ours, theirs in columns.items():
-        renamed[ours] = row[theirs]
-    return renamed
-
-
-def quote_names(names):
-    return ", ".join(map(repr, names)) or "no fields at all"
-
-
-def choose_fields(row, where, sides):
-    """Choose the fields to read from every row of a file, by its first row."""
-    names = set(row) if isinstance(row, dict) else set()
-    for fields in (("prompt", *sides), sides, ("chosen", "rejected")):
-        if not names.issuperset(fields):
-            continue
-        # One answer without a prompt must be a dialogue: a text does not mark where the answer
-        # begins.
-        if len(fields) > 1 or isinstance(row[fields[0]], list):
-            return fields
-    needed, existing = ", ".join(("prompt", *sides)), quote_names(sorted(names))
-    raise UserError(f"{where}: needs the fields {needed}, or chosen and rejected with the prompt "
-                    f"inside both (--columns renames other fields); it has {existing}")
-
-
-def read_field(row, field, where):
-    """Read a text, or a list of messages {"role": text, "content": text}."""
-    value = row.get(field) if isinstance(row, dict) else None
-    if value is None:
-        raise UserError(f"{where}: the field '{field}' is missing")
-    if isinstance(value, str):
-        texts = [value]
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        value = [read_message(message, field, where) for message in value]
-        texts = []
-        for message in value:
-            texts += message.values()
-    else:
-        start = json.dumps(value, default=str)[:60]
-        raise UserError(f"{where}: the field '{field}' holds {start}, which is not text and no "
-                        "list of messages")
-    if not all(map(is_unicode, texts)):
-        raise UserError(
-            f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
-    return value
-
-
-def read_message(message, field, where):
-    """Read the role and the content of a message. `list_unread` checks its other keys."""
-    texts = {key: message.get(key) for key in ("role", "content")}
-    if not all(isinstance(text, str) for text in texts.values()):
-        start = json.dumps(message, default=str)[:80]
-        raise UserError(f"{where}: the field '{field}' holds the message {start}; "
-                        "a message has a role and a content, both text")
-    return texts
-
-
-def is_unicode(text):
-    """Return False for half of a surrogate pair, which UTF-8 cannot encode."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def read_score(row, field, where):
-    value = row.get(field) if isinstance(row, dict) else None
-    try:
-        score = float(value)
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
-    if not math.isfinite(score):
-        start = json.dumps(value, default=str)[:60]
-        raise UserError(f"{where}: the loss reads the field '{field}', a finite number, "
-                        f"and the row has {start}")
-    return score
-
-
-# --- Columns of a row, and keys of a message, that are not read -----------------------------------
-# The report lists them. A row is an error if one of them holds a part of what the model should see,
-# or says that the row should not be trained on as it is. Names are compared by `plain_name`.
-
-CONTEXT = {
-    "system", "systemprompt", "systemmessage", "systeminstruction", "sysprompt",
-    "history", "chathistory", "conversationhistory", "dialoguehistory", "previousturn",
-    "input", "context", "passage", "document", "doc", "retrieveddocument",
-    "tool", "function", "toolcall", "functioncall", "chattemplatekwarg",
-    "image", "imagepath", "imageurl", "imagefile", "img", "pixelvalue",
-    "video", "videopath", "videourl", "audio", "audiopath", "audiourl",
-}
-# Keys of a message alone: the same name of a column may be the judge's reasoning.
-MESSAGE_CONTEXT = CONTEXT | {
-    "reasoning", "reasoningcontent", "reasoningdetail", "thinking", "think",
-}
-# Columns with the prompt under another name, in a row whose answers do not show where it ends.
-PROMPT_NAMES = {
-    "question", "instruction", "query", "problem", "userprompt", "usermessage", "prompttext",
-    "message", "conversation", "trajectory", "dialogue", "request", "post", "user", "human",
-    "input", "context", "history",
-}
-# False says that a row or a message should not be trained on, or that an answer is bad.
-SWITCHES = {"label", "train", "trainable", "loss"}
-# Every row counts the same, so a weight may only be 1.
-WEIGHTS = {"weight", "sampleweight", "lossweight"}
-
-
-@functools.lru_cache(maxsize=1024)
-def plain_name(name):
-    """Return the letters of a name in lower case, without a plural s: `Tools`, `tool` -> tool."""
-    return re.sub(r"[^a-z]", "", str(name).lower()).removesuffix("s")
-
-
-def is_blank(value):
-    """Return whether a value holds nothing: no text and no number, however deep."""
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null", "None", "nan")
-    if isinstance(value, dict):
-        return all(is_blank(item) for item in value.values())
-    if isinstance(value, list):
-        return all(is_blank(item) for item in value)
-    return value is None
-
-
-def texts_of(value):
-    """Return the texts of a field: a text, or the contents of messages."""
-    items = value if isinstance(value, list) else [value]
-    items = [item.get("content") if isinstance(item, dict) else item for item in items]
-    return [item for item in items if isinstance(item, str)]
-
-
-def is_repeated(value, texts):
-    """Return whether one of these texts contains the value. A short value must be a whole line of a
-    text, because many texts contain it by chance."""
-    if not isinstance(value, str):
-        return False
-    value = value.strip()
-    words = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
-    for text in texts:
-        if len(value) >= 8 and words.search(text):
-            return True
-        if value in [line.strip() for line in text.splitlines()]:
-            return True
-    return False
-
-
-def why_it_matters(name, value, context, texts):
-    """Return why a row with this unread column or key is an error, or "".
-
-    context     names whose content the model should see
-    texts       the texts that are read: a value that they repeat is not lost
-    """
-    plain = plain_name(name)
-    if plain in WEIGHTS and str(value) not in ("1", "1.0", "True"):
-        return "every row counts the same"
-    if plain in SWITCHES and str(value).strip().lower() == "false":
-        return "it says false, and the text would be trained on"
-    holds_content = isinstance(value, (str, list, dict, bytes))
-    if plain in context and holds_content and not is_repeated(value, texts):
-        return "the model would not see it"
-    return ""
-
-
-def list_unread(row, fields, read, ignored, where) -> list:
-    """List the columns and the message keys that are not read: `source`, `chosen[].name`.
-
-    fields      {our name: the file's name} of the prompt and the answers
-    read        the names of all columns that are read
-    ignored     the names of --ignore_columns
-    """
-    unread = []
-    dialogue = row.get(fields["chosen"])
-    prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
-    needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
-    for name, value in row.items():
-        if name in read or (is_blank(value) and name not in ignored):
-            continue
-        may_be_prompt = needs_prompt and (plain_name(name) in PROMPT_NAMES or is_question(value))
-        context = CONTEXT | {plain_name(name)} if may_be_prompt else CONTEXT
-        reason = why_it_matters(name, value, context, prompt)
-        if reason and name not in ignored:
-            advice = "write it into the prompt, or remove the column"
-            if plain_name(name) in WEIGHTS | SWITCHES:
-                advice = "remove the row or the column"
-            if may_be_prompt:
-                advice = f"if it is the prompt, pass --columns prompt={name}"
-            raise UserError(f"{where}: the column '{name}' is not read: {reason}; {advice}; "
-                            f"--ignore_columns {name} trains without it")
-        unread.append(name)
-    for field, name in fields.items():
-        unread += list_unread_keys(row.get(name), field, ignored, where)
-    return unread
-
-
-def is_question(value):
-    return isinstance(value, str) and value.rstrip().endswith("?")
-
-
-def holds_prompt(dialogue):
-    """Return whether an answer marks the end of the prompt inside it."""
-    if isinstance(dialogue, str):
-        return TURN in dialogue
-    roles = [item.get("role") for item in dialogue or [] if isinstance(item, dict)]
-    return len(roles) > 0 and roles[0] != "assistant"
-
-
-def list_unread_keys(value, field, ignored, where):
-    """List the keys of the messages of one field, as list_unread."""
-    unread = {}
-    messages = value if isinstance(value, list) else []
-    for message in messages:
-        items = message.items() if isinstance(message, dict) else ()
-        for key, content in items:
-            if key in ("role", "content") or (is_blank(content) and key not in ignored):
-                continue
-            reason = why_it_matters(key, content, MESSAGE_CONTEXT, texts_of([message]))
-            if reason and key not in ignored:
-                raise UserError(
-                    f"{where}: the field '{field}' holds a message with {key}, which is not read: "
-                    f"{reason}; write it into the content; --ignore_columns {key} trains without "
-                    "it")
-            unread[f"{field}[].{key}"] = True
-    return list(unread)
-
-
-def count_unread(text, unread):
-    """Add the numbers of rows of {name: rows}, from the rows of `examples`."""
-    for group in text.data.column("unread").value_counts().to_pylist():
-        for name in json.loads(group["values"]):
-            unread[name] = unread.get(name, 0) + group["counts"]
-
-
-def check_ignored(ignored: tuple, accounts: list[dict]):
-    """Raise if a name of --ignore_columns is no column and no key that is not read."""
-    existing = set()
-    for account in accounts:
-        for name in account["unread"]:
-            existing |= {name, name.rpartition("[].")[2]}
-    for name in ignored:
-        if name not in existing:
-            listed = ", ".join(sorted(existing)) or "none"
-            raise UserError(f"--ignore_columns {name}: no row has such a column or key that is not "
-                            f"read; there are: {listed}{nearest(name, existing)}")
-
-
-# --- Messages that arrive as text -----------------------------------------------------------------
-
-# How messages begin that a CSV cell or a JSON string holds as text.
-MESSAGES_AS_TEXT = re.compile(r"""\s*"?\s*(\[\s*)?\{""")
-QUOTED_ROLE = re.compile(r"""["'](role|from)\\*["']\s*:""")
-# The keys of a message: of the usual format, and of ShareGPT.
-MESSAGE_KEYS = (("role", "content"), ("from", "value"))
-
-
-def parse_messages(row, theirs, where):
-    """Replace text that is a list of messages, as JSON or as Python writes it, by the list. theirs
-    has the file's names of our fields."""
-    if not isinstance(row, dict):
-        return row
-    parsed = {}
-    for field in ("prompt", "chosen", "rejected"):
-        name = theirs.get(field, field)
-        text = row.get(name)
-        if isinstance(text, str) and MESSAGES_AS_TEXT.match(text):
-            parsed[name] = parse_message_list(text, name, where)
-    return row | parsed if parsed else row
-
-
-def parse_message_list(text, field, where):
-    """Parse text that begins as a list of messages does. Other text is returned unchanged."""
-    if not QUOTED_ROLE.search(text):
-        return text
-    value = text
-    try:
-        # A JSON string may hold JSON.
-        while isinstance(value, str):
-            value = json.loads(value)
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            # Text in braces is an answer; a list with roles is a damaged list of messages.
-            if text.lstrip().startswith("{"):
-                return text
-            raise UserError(f"{where}: the field '{field}' holds a list of messages as text that "
-                            f"is not JSON: {text[:60]!r}; write it as JSON") from None
-    # read_field reports a single message, which is not in a list.
-    messages = [value] if isinstance(value, dict) else value
-    return value if is_message_list(messages) else text
-
-
-def is_message_list(value):
-    if not isinstance(value, list):
-        return False
-    for item in value:
-        keys = set(item) if isinstance(item, dict) else set()
-        if not any(keys.issuperset(pair) for pair in MESSAGE_KEYS):
-            return False
-    return True
-
-
-# --- Prompt and answers apart ---------------------------------------------------------------------
-
-def split_prompt(chosen: str, rejected: str) -> str:
-    """Find the prompt inside two dialogues: their common prefix up to the last turn of the
-    assistant, so that neither answer loses its beginning. Where turns are not marked, the prompt
-    ends before the last white space of the prefix."""
-    shared = os.path.commonprefix([chosen, rejected])
-    if TURN in shared:
-        return shared[:shared.rindex(TURN) + len(TURN)]
-    space = re.search(r"\s\S*$", shared)
-    return shared[:space.start()] if space else ""
-
-
-def split_messages(dialogues):
-    """Find the prompt inside dialogues that are lists of messages: the longest common prefix after
-    which every dialogue continues with a turn of the assistant. Turns of the assistant at the end
-    of this prefix belong to the answers."""
-    for length in range(min(map(len, dialogues)), 0, -1):
-        prompt = dialogues[0][:length]
-        if prompt[-1]["role"] == "assistant":
-            continue
-        answers = [dialogue[length:] for dialogue in dialogues]
-        are_equal = all(dialogue[:length] == prompt for dialogue in dialogues)
-        if are_equal and all(begins_with(answer, ("assistant",)) for answer in answers):
-            return prompt
-    return []
-
-
-def split_row(prompt, answers: list, where: str):
-    """Separate prompt and answers, which may come in any of the formats.
-
-    prompt is None where the answers contain it. Returns prompt and answers, all of them text or
-    all of them lists of messages.
-    """
-    if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
-        return split_conversation(prompt, answers, where)
-    if prompt is not None:
-        return prompt, answers
-    if len(answers) == 1:
-        raise UserError(f"{where}: one text without a prompt: where its answer begins is unknown; "
-                        "give it a prompt")
-    prompt = split_prompt(*answers)
-    return prompt, [answer[len(prompt):] for answer in answers]
-
-
-def split_conversation(prompt, answers, where):
-    """Separate prompt and answers, as split_row, where one of them is a list of messages."""
-    if prompt is None and any(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: one of chosen and rejected is a text, the other a list of "
-                        "messages; without a prompt, both must be lists")
-    answers = [as_messages("assistant", answer) for answer in answers]
-    # Answers that continue the prompt.
-    if prompt is not None and all(begins_with(answer, ("assistant", "tool")) for answer in answers):
-        return move_tool_outputs(as_messages("user", prompt), answers)
-    # Answers that are whole dialogues and repeat the prompt.
-    shared = prompt if isinstance(prompt, list) else split_messages(answers)
-    matches = all(answer[:len(shared)] == shared for answer in answers)
-    if isinstance(prompt, str):
-        contents = [message["content"].strip() for message in shared]
-        matches = matches and prompt.strip() in contents
-    if not matches:
-        raise UserError(
-            f"{where}: the answers begin neither with a turn of the assistant nor with the prompt")
-    return shared, [answer[len(shared):] for answer in answers]
-
-
-def move_tool_outputs(prompt, answers):
-    """Move the outputs of tools that begin all answers to the prompt: the model does not write
-    them. Returns (prompt, answers)."""
-    while begins_with(answers[0], ("tool",)):
-        output = answers[0][0]
-        if any(answer[:1] != [output] for answer in answers):
-            break
-        prompt = prompt + [output]
-        answers = [answer[1:] for answer in answers]
-    return prompt, answers
-
-
-def as_messages(role, value):
-    """Turn a text into one message of this role, and return a list of messages unchanged."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
-             **cache_key) -> Iterator[dict]:
-    """Yield {id, chat, has_own_prompt, prompt, chosen, rejected, unread} for every row.
-
-    scored          adds {side}_score
-    unread          a JSON list of the columns and message keys that are not read
-    chat            whether prompt and answers are JSON of messages instead of text
-    has_own_prompt  whether the prompt is a field of the row, or is searched inside the answers
-    cache_key       unused here; `datasets` hashes it with the other arguments
-    """
-    fields = file_is_chat = None
-    theirs, kinds = dict(columns), set()
-    for where, row_of_file in read_rows(Source(*source)):
-        row_of_file = parse_messages(row_of_file, theirs, where)
-        row = rename_columns(row_of_file, theirs, where) if columns else row_of_file
-        # Every row of a file must have the format of the first.
-        if fields is None:
-            fields = choose_fields(row, where, sides)
-        if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:
-            raise UserError(f"{where}: has a prompt, and the first row of its file had none; "
-                            "give every row a prompt, or none")
-        # Columns and keys that are not read, which may be an error.
-        unread = []
-        if isinstance(row, dict):
-            names = {field: theirs.get(field, field) for field in fields}
-            score_names = [f"{side}_score" for side in sides] if scored else []
-            others = [theirs.get(name, name) for name in ("id", *score_names)]
-            read = {*names.values(), *others}
-            unread = list_unread(row_of_file, names, read, ignored, where)
-        if "split" in unread and "split" not in ignored:
-            kinds.add(kind_of_split(str(row_of_file["split"])))
-        if len(kinds - {None}) > 1:
-            raise UserError(f"{where}: its column 'split' has {row_of_file['split']!r}, and an "
-                            "earlier row has another split; write each split to a file of its own; "
-                            "--ignore_columns split reads all rows")
-        values = {field: read_field(row, field, where) for field in fields}
-        prompt = values.pop("prompt", None)
-        prompt, answers = split_row(prompt, list(values.values()), where)
-        is_chat = not isinstance(prompt, str)
-        if file_is_chat not in (None, is_chat):
-            raise UserError(f"{where}: some rows of this file are texts, others are messages")
-        file_is_chat = is_chat
-
-        example = {
-            "id": name_row(row, where),
-            "chat": is_chat,
-            "has_own_prompt": "prompt" in fields,
-            "unread": json.dumps(unread),
-        }
-        for name, part in zip(("prompt", *sides), (prompt, *answers)):
-            example[name] = json.dumps(part) if is_chat else part
-        if scored:
-            for side in sides:
-                name = f"{side}_score"
-                example[name] = read_score(row, name, where)
-        yield example
-
-
-def name_row(row, where):
-    """Return the name of a row in errors and logs: file and number, and its id if it has one."""
-    row_id = row.get("id")
-    if row_id is None or not is_unicode(str(row_id)):
-        return where
-    return f"{where} (id {row_id})"
-
+# --- Rows of text, cached -------------------------------------------------------------------------
 
 def load_text(source, sides, scored=False, columns=(), ignored=()):
     """Load the rows of `examples` as a data set, which `datasets` caches until a file changes."""
@@ -870,11 +83,34 @@ def load_text(source, sides, scored=False, columns=(), ignored=()):
     if not state:
         state = open_dataset(source)._fingerprint
     cache_key = {"code": SOURCE, "stamps": state}
+    with reading_cache(Exception):
+        rows = datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+    check_whole(rows)
+    return rows
+
+
+# What `datasets` raises about its files. Our functions that it calls open none themselves.
+CACHE_ERRORS = (OSError, pyarrow.ArrowException, json.JSONDecodeError)
+
+
+@contextlib.contextmanager
+def reading_cache(kinds):
+    """Turn the exceptions of these kinds that `datasets` raises about its own files into one line.
+
+    An exception of `examples` is raised as it is: a UserError names the file and the row.
+    """
+    what = f"the cache of `datasets` in {datasets.config.HF_DATASETS_CACHE} cannot be used"
+    advice = "; delete this folder, or set HF_DATASETS_CACHE to another with free space"
     try:
-        return datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+        yield
     except datasets.exceptions.DatasetGenerationError as error:
-        # Raise the exception of `examples`, which names the file and the row.
-        raise error.__cause__ from None
+        if not isinstance(error.__cause__, CACHE_ERRORS):
+            raise error.__cause__ from None
+        with reading(what, advice):
+            raise error.__cause__ from error
+    except kinds:
+        with reading(what, advice):
+            raise
 
 
 def file_state(file):
@@ -1017,10 +253,13 @@ def tokenize(batch, tokenizer, sides, limits):
     special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
     texts = [text_of_row(batch, i, tokenizer, sides, special) for i in range(count)]
+    texts = shorten_texts(texts, limits.max_length, tokenizer)
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):
-        return tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+        # Without masks, which would be as long as the ids and are not used.
+        return tokenizer(strings, add_special_tokens=False, return_attention_mask=False,
+                         return_token_type_ids=False, verbose=False)["input_ids"]
 
     prompt_ids = encode([text.prompt for text in texts])
     whole_ids = []
@@ -1041,6 +280,7 @@ def tokenize(batch, tokenizer, sides, limits):
         row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
+        row["unclosed"] = any(leaves_thinking_open(text, answer) for answer in text.answers)
         row["prompt_key"] = hash_prompt(batch["prompt"][i])
         row |= {f"{side}_ids": answer for side, answer in zip(sides, row.pop("answer_ids"))}
         rows.append(row)
@@ -1056,6 +296,22 @@ def tokenize(batch, tokenizer, sides, limits):
     for name in rows[0]:
         columns[name] = [row[name] for row in rows]
     return columns
+
+
+# The tags around the reasoning of an answer.
+THINK = re.compile(r"<(/?)think(?:ing)?>")
+
+
+def leaves_thinking_open(text, answer):
+    """Return whether an answer opens <think> and does not close it, so that it never answers.
+
+    Some templates open <think> at the end of the prompt instead.
+    """
+    tags = THINK.findall(answer)
+    if tags:
+        return tags[-1] == ""
+    opened = text.prompt.rstrip().endswith(("<think>", "<thinking>"))
+    return opened and "unserved" not in text.notes
 
 
 def hash_prompt(prompt):
@@ -1076,19 +332,24 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
     columns     pairs (our name, the file's name)
     ignored     columns and message keys that are not read, even if they change a row's meaning
     """
-    sources, parts = parse_sources(spec), []
+    mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
                "unread": {}, "not_read": {}}
-    for source in sources:
+    for source in mixture:
         text = load_text(source, sides, scored, columns, ignored)
         count_unread(text, account["unread"])
-        for reason, names in find_files(source)[1].items():
+        files, not_read = find_files(source)
+        if len(files) > 1:
+            not_read = not_read | {"without a row": list_empty(files)}
+        for reason, names in not_read.items():
             account["not_read"].setdefault(reason, []).extend(names)
-        rows = text.map(
-            tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-            new_fingerprint=cache_name(text, tokenizer, sides, limits),
-            features=token_features(sides, scored),
-            fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        with reading_cache(CACHE_ERRORS):
+            rows = text.map(
+                tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
+                new_fingerprint=cache_name(text, tokenizer, sides, limits),
+                features=token_features(sides, scored),
+                fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+        check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
         if len(usable) == 0:
@@ -1096,7 +357,7 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
             raise UserError(
                 f"{source.name}: none of its {len(rows)} rows can be used ({reasons})")
         parts.append(usable)
-    rows = datasets.concatenate_datasets(mix(parts, sources))
+    rows = datasets.concatenate_datasets(mix(parts, mixture))
     account["kept"] = len(rows)
     account["left_out"] = sum(map(len, parts)) - len(rows)
     return rows.remove_columns(["problem", *NOTES]), account
@@ -1116,6 +377,7 @@ NOTES = {
     "answers_truncated": "answers truncated",
     "repeats": "prompt repeated inside both answers",
     "merged": "tokens merged across the end of the prompt",
+    "unclosed": "an answer opens <think> and never closes it",
     **templates.TEXT_NOTES,
 }
 
@@ -1169,14 +431,14 @@ def count_rows(groups, name, rows, members):
     entry["count"] += len(indices)
 
 
-def mix(parts, sources):
+def mix(parts, mixture):
     """Take as many rows as possible such that each part has its share and no row occurs twice.
     Without shares, take all rows."""
-    if sources[0].share is None:
+    if mixture[0].share is None:
         return parts
-    total = min(len(part) / source.share for part, source in zip(parts, sources))
+    total = min(len(part) / source.share for part, source in zip(parts, mixture))
     mixed = []
-    for part, source in zip(parts, sources):
+    for part, source in zip(parts, mixture):
         count = min(len(part), round(total * source.share))
         if count == 0:
             raise UserError(f"{source.name}: its share of the mixture is less than one row; "
@@ -1187,8 +449,15 @@ def mix(parts, sources):
 
 
 def column(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """Return a whole column of numbers or strings as an array."""
-    return rows.select_columns([name]).with_format("numpy")[:][name]
+    """Return a whole column of numbers or strings as an array.
+
+    It is taken from the stored rows, of which `rows` may be a selection: `datasets` would take the
+    selected rows one by one.
+    """
+    values = np.array(rows.data.column(name))  # (stored rows,), a copy
+    if rows._indices is None:
+        return values
+    return values[rows._indices.column(0).to_numpy()]  # (rows,)
 
 
 def digest(rows: datasets.Dataset) -> str:
@@ -1259,7 +528,7 @@ def list_rows(groups):
 
 def describe(account: dict) -> str:
     """Format the account of load_tokens: rows kept and dropped, and rows with a note."""
-    line = f"{account['data']}: {account['kept']} of {account['rows']} rows kept"
+    line = f"{printable(account['data'])}: {account['kept']} of {account['rows']} rows kept"
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
@@ -1278,13 +547,14 @@ def describe_unread(account):
     for reason, names in account["not_read"].items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  not read, {reason}: {', '.join(names[:3])}{more}")
+            names = map(printable, names[:3])
+            lines.append(f"  not read, {reason}: {', '.join(names)}{more}")
     names_by_count = {}
     for name, count in account["unread"].items():
         names_by_count.setdefault(count, []).append(name)
     if names_by_count:
         parts = [f"{', '.join(names)} ({count} rows)" for count, names in names_by_count.items()]
-        lines.append(f"  columns and message keys not read: {'; '.join(parts)}")
+        lines.append(f"  columns and message keys not read: {printable('; '.join(parts))}")
     return lines
 
 
@@ -1537,18 +807,16 @@ def check_template(path: str | None, accounts: list[dict]):
 def load_report_tokenizer(args):
     if not os.path.isdir(args.model):
         stop_hub_retries()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model {args.model}: no tokenizer there ({first_line(error)})") from error
+    with reading(f"--model {args.model}: no tokenizer there"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            args.model, trust_remote_code=False)
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
     return tokenizer
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")

@@ -12,8 +12,9 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import data
+from layouts import examples
 from model import load_tokenizer, new_model, save_model
+from sources import Source
 
 # Hidden size and layers; the names say roughly how many weights there are without embeddings.
 SIZES = {"5m": (256, 4), "25m": (512, 4)}
@@ -36,7 +37,7 @@ def pieces(tokenizer, ids, prompt, answer):
 def read_pairs(path):
     """The rows that training would keep."""
     rows = []
-    for example in data.examples(data.Source(path), ("chosen", "rejected")):
+    for example in examples(Source(path), ("chosen", "rejected")):
         row = {name: example[name] for name in ("prompt", "chosen", "rejected")}
         chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
         if chosen and rejected and chosen != rejected:

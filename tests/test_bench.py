@@ -121,3 +121,14 @@ def test_the_error_of_a_command_that_fails_is_quoted(flags):
     program = "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"
     with pytest.raises(UserError, match="ended with status 3: no such thing"):
         bench.call([sys.executable, "-c", program], 1)
+
+
+def test_a_start_with_many_rows_is_timed_with_and_without_a_cache(flags, capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    bench.main([*flags, "--start=40"])
+    line, = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["rows"] == 40 and line["start_s"] > 0 and line["cached_start_s"] > 0
+    monkeypatch.setitem(bench.START_BOUND, "cached_start_s", (0.0, 1e-9))
+    with pytest.raises(UserError, match="--start 40: cached_start_s is .*, above its bound"):
+        bench.main([*flags, "--start=40"])
+    torch.set_num_threads(threads)
