@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from printed import Page, values_of
 
 import registry
 from losses import (
@@ -48,7 +49,6 @@ from losses import (
     tensor_arguments,
     update_delta,
 )
-from printed import Page, values_of
 
 NAMES = [name for name, function in LOSSES.items() if name == function.__name__]
 PAIRWISE = [name for name in NAMES if needs_rejected(LOSSES[name])]

@@ -5,8 +5,8 @@
     page.gradient("w")   # [(B,), ...]  every form of ∂L/∂w after "Gradient", [] if there is none
 
 The grammar is that of the pages: a product is written without a sign (βh, 2c (a − η)), a function
-takes what follows it (log σ(z), log[...], mean a), "e" has an exponent (e^(−z), eᵃ), and a value may
-hold under a condition ("−β while βh < 1, 0 beyond"). A name that the page defines, "z = βh" or
+takes what follows it (log σ(z), log[...], mean a), "e" has an exponent (e^(−z), eᵃ), and a value
+may hold under a condition ("−β while βh < 1, 0 beyond"). A name that the page defines, "z = βh" or
 "s(x) = σ(x) σ(−x)" anywhere after "Formula" or "Gradient", is read there. Reading stops at the
 first word or sign that is not part of an expression.
 """
@@ -54,11 +54,12 @@ def number(value):
 def values_of(function, tensors, hyper):
     """{letter: value} of the symbols in the head of losses.py and of the hyper-parameters."""
     t = {name: number(value) for name, value in tensors.items()}
-    values = {
-        "w": t["policy_chosen_logps"], "w°": t["ref_chosen_logps"], "n_w": t["chosen_lengths"],
-        "l": t["policy_rejected_logps"], "l°": t["ref_rejected_logps"], "n_l": t["rejected_lengths"],
-        "s_w": t["chosen_scores"], "s_l": t["rejected_scores"],
-    }
+    values = {}
+    for side, answer in (("w", "chosen"), ("l", "rejected")):
+        values[side] = t[f"policy_{answer}_logps"]
+        values[f"{side}°"] = t[f"ref_{answer}_logps"]
+        values[f"n_{side}"] = t[f"{answer}_lengths"]
+        values[f"s_{side}"] = t[f"{answer}_scores"]
     values["a"], values["b"] = values["w"] - values["w°"], values["l"] - values["l°"]
     values["h"] = values["a"] - values["b"]
     for side, ratio in (("w", "a"), ("l", "b")):
@@ -210,7 +211,7 @@ class Reader:
         return value
 
     def atom(self):
-        """A number, a value in brackets, an exponential, a symbol, or a function of what follows."""
+        """A number, values in brackets, an exponential, a symbol, or a function of what follows."""
         token = self.take()
         if token in ("(", "["):
             values = self.until_bracket()
