@@ -922,6 +922,14 @@ def test_orpo_still_lowers_a_rejected_answer_of_probability_one():
     assert pairs["policy_rejected_logps"] == 0 and gradients(orpo, pairs)[1] > 0
 
 
+def test_log_odds_are_extended_linearly_from_one_ulp_below_probability_one():
+    """Two answers of one token and probability 1: the weight is λ/2, the slope 1/(1 − e^(−ulp))."""
+    pairs = pair(20.0, tensor(30.0))
+    dw, dl = gradients(orpo, pairs, beta=0.1, nll_weight=0.0)
+    expected = tensor(0.1 / 2 / -math.expm1(-torch.finfo(torch.float64).eps))
+    assert torch.allclose(dl, expected, rtol=1e-12) and torch.allclose(dw, -expected, rtol=1e-12)
+
+
 def test_slic_calibrates_up_to_delta_and_its_pull_on_the_target_is_constant():
     w, l = tensor(-3.0, -3.0), tensor(-3.5, -9.0)  # noqa: E741
     assert torch.allclose(slic(w, l, slic_delta=1.0, slic_lambda=0.0), tensor(0.5, 0.0))
@@ -933,6 +941,9 @@ def test_slic_regularizes_toward_the_target_answer_and_without_one_toward_the_ch
     w, l, target = tensor(-3.0), tensor(-9.0), tensor(-5.0)  # noqa: E741
     assert slic(w, l, target, slic_lambda=0.2).item() == pytest.approx(1.0)
     assert slic(w, l, slic_lambda=0.2).item() == pytest.approx(0.6)
+    target.requires_grad_()
+    slope_of_target, = torch.autograd.grad(slic(w, l, target, slic_lambda=0.2).sum(), target)
+    assert torch.equal(slope_of_target, tensor(-0.2))
 
 
 def test_slic_without_its_regularizer_is_the_hinge_with_a_reference_of_zeros_up_to_scale():
