@@ -326,12 +326,13 @@ def page_of(name, pairs, hyper):
 
 
 def moderate_pairs():
-    """Pairs on both sides of every condition, with log-ratios of at most 12, because the pages
-    print log σ(z) and eᵃ as they are."""
+    """Pairs on both sides of every condition, with log-ratios of at most 14, because the pages
+    print log σ(z) and eᵃ as they are. Their mean is above 0, as KTO's reference points are."""
     pairs = random_pairs(12)
     for key in pairs:
         if "logps" in key:
-            pairs[key] = pairs[key] / 5
+            pairs[key] = pairs[key] / 5 - 2 * key.startswith("ref")
+    assert all(ratio.mean() > 0 and ratio.min() < 0 for ratio in ratios(pairs))
     return pairs
 
 

@@ -85,7 +85,7 @@ class Page:
 
     def __init__(self, function, values):
         text = unicodedata.normalize("NFD", inspect.getdoc(function))
-        text = text.replace("log π(y_ref|x)", "t")
+        text = text.replace("log π(y_ref|x)", "t").replace("mean of ", "mean ")
         self.name = function.__name__
         self.values = FUNCTIONS | values
         self.formula = text.split("\nFormula ")[1].split("\nGradient ")[0].strip()
@@ -114,21 +114,23 @@ class Page:
     def lookup(self, symbol):
         """The value or the function of that name, or None."""
         symbol = re.sub("_[ik]$", "", symbol)  # of the pair k of the batch
-        if symbol in self.values:
-            return self.values[symbol]
-        text = f"{self.formula}\n{self.slopes}"
+        value = self.defined(symbol, self.formula)
+        if value is None and symbol in self.values:
+            value = self.values[symbol]
+        return self.defined(symbol, self.slopes) if value is None else value
+
+    def defined(self, symbol, text):
+        """What the text defines under this name: a value, or a function if the name has an
+        argument. None if there is no definition."""
         for definition in DEFINITION.finditer(text):
             name, argument = definition.groups()
             expression = text[definition.end():]
-            if name == symbol and not expression.startswith("−∂L"):
-                return self.defined(expression, argument)
+            if name != symbol or expression.startswith("−∂L"):
+                continue
+            if argument is None:
+                return Reader(self, expression).total()
+            return lambda value: Reader(self, expression, {argument: value}).total()
         return None
-
-    def defined(self, text, argument):
-        """The value that a definition gives, or a function if the name has an argument."""
-        if argument is None:
-            return Reader(self, text).total()
-        return lambda value: Reader(self, text, {argument: value}).total()
 
 
 class Reader:

@@ -6,35 +6,39 @@ over all pairs. At the optimum that a paper claims the gradient of that sum is 0
 reference it is not. The answers are the 512 of world.py with its true reward and its chain as the
 reference, or a few random ones. test_losses.py has the claims about single pairs.
 """
-import argparse
 import itertools
 import math
 
 import pytest
 import torch
-from steps import build, make_batch, make_columns, preference_step
+import torch.nn.functional as F
 
-import reference as references
 import world
-from logps import FastLogps
 from losses import (
+    alphapo,
     aot,
     aot_unpaired,
     apo_down,
+    apo_zero,
     bco_pair,
     cal_dpo,
     chipo,
+    cpo,
     discopop,
     dpop,
     exo_pair,
     f_divergence_score,
+    hinge,
     ipo,
     kto_pair,
     nca_pair,
     odpo,
+    orpo,
     rdpo,
     robust,
     sigmoid,
+    sigmoid_norm,
+    simpo,
     sppo_hard,
 )
 from test_losses import (
@@ -45,7 +49,6 @@ from test_losses import (
     of,
     pair,
     random_pairs,
-    slope,
     tensor,
 )
 
@@ -63,6 +66,9 @@ def random_population(answers=7, seed=0):
     scores = torch.randn(answers, answers, generator=generator, dtype=torch.float64)
     reference = torch.randn(answers, generator=generator, dtype=torch.float64).log_softmax(0)
     return reference, torch.sigmoid(scores - scores.T)
+
+
+LENGTHS = tensor(3.0, 1.0, 7.0, 2.0, 2.0, 12.0, 5.0)  # of the answers of random_population
 
 
 def bradley_terry(reward):
@@ -114,9 +120,12 @@ def assert_optimal(function, policy, reference, wins, **others):
 
 
 def expected_slope(function, h, p, **hyper):
-    """∂/∂h of the expected loss of a pair whose label is correct with probability p."""
-    h = torch.as_tensor(h, dtype=torch.float64)
-    return p * slope(function, h, **hyper) - (1 - p) * slope(function, -h, **hyper)
+    """∂/∂h of the expected loss of a pair whose label is correct with probability p. The margin h
+    is half of it on each side: a = h/2, b = −h/2."""
+    h = torch.as_tensor(h, dtype=torch.float64).clone().requires_grad_()
+    correct = of(function, h / 2, -h / 2, **hyper)
+    flipped = of(function, -h / 2, h / 2, **hyper)
+    return torch.autograd.grad((p * correct + (1 - p) * flipped).sum(), h)[0]
 
 
 def assert_minimal(function, h, p, **hyper):
@@ -177,6 +186,24 @@ def test_the_optimum_of_ipo_is_an_exponential_of_the_win_rate_even_if_preference
     assert_optimal(ipo, best, reference, wins, beta=0.2)
 
 
+def test_on_averages_the_optimum_of_ipo_and_of_dpo_has_a_log_ratio_for_each_token():
+    """log π*/π_ref = |y| r/β, and |y| P(y beats π_ref)/τ: a long answer moves further."""
+    reference, wins = random_population()
+    best = reference + LENGTHS * win_rates(wins, reference) / 0.2
+    assert_optimal(ipo, best, reference, wins, lengths=LENGTHS, beta=0.2)
+    reward, beta = wins[0], 0.2
+    best = reference + LENGTHS * reward / beta
+    wins = bradley_terry(reward)
+    assert_optimal(sigmoid_norm, best, reference, wins, lengths=LENGTHS, beta=beta)
+
+
+@pytest.mark.parametrize("p", [0.51, 0.7, 1.0])
+def test_the_hinge_settles_at_its_margin_for_every_majority_so_it_learns_no_probability(p):
+    below, above = expected_slope(hinge, tensor(1 / 0.2 - 0.1, 1 / 0.2 + 0.1), p, beta=0.2)
+    assert below.item() == pytest.approx(-0.2 * (2 * p - 1))
+    assert above.item() == pytest.approx(0.2 * (1 - p)) and (above > 0 or p == 1)
+
+
 # --- Noisy labels: cDPO, EXO (2402.00856), robust DPO (2403.00409) --------------------------------
 
 def test_cdpo_is_the_forward_kl_from_the_labels_plus_their_entropy_and_exo_the_reverse_kl():
@@ -232,11 +259,13 @@ def test_two_fifths_of_the_pairs_of_the_world_have_labels_surer_than_robust_dpo_
 
 def test_discopop_pushes_against_the_chosen_answer_at_the_start_and_a_pair_ends_wrong():
     """L′(0) = −3/4 + (1 − log 2) / (4τ). A pair that starts at h = 0 falls to z = −0.1186."""
-    start = slope(discopop, [0.0], beta=1.0).item()
+    beta = 0.5
+    start = expected_slope(discopop, [0.0], 1.0, beta=beta).item() / beta
     assert start == pytest.approx(-0.75 + (1 - math.log(2)) / (4 * 0.05)) and start > 0.78
     z = torch.linspace(-0.1185, 0, 1000, dtype=torch.float64)
-    assert (slope(discopop, z, beta=1.0) > 0).all()
-    assert (slope(discopop, [-0.1187, -1.0, -9.0], beta=1.0) < 0).all()
+    assert (expected_slope(discopop, z / beta, 1.0, beta=beta) > 0).all()
+    below = tensor(-0.1187, -1.0, -9.0) / beta
+    assert (expected_slope(discopop, below, 1.0, beta=beta) < 0).all()
 
 
 # --- NCA (2402.05369), BCO (2404.04656), SPPO (2405.00675) ----------------------------------------
@@ -313,6 +342,11 @@ def test_contradictory_labels_drive_kto_to_the_majority_and_dpo_stays_at_their_l
     assert contradictory_slope(sigmoid, 100.0, 0, beta=0.1) > 0.01
     for t in (0.0, logit_of_labels, 100.0, 1000.0):
         assert contradictory_slope(kto_pair, t, 4, beta=0.1) < 0
+
+
+def test_apo_zero_too_follows_the_majority_of_contradictory_labels():
+    for t in (0.0, 5.0, 100.0, 1000.0):
+        assert contradictory_slope(apo_zero, t, 0, beta=0.1) < 0
 
 
 def test_the_reference_point_of_kto_pair_rises_with_contradictory_labels_so_that_they_settle():
@@ -477,7 +511,7 @@ def test_the_weight_of_odpo_is_that_of_dpo_at_the_start_once_the_margin_reaches_
     assert weights[1] == pytest.approx(beta / 2, rel=1e-12)
 
 
-# --- AOT (2406.05882), CPO (2401.08417) -----------------------------------------------------------
+# --- AOT (2406.05882), and losses without a reference: CPO (2401.08417) and others ---------------
 
 @pytest.mark.parametrize("function", [aot, aot_unpaired])
 def test_the_sorted_pairing_of_aot_has_the_smallest_loss_of_all_pairings(function):
@@ -506,54 +540,20 @@ def test_cpo_bounds_dpo_whose_reference_is_sure_of_the_chosen_answer_from_above(
     assert (dpo <= bound).all() and (bound < dpo - constant).all()
 
 
-# --- TR-DPO (2404.09656), WPO (2406.11827) --------------------------------------------------------
-
-def loss_and_weights(policy, reference, batch):
-    """-> DPO's losses (B,), and the weight β σ(−βh) of each pair (B,)"""
-    losses, metrics = preference_step(policy, reference, batch, sigmoid, {"beta": 0.3})
-    margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    return losses, 0.3 * torch.sigmoid(-margins)
-
-
-def two_models():
-    """-> a policy and a reference of other weights, in float64"""
-    policy, reference = FastLogps(build("Llama").double()), FastLogps(build("Llama").double())
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter *= 1.5
-    return policy, reference
+REFERENCE_FREE = [  # the hyper-parameters, and the log-probs at which the reward of the loss is r
+    (cpo, {"beta": 0.5, "cpo_alpha": 0.0}, lambda r: r / 0.5),
+    (simpo, {"beta": 0.5, "gamma": 0.0}, lambda r: LENGTHS * r / 0.5),
+    (alphapo, {"beta": 2.5, "gamma": 0.0}, lambda r: -4 * LENGTHS * torch.log(1 - r / 10)),
+    (orpo, {"beta": 0.2, "nll_weight": 0.0}, lambda r: LENGTHS * F.logsigmoid(r)),
+]
 
 
-def test_after_a_hard_update_of_the_reference_the_weight_of_every_pair_is_half_of_beta():
-    """TR-DPO moves the reference to the policy, and DPO pushes as hard as at its start."""
-    policy, reference = two_models()
-    batch = make_batch(make_columns())
-    _, weights = loss_and_weights(policy, reference, batch)
-    assert ((weights - 0.15).abs() > 1e-4).all()
-    hard = argparse.Namespace(ref="model", sync_ref_every=1, sync_ref_alpha=1.0)
-    references.move_reference(hard, policy, reference)
-    losses, weights = loss_and_weights(policy, reference, batch)
-    assert torch.allclose(weights, torch.full_like(weights, 0.15), rtol=1e-12)
-    assert torch.allclose(losses, torch.full_like(losses, math.log(2)), rtol=1e-12)
-
-
-def test_wpo_of_a_one_hot_policy_on_its_own_answers_is_the_loss_itself():
-    """Eq. 2: of the tokens that it would sample, each has log π(y_t) = log Σ_v π(v)² = 0."""
-    policy, reference = two_models()
-    with torch.no_grad():
-        policy.model.lm_head.weight *= 1e6
-    answer = []
-    for _ in range(4):
-        logits = policy.model(torch.tensor([[5, 6, *answer]])).logits  # (1, T, V)
-        answer.append(logits[0, -1].argmax().item())
-    columns = {"id": ["row"], "prompt_ids": [[5, 6]], "chosen_ids": [answer],
-               "rejected_ids": [answer[:2]]}
-
-    def step(**variants):
-        return preference_step(policy, reference, make_batch(columns, **variants), sigmoid,
-                               **variants)
-
-    plain, _ = step()
-    losses, metrics = step(wpo=True)
-    assert metrics["wpo/weight"].item() == 1
-    assert torch.allclose(losses, plain, rtol=1e-12) and (plain - math.log(2)).abs() > 0.01
+@pytest.mark.parametrize("function, hyper, logps_of", REFERENCE_FREE)
+def test_a_preference_without_a_reference_settles_where_its_own_reward_is_the_true_one(
+        function, hyper, logps_of):
+    """β log π in CPO, β log p̄ in SimPO, β (1 − p̄^(−α))/α in AlphaPO, the log-odds of p̄ in ORPO,
+    p̄ the average probability of a token. The reference only draws the pairs."""
+    reference, wins = random_population()
+    reward = 3 * wins[0] - 5
+    best = logps_of(reward)
+    assert_optimal(function, best, reference, bradley_terry(reward), lengths=LENGTHS, **hyper)
