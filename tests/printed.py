@@ -21,10 +21,11 @@ SYMBOL = r"(?:[A-Za-z]{2,}|[A-Za-zΑ-Ωα-ω][\u0304°′]*(?:_[a-z]+)?)"
 TOKEN = re.compile(rf"\s*(∂L/∂[wl]|\d+(?:\.\d+)?|{SYMBOL}|\S|$)")
 DEFINITION = re.compile(rf"({SYMBOL})(?:\(({SYMBOL})\))? = ")
 EXPONENTS = {"ᵃ": "a", "ᵇ": "b", "ˣ": "x"}
-# Greek letters of the pages: the names of the hyper-parameters end with these words.
+# Letters of the pages, and the names of hyper-parameters that they stand for.
 LETTERS = {
-    "β": "beta", "ε": "smoothing", "τ": "tau", "α": "alpha", "λ": "lambda", "γ": "gamma",
-    "δ": "delta", "c": "weight", "R": "r_max",
+    "β": "beta", "β′": "dr_beta", "ε": "label_smoothing", "τ": ".*_tau", "α": ".*_(alpha|a)",
+    "λ": ".*_lambda", "γ": "(.*_)?gamma", "δ": "(.*_)?delta", "c": "cal_dpo_weight", "R": ".*_r_max",
+    "κ": ".*_kappa", "η": ".*_eta", "M": "gap_mean", "μ": "gap_mean", "s": "gap_std",
 }
 
 
@@ -41,6 +42,7 @@ FUNCTIONS = {
     "max": torch.maximum,
     "min": torch.minimum,
     "mean": torch.mean,
+    "softmax": lambda x: x.softmax(0),
     "sort": lambda x: x.sort().values,
     "clip": lambda x, bound: x.clamp(-bound, bound),  # clip(x, ±bound)
     "KL": divergence,
@@ -68,9 +70,9 @@ def values_of(function, tensors, hyper):
     values["h\u0304"] = values["a\u0304"] - values["b\u0304"]
     values["n\u0304"] = values["n_w"].mean()
     values["t"] = t.get("policy_target_logps", values["w"])  # log π(y_ref|x)
-    for letter, word in LETTERS.items():
+    for letter, names in LETTERS.items():
         for name, value in hyper.items():
-            if re.search(rf"(^|_){word}$", name) and value is not None:
+            if re.fullmatch(names, name) and value is not None:
                 values[letter] = number(value)
     if "β" in values:
         beta = values["β"]
@@ -88,15 +90,15 @@ class Page:
         text = text.replace("log π(y_ref|x)", "t").replace("mean of ", "mean ")
         self.name = function.__name__
         self.values = FUNCTIONS | values
-        self.formula = text.split("\nFormula ")[1].split("\nGradient ")[0].strip()
+        formula = text.split("\nFormula ")[1].split("\nGradient ")[0].strip()
+        # A line ends an expression, and so does a gap of spaces.
+        self.formula = re.sub(r"(?<![+−/])\s*\n\s*| {4,}", " ; ", formula)
         self.slopes = " ".join(text.split("\nGradient ")[1].split("\nArgs ")[0].split())
 
     def losses(self):
-        """Every form of L: the text after "L =", and what follows on a line, or after a gap of
-        spaces, that begins with "="."""
-        pieces = re.split(r"\s*\n\s*(?==)| {4,}", self.formula)
+        """Every form of L: the text after "L =", and lines that begin with "="."""
         forms = []
-        for piece in pieces:
+        for piece in self.formula.split(" ; "):
             start = re.match(r"(L(_[ik])?\s*)?= ", piece)
             if start:
                 forms.append(Reader(self, piece[start.end():]).total())
