@@ -825,6 +825,10 @@ def test_the_likelihood_term_is_linear_in_its_weight_and_is_sft(name, weight):
     off, one, three = (call(name, pairs, **{weight: value}) for value in (0.0, 1.0, 3.0))
     assert torch.allclose(one - off, call("sft", pairs))
     assert torch.allclose(three - off, 3 * call("sft", pairs))
+    without, _ = gradients(LOSSES[name], pairs, **{weight: 0.0})
+    with_likelihood, _ = gradients(LOSSES[name], pairs, **{weight: 2.0})
+    mean_length = pairs["chosen_lengths"].double().mean()
+    assert torch.allclose(with_likelihood, without - 2 / mean_length)
 
 
 def test_simpo_at_equal_averages_is_the_softplus_of_gamma_and_gamma_is_absolute():

@@ -24,8 +24,8 @@ EXPONENTS = {"ᵃ": "a", "ᵇ": "b", "ˣ": "x"}
 # Letters of the pages, and the names of hyper-parameters that they stand for.
 LETTERS = {
     "β": "beta", "β′": "dr_beta", "ε": "label_smoothing", "τ": ".*_tau", "α": ".*_(alpha|a)",
-    "λ": ".*_lambda", "γ": "(.*_)?gamma", "δ": "(.*_)?delta", "c": "cal_dpo_weight", "R": ".*_r_max",
-    "κ": ".*_kappa", "η": ".*_eta", "M": "gap_mean", "μ": "gap_mean", "s": "gap_std",
+    "λ": ".*_lambda", "γ": "(.*_)?gamma", "δ": "(.*_)?delta", "κ": ".*_kappa", "η": ".*_eta",
+    "c": "cal_dpo_weight", "R": ".*_r_max", "M": "gap_mean", "μ": "gap_mean", "s": "gap_std",
 }
 
 
