@@ -290,7 +290,7 @@ def alphapo_in_words(t, a, b):
 
 def slic_in_words(t, a, b):
     active = (policy_margin(t) < 1).double()
-    return -active - 0.1, active
+    return -active, active
 
 
 IN_WORDS = {  # pages whose Gradient is a sentence: ∂L/∂w, ∂L/∂l with the arguments of HYPER
@@ -333,7 +333,7 @@ def moderate_pairs():
         if "logps" in key:
             pairs[key] = pairs[key] / 5 - 2 * key.startswith("ref")
     assert all(ratio.mean() > 0 and ratio.min() < 0 for ratio in ratios(pairs))
-    return pairs
+    return pairs | {"policy_target_logps": pairs["policy_chosen_logps"].flip(0)}
 
 
 @pytest.mark.parametrize("name", NAMES)
