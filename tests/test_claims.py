@@ -530,11 +530,11 @@ def test_the_sorted_pairing_of_aot_has_the_smallest_loss_of_all_pairings(functio
     if function is aot:
         u = pairs["policy_chosen_logps"] - pairs["policy_rejected_logps"]
         v = pairs["ref_chosen_logps"] - pairs["ref_rejected_logps"]
-    costs = []
+    costs, hyper = [], {"beta": 0.1, "label_smoothing": 0.2}
     for order in itertools.permutations(range(5)):
-        costs.append(of(sigmoid, u, v[list(order)], beta=0.1).sum().item())
+        costs.append(of(sigmoid, u, v[list(order)], **hyper).sum().item())
     costs.sort()
-    assert call_function(function, pairs, beta=0.1).sum().item() == pytest.approx(costs[0])
+    assert call_function(function, pairs, **hyper).sum().item() == pytest.approx(costs[0])
     assert costs[1] > costs[0] + 1e-6
 
 
