@@ -108,15 +108,18 @@ def expected_gradient(function, policy, reference, wins, lengths=None, score=Non
 
 
 def assert_optimal(function, policy, reference, wins, **others):
-    """The expected gradient is 0 at this policy, and neither at the reference nor between."""
-    def size(where):
-        return expected_gradient(function, where, reference, wins, **others).norm()
+    """The expected gradient is 0 at this policy, and on the line from the reference to it the
+    expected loss falls before and rises beyond."""
+    direction = policy - reference
 
-    start = size(reference)
-    assert start > 1e-4
-    assert size(policy) < 1e-12 * start
-    assert size(reference + 0.5 * (policy - reference)) > 1e-3 * start
-    assert size(reference + 1.1 * (policy - reference)) > 1e-3 * start
+    def gradient(share):
+        where = reference + share * direction
+        return expected_gradient(function, where, reference, wins, **others)
+
+    start = gradient(0.0)
+    assert gradient(1.0).norm() < 1e-12 * start.norm()
+    slopes = [(gradient(share) @ direction).item() for share in (0.0, 0.5, 0.9, 1.1)]
+    assert max(slopes[:3]) < 0 < slopes[3] and min(map(abs, slopes)) > 1e-5
 
 
 def expected_slope(function, h, p, **hyper):
