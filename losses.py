@@ -306,7 +306,7 @@ def rdpo(
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
     h = a - b
-    length_term = rdpo_alpha * (chosen_lengths - rejected_lengths)
+    length_term = rdpo_alpha * (chosen_lengths - rejected_lengths).to(h.dtype)
     return F.softplus(-(beta * h + length_term))
 
 

@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from printed import Page, values_of
 
 import registry
 from losses import (
@@ -255,150 +256,49 @@ def bump(x):
     return sig(x) * sig(-x)
 
 
-def log_odds_slope(x):
-    return 1 / (1 - torch.exp(x))
-
-
-def opposite(dw):
-    """A margin loss: the gradients of chosen and rejected differ in their sign alone."""
-    return dw, -dw
-
-
-def per_token(t, weight):
-    """The same weight on both answers, divided by the lengths."""
-    return -weight / t["chosen_lengths"], weight / t["rejected_lengths"]
-
-
-def robust_gradient(t, a, b):
-    z = 0.3 * (a - b)
-    return opposite(-0.3 * (0.8 * sig(-z) + 0.2 * sig(z)) / 0.6)
-
-
-def exo_gradient(t, a, b):
-    z = 0.1 * (a - b)
-    return opposite(0.1 * bump(z) * (z - math.log(0.99 / 0.01)))
-
-
-def discopop_gradient(t, a, b):
-    z, tau = 0.05 * (a - b), 2.0
-    m = sig(z / tau)
-    blend = m * (1 - m) / tau * (torch.exp(-z) - F.softplus(-z))
-    return opposite(0.05 * (-(1 - m) * sig(-z) - m * torch.exp(-z) + blend))
-
-
-def ipo_gradient(t, a, b):
-    h = a / t["chosen_lengths"] - b / t["rejected_lengths"]
-    return per_token(t, -2 * (h - 5))
-
-
-def sigmoid_norm_gradient(t, a, b):
-    h = a / t["chosen_lengths"] - b / t["rejected_lengths"]
-    return per_token(t, 5 * sig(-5 * h))
-
-
-def rdpo_gradient(t, a, b):
-    longer = t["chosen_lengths"] - t["rejected_lengths"]
-    return opposite(-0.1 * sig(-(0.1 * (a - b) + 0.02 * longer)))
-
-
-def odpo_gradient(t, a, b):
-    offset = 2 * torch.log(t["chosen_scores"] - t["rejected_scores"])
-    return opposite(-0.1 * sig(offset - 0.1 * (a - b)))
-
-
-def kto_gradient(t, a, b):
-    z_w, z_l = a.mean().clamp(min=0), b.mean().clamp(min=0)
-    return -0.05 * bump(0.1 * (a - z_l)), 0.05 * bump(0.1 * (z_w - b))
-
-
-def apo_down_gradient(t, a, b):
-    return 0.1 * (bump(0.1 * a) - bump(0.1 * (a - b))), 0.1 * bump(0.1 * (a - b))
-
-
-def dpop_gradient(t, a, b):
-    weight = 0.1 * sig(-0.1 * (a - b - 3 * F.relu(-a)))
-    return -weight * torch.where(a < 0, 4.0, 1.0), weight
-
-
-def chipo_gradient(t, a, b):
-    weight = 0.05 * sig(-0.05 * ((a.exp() + a) - (b.exp() + b)))
+def chipo_in_words(t, a, b):
+    z = 0.05 * ((a.exp() + a) - (b.exp() + b))
+    weight = 0.05 * sig(-z) * (z.abs() < 2 * 0.1)
     return -weight * (1 + a.exp()), weight * (1 + b.exp())
 
 
-def aot_gradient(t, a, b):
+def aot_in_words(t, a, b):
     u = policy_margin(t)
     return sorted_gradient(u, t["ref_chosen_logps"] - t["ref_rejected_logps"], order_of_rejected=u)
 
 
-def aot_unpaired_gradient(t, a, b):
+def aot_unpaired_in_words(t, a, b):
     return sorted_gradient(a, b, order_of_rejected=b)
 
 
 def sorted_gradient(u, v, order_of_rejected):
     """The k-th smallest u against the k-th smallest v, then back to the pairs they came from."""
-    weight = 0.1 * sig(-0.1 * (u.sort().values - v.sort().values))
+    weight = 0.1 * (sig(-0.1 * (u.sort().values - v.sort().values)) - 0.1)
     dw, dl = torch.zeros_like(u), torch.zeros_like(v)
     dw[u.argsort()] = -weight
     dl[order_of_rejected.argsort()] = weight
     return dw, dl
 
 
-def cpo_gradient(t, a, b):
-    dw, dl = opposite(-0.1 * (sig(-0.1 * policy_margin(t)) - 0.1))
-    return dw - 0.5 / t["chosen_lengths"].double().mean(), dl
-
-
-def simpo_gradient(t, a, b):
-    x, y = averages(t)
-    return per_token(t, 2 * sig(1 - 2 * (x - y)))
-
-
-def alphapo_gradient(t, a, b):
+def alphapo_in_words(t, a, b):
     x, y = averages(t)
     score_x, score_y = ((1 - torch.exp(-0.25 * p)) / 0.25 for p in (x, y))
-    dw, dl = per_token(t, 2.5 * sig(0.1 - 2.5 * (score_x - score_y)))
-    return dw * torch.exp(-0.25 * x), dl * torch.exp(-0.25 * y)
+    weight = 2.5 * sig(0.1 - 2.5 * (score_x - score_y))
+    dw = -weight / t["chosen_lengths"] * torch.exp(-0.25 * x)
+    return dw, weight / t["rejected_lengths"] * torch.exp(-0.25 * y)
 
 
-def orpo_gradient(t, a, b):
-    x, y = averages(t)
-    u = torch.log(x.exp() / (1 - x.exp())) - torch.log(y.exp() / (1 - y.exp()))
-    dw, dl = per_token(t, 0.1 * sig(-u))
-    likelihood = 1 / t["chosen_lengths"].double().mean()
-    return dw * log_odds_slope(x) - likelihood, dl * log_odds_slope(y)
-
-
-def slic_gradient(t, a, b):
+def slic_in_words(t, a, b):
     active = (policy_margin(t) < 1).double()
-    return -active - 0.1, active
+    return -active, active
 
 
-ANALYTIC = {  # ∂L/∂w, ∂L/∂l as "Gradient" of each docstring says, with the arguments of HYPER
-    "sigmoid": lambda t, a, b: opposite(-0.3 * (sig(-0.3 * (a - b)) - 0.1)),
-    "robust": robust_gradient,
-    "hinge": lambda t, a, b: opposite(-0.1 * (0.1 * (a - b) < 1).double()),
-    "exo_pair": exo_gradient,
-    "discopop": discopop_gradient,
-    "ipo": ipo_gradient,
-    "sigmoid_norm": sigmoid_norm_gradient,
-    "rdpo": rdpo_gradient,
-    "odpo": odpo_gradient,
-    "nca_pair": lambda t, a, b: (-0.1 * (1 - 1.5 * sig(0.1 * a)), 0.05 * sig(0.1 * b)),
-    "bco_pair": lambda t, a, b: (-0.1 * sig(-(0.1 * a - 0.4)), 0.1 * sig(0.1 * b - 0.4)),
-    "sppo_hard": lambda t, a, b: (2 * (a - 5), 2 * (b + 5)),
-    "kto_pair": kto_gradient,
-    "apo_zero": lambda t, a, b: (-0.1 * bump(0.1 * a), 0.1 * bump(0.1 * b)),
-    "apo_down": apo_down_gradient,
-    "dpop": dpop_gradient,
-    "cal_dpo": lambda t, a, b: (-sig(b - a) + 1.4 * (a - 5), sig(b - a) + 1.4 * (b + 5)),
-    "chipo": chipo_gradient,
-    "aot": aot_gradient,
-    "aot_unpaired": aot_unpaired_gradient,
-    "cpo": cpo_gradient,
-    "simpo": simpo_gradient,
-    "alphapo": alphapo_gradient,
-    "orpo": orpo_gradient,
-    "slic": slic_gradient,
+IN_WORDS = {  # pages whose Gradient is a sentence: ∂L/∂w, ∂L/∂l with the arguments of HYPER
+    "chipo": chipo_in_words,
+    "aot": aot_in_words,
+    "aot_unpaired": aot_unpaired_in_words,
+    "alphapo": alphapo_in_words,
+    "slic": slic_in_words,
 }
 HYPER = {
     "sigmoid": dict(beta=0.3, label_smoothing=0.1),
@@ -411,19 +311,81 @@ HYPER = {
     "sppo_hard": dict(beta=0.1),
     "dpop": dict(beta=0.1, dpop_lambda=3.0),
     "cal_dpo": dict(cal_dpo_weight=0.7),
-    "aot": dict(beta=0.1),
-    "aot_unpaired": dict(beta=0.1),
+    "chipo": dict(chipo_r_max=0.1),
+    "aot": dict(beta=0.1, label_smoothing=0.1),
+    "aot_unpaired": dict(beta=0.1, label_smoothing=0.1),
     "cpo": dict(cpo_alpha=0.5, label_smoothing=0.1),
 }
+# More terms of a formula; the gradient of the page is printed without them.
+MORE_TERMS = {"simpo": dict(cpo_alpha=0.5, label_smoothing=0.1)}
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
-def test_gradient_is_what_the_docstring_says(name):
+def page_of(name, pairs, hyper):
+    function = LOSSES[name]
+    return Page(function, values_of(function, pairs, hyperparameters(function) | hyper))
+
+
+def moderate_pairs():
+    """Pairs on both sides of every condition, with log-ratios of at most 14, because the pages
+    print log σ(z) and eᵃ as they are. Their mean is above 0, as KTO's reference points are."""
     pairs = random_pairs(12)
-    dw, dl = gradients(LOSSES[name], pairs, **HYPER.get(name, {}))
-    expected_w, expected_l = ANALYTIC[name](pairs, *ratios(pairs))
-    assert torch.allclose(dw, expected_w, rtol=1e-9, atol=1e-14)
-    assert torch.allclose(dl, expected_l, rtol=1e-9, atol=1e-14)
+    for key in pairs:
+        if "logps" in key:
+            pairs[key] = pairs[key] / 5 - 2 * key.startswith("ref")
+    assert all(ratio.mean() > 0 and ratio.min() < 0 for ratio in ratios(pairs))
+    return pairs | {"policy_target_logps": pairs["policy_chosen_logps"].flip(0)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_form_of_the_formula_that_the_page_prints_is_the_loss(name):
+    pairs, hyper = moderate_pairs(), HYPER.get(name, {}) | MORE_TERMS.get(name, {})
+    forms = page_of(name, pairs, hyper).losses()
+    assert forms
+    for form in forms:
+        assert torch.allclose(call(name, pairs, **hyper), form, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_form_of_the_gradient_that_the_page_prints_is_the_derivative_of_the_loss(name):
+    """If the page says it in words, IN_WORDS writes it out. The page of a margin loss may print
+    ∂L/∂w alone: ∂L/∂l differs in the sign and the length."""
+    pairs, hyper = moderate_pairs(), HYPER.get(name, {})
+    page = page_of(name, pairs, hyper)
+    for side, argument in (("w", "policy_chosen_logps"), ("l", "policy_rejected_logps")):
+        if argument not in tensor_arguments(LOSSES[name]):
+            continue
+        leaf = pairs[argument].clone().requires_grad_()
+        total = call(name, pairs | {argument: leaf}, **hyper).sum()
+        derivative, = torch.autograd.grad(total, leaf)
+        forms = page.gradient(side)
+        if name in IN_WORDS:
+            dw, dl = IN_WORDS[name](pairs, *ratios(pairs))
+            forms = [dw if side == "w" else dl]
+        can_be_inferred = name in MARGIN or "the mirror image for l" in page.slopes
+        assert forms or side == "l" and can_be_inferred
+        for form in forms:
+            assert torch.allclose(derivative, form, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("right, wrong", [
+    ("(σ(−βh) − ε)", "(σ(βh) − ε)"),
+    ("(σ(−βh) − ε)", "(σ(−βh) + ε)"),
+    ("−(1−ε) log σ(βh)", "−(1−2ε) log σ(βh)"),
+    ("+ ε βh", "− ε βh"),
+])
+def test_a_wrong_formula_on_a_page_is_found(right, wrong):
+    def changed():
+        pass
+
+    pairs, hyper = moderate_pairs(), dict(beta=0.3, label_smoothing=0.1)
+    assert inspect.getdoc(sigmoid).count(right) >= 1
+    changed.__doc__ = inspect.getdoc(sigmoid).replace(right, wrong, 1)
+    page = Page(changed, values_of(sigmoid, pairs, hyper))
+    dw, dl = gradients(sigmoid, pairs, **hyper)
+    expected = [call("sigmoid", pairs, **hyper)] * 2 + [dw, dl]
+    read = page.losses() + page.gradient("w") + page.gradient("l")
+    agree = [torch.allclose(value, form) for value, form in zip(expected, read, strict=True)]
+    assert not all(agree)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -863,6 +825,10 @@ def test_the_likelihood_term_is_linear_in_its_weight_and_is_sft(name, weight):
     off, one, three = (call(name, pairs, **{weight: value}) for value in (0.0, 1.0, 3.0))
     assert torch.allclose(one - off, call("sft", pairs))
     assert torch.allclose(three - off, 3 * call("sft", pairs))
+    without, _ = gradients(LOSSES[name], pairs, **{weight: 0.0})
+    with_likelihood, _ = gradients(LOSSES[name], pairs, **{weight: 2.0})
+    mean_length = pairs["chosen_lengths"].double().mean()
+    assert torch.allclose(with_likelihood, without - 2 / mean_length)
 
 
 def test_simpo_at_equal_averages_is_the_softplus_of_gamma_and_gamma_is_absolute():
@@ -958,6 +924,14 @@ def test_orpo_still_lowers_a_rejected_answer_of_probability_one():
     assert pairs["policy_rejected_logps"] == 0 and gradients(orpo, pairs)[1] > 0
 
 
+def test_log_odds_are_extended_linearly_from_one_ulp_below_probability_one():
+    """Two answers of one token and probability 1: the weight is λ/2, the slope 1/(1 − e^(−ulp))."""
+    pairs = pair(20.0, tensor(30.0))
+    dw, dl = gradients(orpo, pairs, beta=0.1, nll_weight=0.0)
+    expected = tensor(0.1 / 2 / -math.expm1(-torch.finfo(torch.float64).eps))
+    assert torch.allclose(dl, expected, rtol=1e-12) and torch.allclose(dw, -expected, rtol=1e-12)
+
+
 def test_slic_calibrates_up_to_delta_and_its_pull_on_the_target_is_constant():
     w, l = tensor(-3.0, -3.0), tensor(-3.5, -9.0)  # noqa: E741
     assert torch.allclose(slic(w, l, slic_delta=1.0, slic_lambda=0.0), tensor(0.5, 0.0))
@@ -969,6 +943,9 @@ def test_slic_regularizes_toward_the_target_answer_and_without_one_toward_the_ch
     w, l, target = tensor(-3.0), tensor(-9.0), tensor(-5.0)  # noqa: E741
     assert slic(w, l, target, slic_lambda=0.2).item() == pytest.approx(1.0)
     assert slic(w, l, slic_lambda=0.2).item() == pytest.approx(0.6)
+    target.requires_grad_()
+    slope_of_target, = torch.autograd.grad(slic(w, l, target, slic_lambda=0.2).sum(), target)
+    assert torch.equal(slope_of_target, tensor(-0.2))
 
 
 def test_slic_without_its_regularizer_is_the_hinge_with_a_reference_of_zeros_up_to_scale():

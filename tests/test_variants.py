@@ -1,12 +1,14 @@
 """Variants of a loss: reference-free, f-DPO, WPO and LD-DPO."""
+import argparse
 import math
 
 import pytest
 import torch
 from conftest import differences, make_rows, tiny_model, write_jsonl
-from steps import make_batch, preference_step
+from steps import build, make_batch, make_columns, preference_step
 from test_dpo import BATCH, ROWS, rows_of
 
+import reference as references
 from dpo import concatenated_forward
 from logps import FastLogps, log_sum_of_squares
 from losses import LOSSES, f_divergence_score, find, hinge, hyperparameters, sigmoid
@@ -116,6 +118,34 @@ def test_wpo_gives_a_policy_that_is_sure_of_both_answers_weight_1_and_the_paper_
     assert weight > 1
 
 
+def two_models():
+    """-> a policy and a reference of other weights, in float64"""
+    policy, reference = FastLogps(build("Llama").double()), FastLogps(build("Llama").double())
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter *= 1.5
+    return policy, reference
+
+
+def test_wpo_of_a_one_hot_policy_on_its_own_answers_is_the_loss_itself():
+    """Eq. 2: of the tokens that it would sample, each has log π(y_t) = log Σ_v π(v)² = 0."""
+    policy, reference = two_models()
+    with torch.no_grad():
+        policy.model.lm_head.weight *= 1e6
+    answer = greedy_answer(policy, [5, 6])
+    columns = {"id": ["row"], "prompt_ids": [[5, 6]], "chosen_ids": [answer],
+               "rejected_ids": [answer[:2]]}
+
+    def step(**variants):
+        return preference_step(policy, reference, make_batch(columns, **variants), sigmoid,
+                               **variants)
+
+    plain, _ = step()
+    losses, metrics = step(wpo=True)
+    assert metrics["wpo/weight"].item() == 1
+    assert torch.allclose(losses, plain, rtol=1e-12) and (plain - math.log(2)).abs() > 0.01
+
+
 def greedy_answer(model, prompt, length=4):
     """The most probable token at each position. None is less probable than a sampled token."""
     ids = list(prompt)
@@ -186,6 +216,32 @@ def test_ld_dpo_of_equal_lengths_or_with_alpha_1_is_dpo(model, other):
         found, _ = preference_step(model, other, batch, sigmoid, ld_alpha=alpha)
         plain, _ = preference_step(model, other, make_batch(columns), sigmoid)
         assert torch.allclose(found, plain, rtol=1e-12)
+
+
+# --- TR-DPO ---------------------------------------------------------------------------------------
+
+def pair_weights(policy, reference, batch):
+    """(B,): the size of DPO's gradient in the log-prob of each chosen answer, with β = 0.3"""
+    tensors = {}
+    for who, model in (("policy", policy), ("ref", reference)):
+        output = concatenated_forward(model, batch)
+        for side in ("chosen", "rejected"):
+            tensors[f"{who}_{side}_logps"] = output[f"{side}_logps"].detach()
+    chosen = tensors["policy_chosen_logps"].requires_grad_()
+    gradient, = torch.autograd.grad(sigmoid(**tensors, beta=0.3).sum(), chosen)
+    return -gradient
+
+
+def test_after_a_hard_update_of_the_reference_the_weight_of_every_pair_is_half_of_beta():
+    """2404.09656: TR-DPO sets the reference to the policy, and DPO pushes as at its start."""
+    policy, reference = two_models()
+    batch = make_batch(make_columns())
+    before = pair_weights(policy, reference, batch)
+    assert ((before - 0.15).abs() > 1e-4).all()
+    hard = argparse.Namespace(ref="model", sync_ref_every=1, sync_ref_alpha=1.0)
+    references.move_reference(hard, policy, reference)
+    after = pair_weights(policy, reference, batch)
+    assert torch.allclose(after, torch.full_like(after, 0.15), rtol=1e-12)
 
 
 # --- Which losses they are valid for --------------------------------------------------------------
