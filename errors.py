@@ -53,12 +53,27 @@ def arguments() -> list[str]:
     return [argument for argument in sys.argv[1:] if argument != "--debug"]
 
 
+def printable(text: str) -> str:
+    """Return text from data or a file name with every character that is not printable escaped.
+
+    These are the escape sequences of a terminal, which could clear the screen or recolor it, line
+    breaks, marks that reverse the direction of the text, and the bytes of a file name that are not
+    UTF-8: "\\x1b[2J", "\\n", "\\u202e", "\\udcff".
+    """
+    shown = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode("ascii")
+        shown.append(character)
+    return "".join(shown)
+
+
 def report(sentence: str, rank: int = 0) -> None:
     """Print the error that is being handled as one line, with --debug after its traceback."""
     if "--debug" in sys.argv[1:]:
         traceback.print_exc()
     prefix = f"error on rank {rank}" if rank else "error"
-    print(f"{prefix}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    print(f"{prefix}: {printable(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import flags
-from errors import UserError
+from errors import UserError, printable, report
 
 
 def run_script(script, *arguments):
@@ -99,3 +99,20 @@ def test_a_message_with_line_breaks_is_printed_as_one_line(tmp_path):
         "run_script(main)\n")
     result = run_script(tmp_path / "script.py")
     assert result.returncode == 2 and result.stderr == "error: file: wrong here\n"
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("row \x1b[2J\x1b]0;title\x07", r"row \x1b[2J\x1b]0;title\x07"),
+    ("two\nlines\ttab\r", r"two\nlines\ttab\r"),
+    ("naïve 你好 \U0001f600", "naïve 你好 \U0001f600"),
+    ("name\udcff.jsonl", r"name\udcff.jsonl"),
+    ("\u202egnp.exe\u200b\x9b31m\x7f", r"\u202egnp.exe\u200b\x9b31m\x7f"),
+])
+def test_what_comes_from_data_cannot_control_the_terminal(text, shown):
+    assert printable(text) == shown and shown.isprintable()
+
+
+def test_an_error_about_such_a_text_is_escaped(capsys):
+    report("row \x1b[31mred\x1b[0m of n\udcff.jsonl\nis wrong")
+    assert capsys.readouterr().err == (
+        "error: row \\x1b[31mred\\x1b[0m of n\\udcff.jsonl is wrong\n")
