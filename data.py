@@ -27,7 +27,7 @@ These rules hold for every row:
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
-from errors import UserError, nearest, run_script, stop_hub_retries  # first, see errors.py
+from errors import Parser, UserError, nearest, run_script, stop_hub_retries  # see errors.py
 import argparse
 import ast
 import csv
@@ -50,6 +50,7 @@ import torch
 import transformers
 
 import templates
+from ranges import at_least
 from templates import begins_with
 
 # The label of a token that is not scored.
@@ -1454,16 +1455,6 @@ def pad_right(rows, width, value):
 
 # --- Flags, and `python data.py` ------------------------------------------------------------------
 
-def at_least(low: float, kind: type) -> Callable:
-    """Make the argparse type of a number that is at least `low`."""
-    def number(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be >= {low}, got {text}")
-        return value
-    return number
-
-
 def add_flags(add: Callable):
     """Add the flags that decide which tokens a row becomes."""
     add("--max_length", type=at_least(2, int), default=1024,
@@ -1545,7 +1536,7 @@ def load_report_tokenizer(args):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")

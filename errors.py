@@ -9,6 +9,7 @@ import difflib
 import io
 import os
 import pathlib
+import re
 import select
 import signal
 import socket
@@ -37,15 +38,40 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a UserError. Each parser names --debug, which `arguments` removes."""
+    """Reports a wrong flag as a UserError, refuses text that is empty or not UTF-8, and explains
+    --debug, which `arguments` removes, at the end of --help."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                          help="show the traceback of an error, not only its line")
+        self.register("type", None, given_text)  # of every flag without a type of its own
+        # argparse would take -1e-5 and -inf for the names of flags.
+        self._negative_number_matcher = re.compile(r"-[0-9.]|-inf|-nan", re.IGNORECASE)
 
     def error(self, message):
         raise UserError(message)
+
+    def format_help(self):
+        if not hasattr(self, "debug_group"):
+            self.debug_group = self.add_argument_group("errors")
+            self.debug_group.add_argument(
+                "--debug", action="store_true",
+                help="show the traceback of an error, not only its line")
+        return super().format_help()
+
+
+def given_text(text: str) -> str:
+    """The argparse type of text: refuses nothing, such as an unset variable of a shell leaves in
+    --dataset "$DATA", and bytes that are not UTF-8, which no library can open."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its value is empty; give one, or leave the flag out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        advice = "rename the file"
+        if sys.getfilesystemencoding() != "utf-8":
+            advice = f"this terminal's locale is {sys.getfilesystemencoding()}; set PYTHONUTF8=1"
+        raise argparse.ArgumentTypeError(f"{text}: is not UTF-8; {advice}") from None
+    return text
 
 
 def arguments() -> list[str]:

@@ -10,7 +10,7 @@ weights of its base.
 host memory: it reads the file's dtype on the CPU, quantizes layer by layer if asked to, then moves
 tensor by tensor to the device and converts there.
 """
-from errors import UserError, run_script, stop_hub_retries  # first, see errors.py
+from errors import Parser, UserError, run_script, stop_hub_retries  # first, see errors.py
 import argparse
 import contextlib
 import importlib.util
@@ -524,7 +524,7 @@ def merge_command(args):
 
 def parse_command(argv):
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a random-weight Llama folder")
     new.add_argument("--tokenizer", required=True, help="folder whose tokenizer the model gets")

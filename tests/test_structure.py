@@ -15,22 +15,25 @@ import registry
 # File: the product files that it may import.
 ALLOWED_IMPORTS = {
     "errors": set(),
+    "ranges": set(),
     "files": set(),
-    "registry": {"errors"},
+    "registry": {"errors", "ranges"},
     "losses": {"registry"},
     "templates": {"errors"},
-    "data": {"errors", "templates"},
+    "data": {"errors", "ranges", "templates"},
     "parallel": {"errors"},
     "checkpoint": {"errors", "files", "parallel"},
     "lora": {"errors", "files"},
     "model": {"errors", "files", "lora"},
     "world": {"data", "files", "model"},
-    "dpo": {"data", "errors", "losses", "model", "world"},
+    "dpo": {"data", "errors", "losses", "model", "ranges", "world"},
     "packing": {"dpo"},
     "logps": {"dpo", "packing"},
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
-    "flags": {"checkpoint", "data", "errors", "losses", "lora", "variants", "world"},
+    "flags": {
+        "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
+    },
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
     "log": {"batches", "checkpoint", "files", "logps", "lora", "model", "parallel", "world"},
     "reference": {
@@ -39,7 +42,9 @@ ALLOWED_IMPORTS = {
     },
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
-ALLOWED_IMPORTS["bench"] = {"checkpoint", "data", "errors", "model", "parallel", "train"}
+ALLOWED_IMPORTS["bench"] = {
+    "checkpoint", "data", "errors", "model", "parallel", "ranges", "train",
+}
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}
 
