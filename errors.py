@@ -6,11 +6,8 @@ during these imports then ends the script without a traceback.
 import argparse
 import contextlib
 import difflib
-import io
 import os
-import pathlib
 import re
-import select
 import signal
 import socket
 import sys
@@ -19,17 +16,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 
-
-def is_script() -> bool:
-    """Return whether Python was started with a file of this folder, as in `python train.py`."""
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    here = pathlib.Path(__file__).resolve().parent
-    return path is not None and pathlib.Path(path).resolve().parent == here
-
+from streams import is_script, prepare_streams, script_signals_and_streams
 
 # `script_signals_and_streams` sets the handler back. A shell may have Ctrl-C ignored: keep that.
 if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if is_script():
+    prepare_streams()
 
 
 class UserError(ValueError):
@@ -94,11 +87,13 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def report(sentence: str, rank: int = 0) -> None:
-    """Print the error that is being handled as one line, with --debug after its traceback."""
+def report(sentence: str) -> None:
+    """Print the error that is being handled as one line, with --debug after its traceback. In a run
+    of several processes, the line names the rank, except rank 0."""
     if "--debug" in sys.argv[1:]:
         traceback.print_exc()
-    prefix = f"error on rank {rank}" if rank else "error"
+    rank = os.environ.get("RANK", "")
+    prefix = f"error on rank {rank}" if rank.isdecimal() and int(rank) else "error"
     print(f"{prefix}: {printable(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
 
 
@@ -140,50 +135,6 @@ def nearest(name: str, existing: Iterable[str]) -> str:
         return ""
     verb = "is" if len(near) == 1 else "are"
     return f"; the nearest {verb} {', '.join(near)}"
-
-
-@contextlib.contextmanager
-def script_signals_and_streams() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, and output that the terminal cannot show is escaped.
-
-    A character that the encoding of the output lacks, such as an emoji in ASCII, is written as
-    \\U0001f600. A closed pipe, as in `python data.py ... | head -1`, ends the script without a
-    message and with exit status 141, as it ends other programs.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            yield
-        finally:
-            flush_output()
-    except BrokenPipeError:
-        if not output_is_closed():
-            raise
-        # Python flushes both streams once more at exit, which must not raise again.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        sys.exit(141)
-
-
-def flush_output():
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-
-
-def output_is_closed() -> bool:
-    """Return whether stdout or stderr is a pipe whose reader has ended."""
-    if not hasattr(select, "poll"):  # on Windows
-        return True
-    poll = select.poll()
-    for number in (1, 2):
-        poll.register(number, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def stop_hub_retries() -> None:

@@ -594,6 +594,9 @@ def check_sources(args, early):
     if args.eval_dataset:
         raise UserError(f"--eval_dataset {args.eval_dataset}: give --model and --dataset too; "
                         f"{only_words}")
+    if getattr(args, "ref_model", None) and early.model is None:
+        raise UserError(f"--ref_model {args.ref_model}: give --model and --dataset too; without "
+                        "them, a run trains a toy model (if you mean that, give --model world)")
 
 
 def read_variants(args: argparse.Namespace) -> Variants:

@@ -68,8 +68,10 @@ def real_number(allowed: str) -> Callable[[str], float]:
     def read(text):
         if REAL.fullmatch(text) and in_range(float(text), allowed):
             return float(text)
-        raise argparse.ArgumentTypeError(
-            f"must be a number, {describe_range(allowed)}, got {shortened(text)}")
+        expected = "a finite number"
+        if allowed != "finite":
+            expected = f"a number {describe_range(allowed)}"
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {shortened(text)}")
     return read
 
 

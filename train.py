@@ -14,13 +14,7 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
-from errors import (  # first, see errors.py
-    UserError,
-    arguments,
-    output_is_closed,
-    report,
-    script_signals_and_streams,
-)
+from errors import UserError, arguments, report  # first, see errors.py
 import contextlib
 import math
 import os
@@ -121,6 +115,7 @@ from reference import (
     move_reference,
     moving_tensors,
 )
+from streams import output_is_closed, script_signals_and_streams
 from verify import can_drop_mask, can_pack, find_noise
 
 # torch.distributed.checkpoint warns when a single process saves.
@@ -837,7 +832,6 @@ def explain(error):
 def run():
     """main, with one line and exit status 2 for errors of users; a traceback only for bugs."""
     with script_signals_and_streams():
-        rank = int(os.environ.get("RANK", 0))
         try:
             ranks = init_distributed()
             stopped = main(arguments(), ranks)
@@ -848,7 +842,7 @@ def run():
             sentence = explain(error)
             if sentence is None:
                 raise
-            report(sentence, rank)
+            report(sentence)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted before the first step: nothing was saved", file=sys.stderr)

@@ -48,7 +48,7 @@ def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
 @pytest.mark.parametrize("name, arguments, message", [
     ("data.py", ["rows.jsonl", "--model=M", "--columns=prompt"], "--columns prompt: write OURS="),
     ("bench.py", ["--model=M", "--data=/nowhere.jsonl"], "--data /nowhere.jsonl: cannot be read"),
-    ("bench.py", ["--model=M", "--data=/nowhere.jsonl", "--steps=-1"], "--steps: must be >= 0"),
+    ("bench.py", ["--model=M", "--data=/nowhere.jsonl", "--steps=-1"], "--steps: must be a whole"),
     ("train.py", ["--loss=sigmod"], "--loss sigmod: there is no such loss"),
     ("train.py", ["--model=/nowhere/m", "--dataset=d", "--output_dir=/nowhere/out"],
      "/nowhere/m: no such model folder"),

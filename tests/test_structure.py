@@ -14,14 +14,15 @@ import registry
 
 # File: the product files that it may import.
 ALLOWED_IMPORTS = {
-    "errors": set(),
+    "streams": set(),
+    "errors": {"streams"},
     "ranges": set(),
     "files": set(),
     "registry": {"errors", "ranges"},
     "losses": {"registry"},
     "templates": {"errors"},
     "data": {"errors", "ranges", "templates"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
     "lora": {"errors", "files"},
     "model": {"errors", "files", "lora"},
