@@ -813,7 +813,8 @@ def explain(error):
     if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
         return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
+    too_large = re.search("can't allocate memory|[Ss]ize calculation overflowed", first)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or too_large:
         return (f"out of memory ({first}). Options that need less, cheapest first: a lower "
                 "--micro_batch_size, --gradient_checkpointing, --ref cache, a lower --max_length, "
                 "--parallel fsdp, --lora_rank, --quantize nf4")
