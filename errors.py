@@ -43,6 +43,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            if value == []:  # what argparse makes of "--seed=--"
+                self.error(f"argument --{name}: expected one argument")
+        return namespace, unknown
+
     def format_help(self):
         if not hasattr(self, "debug_group"):
             self.debug_group = self.add_argument_group("errors")

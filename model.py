@@ -44,6 +44,7 @@ from lora import (
     read_adapter,
     read_run_file,
 )
+from ranges import whole_number
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -528,9 +529,9 @@ def parse_command(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a random-weight Llama folder")
     new.add_argument("--tokenizer", required=True, help="folder whose tokenizer the model gets")
-    new.add_argument("--hidden_size", type=int, default=256)
-    new.add_argument("--layers", type=int, default=4)
-    new.add_argument("--seed", type=int, default=0)
+    new.add_argument("--hidden_size", type=whole_number(">= 2"), default=256)
+    new.add_argument("--layers", type=whole_number(">= 1"), default=4)
+    new.add_argument("--seed", type=whole_number(">= 0"), default=0)
     new.add_argument("--out", required=True)
     merged = commands.add_parser("merge", help="add an adapter to the weights of its base")
     merged.add_argument("--adapter", required=True)

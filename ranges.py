@@ -52,25 +52,27 @@ def describe_range(text: str) -> str:
 # --- Numbers of the command line ------------------------------------------------------------------
 
 def whole_number(allowed: str) -> Callable[[str], int]:
-    """Make the argparse type of a whole number in a range such as ">= 1"."""
+    """Make the argparse type of a whole number in a range such as ">= 1" or "[1, 64]"."""
+    expected = f"a whole number {describe_range(allowed)}".replace("and finite", "and below 2**63")
+
     def read(text):
         if WHOLE.fullmatch(text) and len(text) < MOST_DIGITS:
             value = int(text)
             if abs(value) < 2**63 and in_range(value, allowed):
                 return value
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number {allowed} and below 2**63, got {shortened(text)}")
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {shortened(text)}")
     return read
 
 
 def real_number(allowed: str) -> Callable[[str], float]:
     """Make the argparse type of a number in a range such as "> 0" or "(0, 1]"."""
+    expected = "a finite number"
+    if allowed != "finite":
+        expected = f"a number {describe_range(allowed)}"
+
     def read(text):
         if REAL.fullmatch(text) and in_range(float(text), allowed):
             return float(text)
-        expected = "a finite number"
-        if allowed != "finite":
-            expected = f"a number {describe_range(allowed)}"
         raise argparse.ArgumentTypeError(f"must be {expected}, got {shortened(text)}")
     return read
 

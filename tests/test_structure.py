@@ -25,7 +25,7 @@ ALLOWED_IMPORTS = {
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
     "lora": {"errors", "files"},
-    "model": {"errors", "files", "lora"},
+    "model": {"errors", "files", "lora", "ranges"},
     "world": {"data", "files", "model"},
     "dpo": {"data", "errors", "losses", "model", "ranges", "world"},
     "packing": {"dpo"},
