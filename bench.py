@@ -14,7 +14,7 @@ logits and gradients. On a CPU it is peak_rss_mb - rss_before_train_mb - optimiz
 peak, minus its peak when models and rows were loaded but no batch, minus the moments. On a GPU it
 is peak_gpu_mb - state_mb. If another trainer does not print these numbers, bench.py uses ours.
 """
-from errors import Parser, UserError, run_script  # first, see errors.py
+from errors import Parser, UserError, any_name, run_script  # first, see errors.py
 import argparse
 import contextlib
 import json
@@ -438,7 +438,7 @@ def main(argv):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder with its tokenizer")
-    parser.add_argument("--data", required=True, help="a .jsonl file of pairs")
+    parser.add_argument("--data", type=any_name, required=True, help="a .jsonl file of pairs")
     numbers = NUMBERS | {"micro_batch_size": (1, None), "repeats": (1, 5)}
     for name, (low, default) in numbers.items():
         parser.add_argument(f"--{name}", type=whole_number(f">= {low}"), default=default)

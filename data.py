@@ -27,7 +27,14 @@ These rules hold for every row:
 
 Files -> rows -> prompt and answers -> token ids -> batches: the sections below, in this order.
 """
-from errors import Parser, UserError, nearest, run_script, stop_hub_retries  # see errors.py
+from errors import (  # first, see errors.py
+    Parser,
+    UserError,
+    any_name,
+    nearest,
+    run_script,
+    stop_hub_retries,
+)
 import argparse
 import ast
 import csv
@@ -1538,9 +1545,9 @@ def load_report_tokenizer(args):
 def main(argv):
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="the same as --dataset of train.py")
+    parser.add_argument("dataset", type=any_name, help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
-    parser.add_argument("--eval_dataset",
+    parser.add_argument("--eval_dataset", type=any_name,
                         help="held-out rows, to count the prompts in both data sets")
     parser.add_argument("--chosen_only", action="store_true",
                         help="read only the chosen answers, as --loss sft does")

@@ -59,17 +59,23 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def given_text(text: str) -> str:
-    """The argparse type of text: refuses nothing, such as an unset variable of a shell leaves in
-    --dataset "$DATA", and bytes that are not UTF-8, which no library can open."""
+def any_name(text: str) -> str:
+    """The argparse type of a data file, whose name may have bytes that are not UTF-8. Refuses
+    nothing, such as an unset variable of a shell leaves in --dataset "$DATA"."""
     if not text.strip():
         raise argparse.ArgumentTypeError("its value is empty; give one, or leave the flag out")
+    return text
+
+
+def given_text(text: str) -> str:
+    """The argparse type of other text: `any_name`, but refuses bytes that are not UTF-8, which the
+    libraries that read and write models cannot open."""
     try:
-        text.encode()
+        any_name(text).encode()
     except UnicodeEncodeError:
-        advice = "rename the file"
+        advice = "rename it"
         if sys.getfilesystemencoding() != "utf-8":
-            advice = f"this terminal's locale is {sys.getfilesystemencoding()}; set PYTHONUTF8=1"
+            advice = f"the locale's encoding is {sys.getfilesystemencoding()}; set PYTHONUTF8=1"
         raise argparse.ArgumentTypeError(f"{text}: is not UTF-8; {advice}") from None
     return text
 

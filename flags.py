@@ -27,7 +27,7 @@ import torch
 import data
 import world
 from checkpoint import saved_flags
-from errors import Parser, UserError
+from errors import Parser, UserError, any_name
 from lora import read_adapter
 from losses import (
     LOSSES,
@@ -178,11 +178,11 @@ def add_source_flags(add):
         help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world",
         help="policy: a folder, a hub id, or world (default: the base of --adapter, else world)")
-    add("--dataset", default="world",
+    add("--dataset", type=any_name, default="world",
         help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
              "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out "
              "(default: world, where the model is the world's too)")
-    add("--eval_dataset",
+    add("--eval_dataset", type=any_name,
         help="held-out rows (default: a share of the prompts, see --eval_share)")
     add("--eval_share", type=real_number("[0, 1)"),
         help="share of the prompts to hold out (default 0.05; 0: none)")
@@ -325,8 +325,9 @@ def parse_args(
     """
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--loss", "--model", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
+    for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch"):
         first.add_argument(flag)
+    first.add_argument("--dataset", type=any_name)
     first.add_argument("--resume", action="store_true")
     early = first.parse_known_args(argv)[0]
     saved = saved_flags(early.output_dir) if early.resume else {}
