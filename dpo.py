@@ -11,7 +11,7 @@ Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T t
 A batch comes from data.pad_rows: for each side, chosen and rejected, right-padded (B, T) tensors
 `{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`.
 """
-from errors import Parser, any_name, run_script  # first, see errors.py
+from errors import Parser, run_script  # first, see errors.py
 import math
 
 import torch
@@ -211,7 +211,7 @@ def train_sft(model, rows, tokenizer):
 def main(argv):
     parser = Parser(description="SFT, then DPO, in the world; or DPO on your own")
     parser.add_argument("--model", help="a folder, or a name on the Hub (default: the world's)")
-    parser.add_argument("--dataset", type=any_name, help="pairs (default: the world's)")
+    parser.add_argument("--dataset", help="pairs, as train.py reads them (default: the world's)")
     parser.add_argument("--beta", type=real_number("> 0"), help="default: 0.1, or 1")
     parser.add_argument("--steps", type=whole_number(">= 1"), help="default: 1 epoch, or 2")
     args = parser.parse_args(argv)  # the second defaults are those of the world

@@ -401,7 +401,6 @@ def test_a_number_out_of_range_is_refused_or_in_the_range_of_its_flag(script_fla
 
 @pytest.mark.parametrize("value, message", [
     ("", "its value is empty"), ("  ", "its value is empty"), ("\n", "its value is empty"),
-    ("--", "expected one argument"),
 ])
 def test_every_text_of_every_script_refuses_an_empty_value(script_flags, value, message):
     for parser, flag, kind in script_flags:
@@ -413,10 +412,16 @@ def test_every_text_of_every_script_refuses_an_empty_value(script_flags, value, 
 def test_a_name_that_is_not_utf_8_is_refused_except_for_data(script_flags):
     for parser, flag, kind in script_flags:
         if kind is None:
-            with pytest.raises(UserError, match=f"argument {flag}: n\udcff: is not UTF-8; rename it"):
+            with pytest.raises(UserError, match=f"{flag}: n\udcff: is not UTF-8; rename it"):
                 parser.parse_args([f"{flag}=n\udcff"])
         elif kind is any_name:
             assert "data" in flag and kind("n\udcff.jsonl") == "n\udcff.jsonl"
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--model", "--lr", "--dataset", "--columns"])
+def test_two_dashes_are_no_value(flag):
+    with pytest.raises(UserError, match=f"argument {flag}: expected one argument"):
+        train.parse_args(["--model=m", "--dataset=d", f"{flag}=--"])
 
 
 def test_an_empty_value_is_refused_before_the_flags_of_a_loss_are_known():
