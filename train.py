@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
-from transformers import AttentionInterface, get_scheduler
+from transformers import get_scheduler
 
 import data
 import packing
@@ -249,7 +249,7 @@ def try_rows(verdict, module, dtype, ranks):
     """can_pack, can_drop_mask or find_noise on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
-        guard = failing_together(ranks)
+        guard = failing_together(module, ranks)
     # The adapter is off, because its dropout would add noise to the comparison.
     options = autocast_options(dtype, ranks.device)
     with torch.autocast(**options), use_adapter(module.model, None), guard:
@@ -260,28 +260,49 @@ def try_rows(verdict, module, dtype, ranks):
 
 
 @contextlib.contextmanager
-def failing_together(ranks):
-    """Inside, packed attention that raises on one rank raises on all of them, at the same call.
+def failing_together(module, ranks):
+    """Inside, a forward that raises on one rank raises on all of them, at the end of the same part.
 
     FSDP gathers weights in every block. If one rank left its forward alone, the others would wait
-    for it in the next gather until they time out.
+    for it in the next gather until they time out. Each block is such a part, and each module
+    outside the blocks.
     """
-    def attention(*inputs, **options):
-        reason = None
-        try:
-            output = packing.attention(*inputs, **options)
-        except Exception as error:  # of any kernel; raised again on every rank
-            reason = f"{type(error).__name__} on rank {ranks.rank}: {error}"
-        reason = first_reason(reason, ranks)
-        if reason is not None:
-            raise RuntimeError(reason)
-        return output
+    def guarded(forward):
+        def forward_on_all(*inputs, **options):
+            reason = None
+            try:
+                output = forward(*inputs, **options)
+            except Exception as error:  # of any kernel; raised again on every rank
+                reason = f"{type(error).__name__} on rank {ranks.rank}: {error}"
+            reason = first_reason(reason, ranks)
+            if reason is not None:
+                raise RuntimeError(reason)
+            return output
+        return forward_on_all
 
-    AttentionInterface.register(packing.NAME, attention)
+    parts = {id(part): part for part in parts_between_gathers(module)}
+    before = {key: vars(part).get("forward") for key, part in parts.items()}
+    for part in parts.values():
+        part.forward = guarded(part.forward)
     try:
         yield
     finally:
-        AttentionInterface.register(packing.NAME, packing.attention)
+        for key, part in parts.items():
+            del part.forward
+            if before[key] is not None:
+                part.forward = before[key]
+
+
+def parts_between_gathers(module) -> list:
+    """Return the blocks of a module with sharded blocks, and the modules outside its blocks."""
+    parts = []
+    for child in module.children():
+        has_block = any(isinstance(inner, FSDPModule) for inner in child.modules())
+        if isinstance(child, FSDPModule) or not has_block:
+            parts.append(child)
+        else:
+            parts += parts_between_gathers(child)
+    return parts
 
 
 def make_optimizer(model, lr, device):
