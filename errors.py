@@ -92,6 +92,8 @@ def printable(text: str) -> str:
     breaks, marks that reverse the direction of the text, and the bytes of a file name that are not
     UTF-8: "\\x1b[2J", "\\n", "\\u202e", "\\udcff".
     """
+    if text.isprintable():
+        return text
     shown = []
     for character in text:
         if not character.isprintable():
