@@ -58,7 +58,7 @@ def explained_write_errors(folder: pathlib.Path):
         if isinstance(path, str) and not pathlib.Path(path).resolve().is_relative_to(
                 folder.resolve()):
             raise
-        full = re.search("no space left|quota", str(cause), re.IGNORECASE)
+        full = re.search("no space|quota|too large", str(cause), re.IGNORECASE)
         remedy = "Make room, then" if full else "When it can be written again"
         raise UserError(
             f"--output_dir {folder}: could not be written ({cause}); what was there before is "

@@ -60,9 +60,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def any_name(text: str) -> str:
-    """The argparse type of a data file, whose name may have bytes that are not UTF-8. Refuses
-    nothing, such as an unset variable of a shell leaves in --dataset "$DATA"."""
-    if not text.strip():
+    """The argparse type of a data file, whose name may have bytes that are not UTF-8. Refuses what
+    an unset variable of a shell leaves of --dataset "$DATA", or of a list "$A,$B"."""
+    if not text.strip(", \t\n"):
         raise argparse.ArgumentTypeError("its value is empty; give one, or leave the flag out")
     return text
 

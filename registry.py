@@ -124,6 +124,8 @@ def find(spec: str) -> Callable:
     weights = {}
     for part in spec.split(","):  # "sigmoid:0.8"
         name, _, weight = part.strip().partition(":")
+        if not name:
+            raise ValueError(f"loss {spec}: a name is missing; write NAME:WEIGHT,NAME:WEIGHT")
         if name not in LOSSES:
             near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)[0]
             raise ValueError(f"loss {name}: there is no such loss; the nearest name is {near}; "

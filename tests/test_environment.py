@@ -538,6 +538,7 @@ def test_a_later_step_may_wait_longer_than_the_start():
 @pytest.mark.parametrize("error, message", [
     (OSError(28, "No space left on device"), "Make room, then: python train.py"),
     (OSError(122, "Disk quota exceeded"), "Make room, then: python train.py"),
+    (OSError(27, "File too large"), "Make room, then: python train.py"),
     (PermissionError(13, "Permission denied"), r"Permission denied.*When it can be written again"),
     (OSError(30, "Read-only file system"), r"Read-only file system.*When it can be written again"),
 ])

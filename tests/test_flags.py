@@ -401,6 +401,7 @@ def test_a_number_out_of_range_is_refused_or_in_the_range_of_its_flag(script_fla
 
 @pytest.mark.parametrize("value, message", [
     ("", "its value is empty"), ("  ", "its value is empty"), ("\n", "its value is empty"),
+    (",", "its value is empty"), (", ,", "its value is empty"),
 ])
 def test_every_text_of_every_script_refuses_an_empty_value(script_flags, value, message):
     for parser, flag, kind in script_flags:
@@ -416,6 +417,12 @@ def test_a_name_that_is_not_utf_8_is_refused_except_for_data(script_flags):
                 parser.parse_args([f"{flag}=n\udcff"])
         elif kind is any_name:
             assert "data" in flag and kind("n\udcff.jsonl") == "n\udcff.jsonl"
+
+
+@pytest.mark.parametrize("spec", ["sigmoid,", ",sigmoid", "sigmoid,,sft", ":0.5"])
+def test_a_missing_name_in_a_sum_of_losses_is_refused(spec):
+    with pytest.raises(UserError, match=f"--loss {spec}: a name is missing"):
+        train.parse_args(["--loss", spec])
 
 
 @pytest.mark.parametrize("flag", ["--seed", "--model", "--lr", "--dataset", "--columns"])
