@@ -170,7 +170,7 @@ def crowded_line(ranks: Ranks) -> str:
     """Return a line if the threads of this machine's ranks outnumber its idle cores, else ""."""
     if ranks.device.type != "cpu" or torch.get_num_threads() == 1:
         return ""
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    local_size = read_variable("LOCAL_WORLD_SIZE", ">= 1") or ranks.size
     threads = local_size * torch.get_num_threads()
     free = max(0.0, free_cores())
     # A load average is rough: a few threads more than idle cores are no reason for a line.
@@ -242,8 +242,10 @@ def in_turn(make, ranks: Ranks):
     one model on its way to a GPU, not one per GPU."""
     if ranks.size == 1:
         return make()
-    local_rank = int(os.environ.get("LOCAL_RANK", ranks.rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    local_rank = read_variable("LOCAL_RANK")
+    if local_rank is None:
+        local_rank = ranks.rank
+    local_size = read_variable("LOCAL_WORLD_SIZE", ">= 1") or ranks.size
     made = None
     for turn in range(max(gather(local_size, ranks))):
         if turn == local_rank:

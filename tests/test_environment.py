@@ -572,3 +572,28 @@ def test_a_rank_names_itself_in_the_line_of_its_error(environment, capsys):
     environment("RANK=0")
     errors.report("--lr: wrong")
     assert capsys.readouterr().err == "error on rank 2: --lr: wrong\nerror: --lr: wrong\n"
+
+
+def test_ctrl_c_ends_a_process_that_waits_in_a_library_at_once(environment, monkeypatch):
+    handlers = []
+
+    def join(*arguments):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        raise train.UserError("nobody there")
+
+    environment("RANK=0 WORLD_SIZE=2")
+    monkeypatch.setattr(parallel, "join_store", join)
+    with pytest.raises(train.UserError):
+        parallel.init_distributed()
+    assert handlers == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("text, turns", [("LOCAL_RANK= LOCAL_WORLD_SIZE=", 2), ("LOCAL_RANK=1", 2)])
+def test_an_empty_local_rank_is_the_rank(environment, monkeypatch, text, turns):
+    environment(text)
+    passed = []
+    monkeypatch.setattr(parallel, "gather", lambda value, ranks: [value] * ranks.size)
+    monkeypatch.setattr(parallel, "barrier", lambda ranks: passed.append(1))
+    ranks = parallel.Ranks(1, 2, torch.device("cpu"))
+    assert parallel.in_turn(lambda: len(passed), ranks) == 1 and len(passed) == turns
