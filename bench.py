@@ -18,7 +18,7 @@ logits and gradients. On a CPU it is peak_rss_mb - rss_before_train_mb - optimiz
 peak, minus its peak when models and rows were loaded but no batch, minus the moments. On a GPU it
 is peak_gpu_mb - state_mb. If another trainer does not print these numbers, bench.py uses ours.
 """
-from errors import Parser, UserError, run_script  # first, see errors.py
+from errors import Parser, UserError, any_name, run_script  # first, see errors.py
 import argparse
 import contextlib
 import json
@@ -44,6 +44,7 @@ import train
 from checkpoint import saved_flags
 from model import load_model, load_tokenizer
 from parallel import init_distributed
+from ranges import whole_number
 
 SWITCHES = {
     "bf16": "autocast to bfloat16",
@@ -51,13 +52,13 @@ SWITCHES = {
     "precompute_ref": "compute the reference's log-probs before the first step",
     "no_shuffle": "take the rows in the order of the file",
 }
-NUMBERS = {
-    "batch_size": 8,
-    "steps": 6,
-    "warmup": 2,
-    "max_length": 1024,
-    "lora_r": 0,
-    "threads": torch.get_num_threads(),
+NUMBERS = {  # name: the lowest value, the default
+    "batch_size": (1, 8),
+    "steps": (1, 6),
+    "warmup": (0, 2),
+    "max_length": (2, 1024),
+    "lora_r": (0, 0),
+    "threads": (1, torch.get_num_threads()),
 }
 
 
@@ -226,7 +227,7 @@ def train_flags(args):
 def run_training(args, ranks, lines):
     """Train on these lines of JSON. Returns a TrainedRun."""
     with empty_folder():
-        pathlib.Path("rows.jsonl").write_text("".join(lines))
+        pathlib.Path("rows.jsonl").write_text("".join(lines), encoding="utf-8")
         with recorded() as recorder:
             train.main(train_flags(args), ranks)
         flags = saved_flags("out")
@@ -246,7 +247,7 @@ def run_training(args, ranks, lines):
 def read_lines(path, count):
     """Read `count` lines of a file; a file with fewer lines is repeated."""
     try:
-        text = pathlib.Path(path).read_text()
+        text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {path}: cannot be read ({error})") from error
     lines = [line.strip() + "\n" for line in text.splitlines() if line.strip()]
@@ -465,12 +466,11 @@ def compare(args):
 def main(argv):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=os.path.abspath, required=True,
-                        help="a folder with its tokenizer")
-    parser.add_argument("--data", type=os.path.abspath, required=True,
-                        help="a .jsonl file of pairs")
-    for name, default in (NUMBERS | {"micro_batch_size": None, "repeats": 5}).items():
-        parser.add_argument(f"--{name}", type=data.at_least(0, int), default=default)
+    parser.add_argument("--model", required=True, help="a folder with its tokenizer")
+    parser.add_argument("--data", type=any_name, required=True, help="a .jsonl file of pairs")
+    numbers = NUMBERS | {"micro_batch_size": (1, None), "repeats": (1, 5)}
+    for name, (low, default) in numbers.items():
+        parser.add_argument(f"--{name}", type=whole_number(f">= {low}"), default=default)
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto",
@@ -478,9 +478,13 @@ def main(argv):
     parser.add_argument("--compare", metavar="COMMAND",
                         help="run this command in turn with ours; it gets the flags that both have "
                              "and prints the same fields")
-    parser.add_argument("--start", type=data.at_least(1, int), metavar="ROWS",
+    parser.add_argument("--start", type=whole_number(">= 1"), metavar="ROWS",
                         help="time the start of a run with so many rows instead of its steps")
     args = parser.parse_args(argv)
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup}: leaves no step to time; --steps is {args.steps}")
+    # A run changes the current folder.
+    args.model, args.data = os.path.abspath(args.model), os.path.abspath(args.data)
     mode = measure
     if args.compare:
         mode = compare

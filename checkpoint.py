@@ -19,6 +19,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +70,8 @@ FREE_ON_RESUME = {
 
 @contextlib.contextmanager
 def explained_write_errors(folder: pathlib.Path):
-    """Turn a write error, such as a full disk, into one line. files.py deletes partial files."""
+    """Turn a write error, such as a full disk, into one line. files.py deletes partial files. An
+    error of a file elsewhere, such as a data set that cannot be read any more, passes."""
     try:
         yield
     except BrokenPipeError:  # the reader of the output has ended; no file is wrong
@@ -78,9 +80,15 @@ def explained_write_errors(folder: pathlib.Path):
         cause = error
         if isinstance(error, dcp.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
+        path = getattr(cause, "filename", None)
+        if isinstance(path, str) and not pathlib.Path(path).resolve().is_relative_to(
+                folder.resolve()):
+            raise
+        full = re.search("no space|quota|too large", str(cause), re.IGNORECASE)
+        remedy = "Make room, then" if full else "When it can be written again"
         raise UserError(
             f"--output_dir {folder}: could not be written ({cause}); what was there before is "
-            f"whole. Make room, then: python train.py --output_dir {folder} --resume") from error
+            f"whole. {remedy}: python train.py --output_dir {folder} --resume") from error
 
 
 def flags_digest(flags: dict) -> str:

@@ -28,8 +28,16 @@ These rules hold for every row:
 Files -> rows (sources.py) -> prompt and answers (layouts.py, unread.py) -> text (templates.py) ->
 token ids -> batches: the last two are the sections below, in this order.
 """
-from errors import Parser, UserError, nearest, printable, reading  # first, see errors.py
-from errors import run_script, stop_hub_retries
+from errors import (  # first, see errors.py
+    Parser,
+    UserError,
+    any_name,
+    nearest,
+    printable,
+    reading,
+    run_script,
+    stop_hub_retries,
+)
 import argparse
 import contextlib
 import functools
@@ -55,6 +63,7 @@ import sources
 import templates
 import unread
 from layouts import examples
+from ranges import whole_number
 from shorten import shorten_texts
 from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
 from unread import check_ignored, count_unread
@@ -727,24 +736,14 @@ def pad_right(rows, width, value):
 
 # --- Flags, and `python data.py` ------------------------------------------------------------------
 
-def at_least(low: float, kind: type) -> Callable:
-    """Make the argparse type of a number that is at least `low`."""
-    def number(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be >= {low}, got {text}")
-        return value
-    return number
-
-
 def add_flags(add: Callable):
     """Add the flags that decide which tokens a row becomes."""
-    add("--max_length", type=at_least(2, int), default=1024,
+    add("--max_length", type=whole_number(">= 2"), default=1024,
         help="tokens of prompt and answer together")
-    add("--max_prompt_length", type=at_least(1, int),
+    add("--max_prompt_length", type=whole_number(">= 1"),
         help="tokens of the prompt (default: all that the longer answer does not need, at least "
              "half of max_length)")
-    add("--max_completion_length", type=at_least(1, int),
+    add("--max_completion_length", type=whole_number(">= 1"),
         help="tokens of an answer with its EOS (default: max_length)")
     add("--truncation_mode", choices=("keep_end", "keep_start"), default="keep_end",
         help="the end of a long prompt to keep")
@@ -818,9 +817,9 @@ def load_report_tokenizer(args):
 def main(argv):
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="the same as --dataset of train.py")
+    parser.add_argument("dataset", type=any_name, help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
-    parser.add_argument("--eval_dataset",
+    parser.add_argument("--eval_dataset", type=any_name,
                         help="held-out rows, to count the prompts in both data sets")
     parser.add_argument("--chosen_only", action="store_true",
                         help="read only the chosen answers, as --loss sft does")

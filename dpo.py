@@ -22,6 +22,7 @@ import data
 import world
 from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
 from model import load_model, load_tokenizer
+from ranges import real_number, whole_number
 
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers
 SIDES = ("chosen", "rejected")
@@ -181,8 +182,7 @@ def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
         # The next pairs, in the random order of this epoch.
         indices = data.window(step, len(rows), settings["batch_size"], seed=0, shuffle=True)
         batch = data.pad_rows(rows[indices], pad)
-        del batch["id"]  # strings
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = {name: value.to(device) for name, value in batch.items() if name != "id"}
 
         # Log-probs under policy and reference, the loss of each pair, the gradient of their mean.
         tensors = preference_logps(policy, reference, batch, loss)
@@ -212,8 +212,8 @@ def main(argv):
     parser = Parser(description="SFT, then DPO, in the world; or DPO on your own")
     parser.add_argument("--model", help="a folder, or a name on the Hub (default: the world's)")
     parser.add_argument("--dataset", help="pairs, as train.py reads them (default: the world's)")
-    parser.add_argument("--beta", type=data.at_least(1e-6, float), help="default: 0.1, or 1")
-    parser.add_argument("--steps", type=data.at_least(1, int), help="default: 1 epoch, or 2")
+    parser.add_argument("--beta", type=real_number("> 0"), help="default: 0.1, or 1")
+    parser.add_argument("--steps", type=whole_number(">= 1"), help="default: 1 epoch, or 2")
     args = parser.parse_args(argv)  # the second defaults are those of the world
     if bool(args.model) != bool(args.dataset):
         parser.error("give both --model and --dataset, or neither for the world")

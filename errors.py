@@ -6,10 +6,8 @@ during these imports then ends the script without a traceback.
 import argparse
 import contextlib
 import difflib
-import io
 import os
-import pathlib
-import select
+import re
 import signal
 import socket
 import sys
@@ -18,17 +16,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 
-
-def is_script() -> bool:
-    """Return whether Python was started with a file of this folder, as in `python train.py`."""
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    here = pathlib.Path(__file__).resolve().parent
-    return path is not None and pathlib.Path(path).resolve().parent == here
-
+from streams import is_script, prepare_streams, script_signals_and_streams
 
 # `script_signals_and_streams` sets the handler back. A shell may have Ctrl-C ignored: keep that.
 if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if is_script():
+    prepare_streams()
 
 
 class UserError(ValueError):
@@ -37,15 +31,53 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a UserError. Each parser names --debug, which `arguments` removes."""
+    """Reports a wrong flag as a UserError, refuses text that is empty or not UTF-8, and explains
+    --debug, which `arguments` removes, at the end of --help."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                          help="show the traceback of an error, not only its line")
+        self.register("type", None, given_text)  # of every flag without a type of its own
+        # argparse would take -1e-5 and -inf for the names of flags.
+        self._negative_number_matcher = re.compile(r"-[0-9.]|-inf|-nan", re.IGNORECASE)
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            if value == []:  # what argparse makes of "--seed=--"
+                self.error(f"argument --{name}: expected one argument")
+        return namespace, unknown
+
+    def format_help(self):
+        if not hasattr(self, "debug_group"):
+            self.debug_group = self.add_argument_group("errors")
+            self.debug_group.add_argument(
+                "--debug", action="store_true",
+                help="show the traceback of an error, not only its line")
+        return super().format_help()
+
+
+def any_name(text: str) -> str:
+    """The argparse type of a data file, whose name may have bytes that are not UTF-8. Refuses what
+    an unset variable of a shell leaves of --dataset "$DATA", or of a list "$A,$B"."""
+    if not text.strip(", \t\n"):
+        raise argparse.ArgumentTypeError("its value is empty; give one, or leave the flag out")
+    return text
+
+
+def given_text(text: str) -> str:
+    """The argparse type of other text: `any_name`, but refuses bytes that are not UTF-8, which the
+    libraries that read and write models cannot open."""
+    try:
+        any_name(text).encode()
+    except UnicodeEncodeError:
+        advice = "rename it"
+        if sys.getfilesystemencoding() != "utf-8":
+            advice = f"the locale's encoding is {sys.getfilesystemencoding()}; set PYTHONUTF8=1"
+        raise argparse.ArgumentTypeError(f"{text}: is not UTF-8; {advice}") from None
+    return text
 
 
 def arguments() -> list[str]:
@@ -70,11 +102,13 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def report(sentence: str, rank: int = 0) -> None:
-    """Print the error that is being handled as one line, with --debug after its traceback."""
+def report(sentence: str) -> None:
+    """Print the error that is being handled as one line, with --debug after its traceback. In a run
+    of several processes, the line names the rank, except rank 0."""
     if "--debug" in sys.argv[1:]:
         traceback.print_exc()
-    prefix = f"error on rank {rank}" if rank else "error"
+    rank = os.environ.get("RANK", "")
+    prefix = f"error on rank {rank}" if rank.isdecimal() and int(rank) else "error"
     print(f"{prefix}: {printable(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
 
 
@@ -116,50 +150,6 @@ def nearest(name: str, existing: Iterable[str]) -> str:
         return ""
     verb = "is" if len(near) == 1 else "are"
     return f"; the nearest {verb} {', '.join(near)}"
-
-
-@contextlib.contextmanager
-def script_signals_and_streams() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, and output that the terminal cannot show is escaped.
-
-    A character that the encoding of the output lacks, such as an emoji in ASCII, is written as
-    \\U0001f600. A closed pipe, as in `python data.py ... | head -1`, ends the script without a
-    message and with exit status 141, as it ends other programs.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            yield
-        finally:
-            flush_output()
-    except BrokenPipeError:
-        if not output_is_closed():
-            raise
-        # Python flushes both streams once more at exit, which must not raise again.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        sys.exit(141)
-
-
-def flush_output():
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-
-
-def output_is_closed() -> bool:
-    """Return whether stdout or stderr is a pipe whose reader has ended."""
-    if not hasattr(select, "poll"):  # on Windows
-        return True
-    poll = select.poll()
-    for number in (1, 2):
-        poll.register(number, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def stop_hub_retries() -> None:

@@ -27,8 +27,7 @@ import torch
 import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
-from data import at_least
-from errors import Parser, UserError
+from errors import Parser, UserError, any_name
 from lora import read_adapter
 from losses import (
     LOSSES,
@@ -38,6 +37,7 @@ from losses import (
     needs_rejected,
     tensor_arguments,
 )
+from ranges import real_number, whole_number
 from variants import Variants, check_variants
 
 # our name: transformers' name
@@ -160,13 +160,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (in the world {in_world})"
 
 
-def above_zero(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
-    return value
-
-
 def true_or_false(text):
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, got {text}")
@@ -179,13 +172,13 @@ def add_source_flags(add):
         help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world",
         help="policy: a folder, a hub id, or world (default: the base of --adapter, else world)")
-    add("--dataset", default="world",
+    add("--dataset", type=any_name, default="world",
         help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
              "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out "
              "(default: world, where the model is the world's too)")
-    add("--eval_dataset",
+    add("--eval_dataset", type=any_name,
         help="held-out rows (default: a share of the prompts, see --eval_share)")
-    add("--eval_share", type=at_least(0, float),
+    add("--eval_share", type=real_number("[0, 1)"),
         help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
     add("--resume", action="store_true",
@@ -196,14 +189,14 @@ def add_policy_flags(add, loss):
     """Add the flags for the weights to train and for the reference."""
     add("--adapter",
         help="start from this LoRA adapter on top of --model: a folder saved by train.py or PEFT")
-    add("--lora_rank", type=at_least(1, int),
+    add("--lora_rank", type=whole_number(">= 1"),
         help="train a new LoRA adapter of this rank, and nothing else")
-    add("--lora_alpha", type=above_zero,
+    add("--lora_alpha", type=real_number("> 0"),
         help="the scale of the adapter is alpha / rank (default: twice the rank)")
     add("--lora_target",
         help="names of linear layers, as q_proj,v_proj, or a regular expression "
              "(default: all but the head)")
-    add("--lora_dropout", type=at_least(0, float), default=0.0,
+    add("--lora_dropout", type=real_number("[0, 1)"), default=0.0,
         help="dropout on the input of the adapter")
     add("--rslora", action="store_true", help="the scale is alpha / sqrt(rank)")
     add("--dora", action="store_true",
@@ -220,32 +213,32 @@ def add_policy_flags(add, loss):
              "log-probs computed once and stored on disk; none: with --reference_free")
     add("--ref_model",
         help="the second model of --ref model (default: the model that the policy starts from)")
-    add("--ref_batch_size", type=at_least(1, int),
+    add("--ref_batch_size", type=whole_number(">= 1"),
         help="pairs per forward of --ref cache (default: micro_batch_size)")
-    add("--sync_ref_every", type=at_least(1, int),
+    add("--sync_ref_every", type=whole_number(">= 1"),
         help="TR-DPO: move the reference towards the policy after this many steps")
-    add("--sync_ref_alpha", type=above_zero,
+    add("--sync_ref_alpha", type=real_number("(0, 1]"),
         help="TR-DPO: weight of the policy in the moved reference, in (0, 1] (default 0.6)")
 
 
 def add_optimizer_flags(add):
     """Add the flags for batches, number of steps and AdamW."""
-    add("--batch_size", type=at_least(1, int), default=64,
+    add("--batch_size", type=whole_number(">= 1"), default=64,
         help="pairs per optimizer step, all ranks together")
-    add("--micro_batch_size", type=at_least(1, int),
+    add("--micro_batch_size", type=whole_number(">= 1"),
         help="pairs per forward on one rank: fewer need less memory (default 4)")
-    add("--tokens_per_micro_batch", type=at_least(1, int),
+    add("--tokens_per_micro_batch", type=whole_number(">= 1"),
         help="in place of --micro_batch_size: most tokens per forward on one rank; the two answers "
              "of a pair share its prompt, which counts once")
-    add("--epochs", type=at_least(1, int), help="passes over the data (default 1)")
-    add("--max_steps", type=at_least(1, int), help="optimizer steps, in place of --epochs")
-    add("--lr", type=above_zero,
+    add("--epochs", type=whole_number(">= 1"), help="passes over the data (default 1)")
+    add("--max_steps", type=whole_number(">= 1"), help="optimizer steps, in place of --epochs")
+    add("--lr", type=real_number("> 0"),
         help="peak learning rate of AdamW (default 5e-7, with an adapter 5e-6; for sft 1e-5, with "
              "an adapter 1e-4)")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="schedule after the warm-up")
-    add("--warmup_steps", type=at_least(0, int),
+    add("--warmup_steps", type=whole_number(">= 0"),
         help="steps of linear warm-up (default: a tenth of the steps)")
-    add("--max_grad_norm", type=above_zero, default=1.0,
+    add("--max_grad_norm", type=real_number("> 0"), default=1.0,
         help="gradients are clipped to this norm")
 
 
@@ -265,13 +258,13 @@ def add_run_flags(add):
         help="on a GPU use deterministic kernels only: slower, but a run that is repeated or "
              "resumed ends bit for bit the same; an operation without such a kernel is an error. "
              "Runs on a CPU are deterministic without this flag")
-    add("--log_every", type=at_least(1, int), default=10,
+    add("--log_every", type=whole_number(">= 1"), default=10,
         help="steps between rows of metrics.jsonl")
-    add("--eval_every", type=at_least(0, int), default=200,
+    add("--eval_every", type=whole_number(">= 0"), default=200,
         help="steps between evaluations (0: at the end only)")
-    add("--save_every", type=at_least(0, int), default=200,
+    add("--save_every", type=whole_number(">= 0"), default=200,
         help="steps between checkpoints (0: only when interrupted)")
-    add("--keep_checkpoints", type=at_least(1, int),
+    add("--keep_checkpoints", type=whole_number(">= 1"),
         help="number of newest checkpoints to keep (default 2; 1 if one is above 10 GB)")
 
 
@@ -281,12 +274,13 @@ def add_variant_flags(add):
         help="use zeros in place of the reference's log-probs")
     add("--f_divergence", choices=("reverse_kl", "forward_kl", "js", "alpha"),
         help="f-DPO: losses.f_divergence_score replaces the log-ratios")
-    add("--f_alpha", type=float, help="the alpha of --f_divergence alpha, in (0, 1] (default 0.5)")
+    add("--f_alpha", type=real_number("(0, 1]"),
+        help="the alpha of --f_divergence alpha, in (0, 1] (default 0.5)")
     add("--wpo", action="store_true",
         help="WPO: weigh a pair by how probable its answers are under the policy")
     add("--wpo_clamp", action="store_true",
         help="limit each weight of --wpo to 1, as the authors' code does; the paper has no limit")
-    add("--ld_alpha", type=float, default=1.0,
+    add("--ld_alpha", type=real_number("[0, 1]"), default=1.0,
         help="LD-DPO: weight of the tokens beyond the shorter answer's length, in [0, 1]")
 
 
@@ -303,14 +297,15 @@ def build_parser(loss: Callable, description: str | None = None) -> Parser:
     data.add_flags(rows.add_argument)
     rows.add_argument("--shuffle", type=true_or_false, default=True, metavar="true|false",
                       help="false: keep the order of the file")
-    rows.add_argument("--seed", type=at_least(0, int), default=0,
+    rows.add_argument("--seed", type=whole_number(">= 0"), default=0,
                       help="seed of the order of the rows, and of a new adapter and its dropout")
     add_run_flags(parser.add_argument_group("the run").add_argument)
     variants = parser.add_argument_group("variants of a loss, each where it is valid")
     add_variant_flags(variants.add_argument)
     own = parser.add_argument_group(f"the loss {loss.__name__}")
     for name, default in hyperparameters(loss).items():
-        own.add_argument(f"--{name}", type=float, default=default,
+        ranges = [LOSSES[part].ranges[name] for part in loss.parts if name in LOSSES[part].ranges]
+        own.add_argument(f"--{name}", type=real_number(ranges[0]), default=default,
                          help="see the docstring of the loss in losses.py")
     return parser
 
@@ -324,8 +319,9 @@ def parse_args(
     """
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--loss", "--model", "--dataset", "--output_dir", "--tokens_per_micro_batch"):
+    for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch"):
         first.add_argument(flag)
+    first.add_argument("--dataset", type=any_name)
     first.add_argument("--resume", action="store_true")
     early = first.parse_known_args(argv)[0]
     saved = saved_flags(early.output_dir) if early.resume else {}
@@ -352,7 +348,6 @@ def parse_args(
         refuse_flags(unknown, argv, loss_name, all_flags)
 
     # Last, check combinations of flags and derive values from them.
-    check_empty(args)
     if args.adapter and not saved and early.model is None:
         args.model = base_of_adapter(args.adapter)
     settle_adapter(args, loss)
@@ -389,13 +384,6 @@ LORA = {
 }
 
 
-def check_empty(args):
-    """Refuse an empty text, such as an unset variable of a shell leaves: --dataset "$DATA"."""
-    for name, value in vars(args).items():
-        if value == "":
-            raise UserError(f"--{name}: its value is empty; give one, or leave the flag out")
-
-
 def base_of_adapter(adapter):
     """The default of --model with --adapter."""
     base = read_adapter(adapter)[2]
@@ -421,8 +409,6 @@ def settle_adapter(args, loss):
     if args.lora_dropout and "batch" in loss.tags:
         raise UserError(f"--lora_dropout {args.lora_dropout}: {loss.__name__} computes its "
                         "log-probs twice, and they must be the same")
-    if args.lora_dropout >= 1:
-        raise UserError(f"--lora_dropout {args.lora_dropout}: leaves nothing; it must be below 1")
     if args.quantize and args.parallel == "fsdp":
         raise UserError(f"--quantize {args.quantize}: 4-bit weights can't be sharded; "
                         "use --parallel ddp")
@@ -477,8 +463,6 @@ def settle_moving_reference(args):
                         "the policy's adapter; start from one by --adapter, with --ref adapter")
     if alpha and not every:
         raise UserError(f"--sync_ref_alpha {alpha}: is read with --sync_ref_every")
-    if alpha and alpha > 1:
-        raise UserError(f"--sync_ref_alpha {alpha}: must be in (0, 1]")
     if every and not alpha:
         args.sync_ref_alpha = 0.6
 
@@ -604,8 +588,6 @@ def check_args(args, saved):
     check_output_dir(args)
     if args.eval_share is None:
         return
-    if args.eval_share >= 1:
-        raise UserError(f"--eval_share {args.eval_share}: leaves nothing to train on")
     if args.eval_dataset or args.dataset == "world":
         held_out = args.eval_dataset or "the world's own"
         raise UserError(f"--eval_share {args.eval_share}: the held-out rows are {held_out}")
@@ -643,6 +625,9 @@ def check_sources(args, early):
     if args.eval_dataset:
         raise UserError(f"--eval_dataset {args.eval_dataset}: give --model and --dataset too; "
                         f"{only_words}")
+    if getattr(args, "ref_model", None) and early.model is None:
+        raise UserError(f"--ref_model {args.ref_model}: give --model and --dataset too; without "
+                        "them, a run trains a toy model (if you mean that, give --model world)")
 
 
 def read_variants(args: argparse.Namespace) -> Variants:

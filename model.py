@@ -10,7 +10,7 @@ weights of its base.
 host memory: it reads the file's dtype on the CPU, quantizes layer by layer if asked to, then moves
 tensor by tensor to the device and converts there.
 """
-from errors import UserError, run_script, stop_hub_retries  # first, see errors.py
+from errors import Parser, UserError, run_script, stop_hub_retries  # first, see errors.py
 import argparse
 import contextlib
 import importlib.util
@@ -44,6 +44,7 @@ from lora import (
     read_adapter,
     read_run_file,
 )
+from ranges import whole_number
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -532,13 +533,13 @@ def new_command(args):
 
 def parse_command(argv):
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a random-weight Llama folder")
     new.add_argument("--tokenizer", required=True, help="folder whose tokenizer the model gets")
-    new.add_argument("--hidden_size", type=int, default=256)
-    new.add_argument("--layers", type=int, default=4)
-    new.add_argument("--seed", type=int, default=0)
+    new.add_argument("--hidden_size", type=whole_number(">= 2"), default=256)
+    new.add_argument("--layers", type=whole_number(">= 1"), default=4)
+    new.add_argument("--seed", type=whole_number(">= 0"), default=0)
     new.add_argument("--out", required=True)
     merged = commands.add_parser("merge", help="add an adapter to the weights of its base")
     merged.add_argument("--adapter", required=True)

@@ -3,9 +3,11 @@
 No other file calls torch.distributed, except for the sharded files of a checkpoint. Every function
 here also works with one process, where it does nothing.
 """
+import argparse
 import datetime
 import os
 import pathlib
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from errors import UserError
+from errors import UserError, reading
+from ranges import whole_number
+from streams import ended_by_ctrl_c
 
 # DDP's broadcast_buffers is deprecated since torch 2.13; its replacement is not in 2.11.
 warnings.filterwarnings("ignore", ".*broadcast_buffers")
@@ -27,23 +31,125 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
+# How long the ranks wait for each other. At the start every rank has only to import torch, which
+# may take minutes on a cold disk. Later the other ranks wait while rank 0 tokenizes, evaluates the
+# world or writes, which may take longer on large data. A process that has died is found at once: by
+# torchrun, or by gloo as a closed connection.
+START_SECONDS = 600
+STEP_SECONDS = 7200
+
+ALONE_OR_TORCHRUN = "start all processes by torchrun, or unset RANK and WORLD_SIZE for one alone"
+
+
 def init_distributed() -> Ranks:
     """Join the group that torchrun started: NCCL on GPUs, gloo on CPUs. Without it: one rank."""
+    rank, size = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = choose_gpu(size)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if "RANK" not in os.environ:
+    if size == 1:
+        warn_of_tasks()
         return Ranks(0, 1, device)
-    # Long, because the other ranks wait while rank 0 tokenizes. torchrun, not this timeout,
-    # detects a process that has died.
-    timeout = datetime.timedelta(hours=2)
-    if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    with ended_by_ctrl_c():
+        store = join_store(rank, size)
+        options = {"timeout": datetime.timedelta(seconds=STEP_SECONDS)}
+        if device.type == "cuda":
+            options["device_id"] = device
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
+    return Ranks(rank, size, device)
+
+
+def read_launch() -> tuple[int, int]:
+    """Read the rank and the number of ranks from the environment variables of torchrun. Variables
+    that are empty count as unset, and WORLD_SIZE=1 as a run of one process."""
+    rank, size = read_variable("RANK"), read_variable("WORLD_SIZE", ">= 1")
+    if rank is None and size in (None, 1):
+        return 0, 1
+    if rank is None:
+        raise UserError(f"WORLD_SIZE={size} is set, but RANK is not: {ALONE_OR_TORCHRUN}")
+    if size is None:
+        raise UserError(f"RANK={rank} is set, but WORLD_SIZE is not: {ALONE_OR_TORCHRUN}")
+    if rank >= size:
+        raise UserError(f"RANK={rank}: must be below WORLD_SIZE={size}; {ALONE_OR_TORCHRUN}")
+    local_rank, local_size = read_variable("LOCAL_RANK"), read_variable("LOCAL_WORLD_SIZE", ">= 1")
+    if local_rank is not None and local_rank >= (local_size or size):
+        raise UserError(f"LOCAL_RANK={local_rank}: must be below the number of processes of this "
+                        f"machine, LOCAL_WORLD_SIZE={local_size or size}; {ALONE_OR_TORCHRUN}")
+    return rank, size
+
+
+def warn_of_tasks() -> None:
+    """Print a line if a cluster started several tasks, of which each will be a run of its own."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1 and not os.environ.get("RANK"):
+            print(f"{name}={count}, but RANK is not set: each of these tasks is a run of its own. "
+                  "For one run on all of them, start torchrun once on each machine",
+                  file=sys.stderr)
+
+
+def read_variable(name: str, allowed: str = ">= 0") -> int | None:
+    """Read a whole number from an environment variable; None if it is not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        return whole_number(allowed)(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name} (environment variable): {error}; {ALONE_OR_TORCHRUN}") from None
+
+
+def choose_gpu(size: int) -> torch.device:
+    """Return the GPU of this rank, whose number is LOCAL_RANK."""
+    local_rank, count = read_variable("LOCAL_RANK"), torch.cuda.device_count()
+    if local_rank is None and size > 1:
+        raise UserError(f"LOCAL_RANK is not set, the number of this process's GPU; "
+                        f"{ALONE_OR_TORCHRUN}")
+    local_rank = local_rank or 0
+    if local_rank >= count:
+        raise UserError(f"LOCAL_RANK={local_rank}: this machine has {count} GPUs; start at most so "
+                        f"many processes on it, as in torchrun --nproc_per_node {count}")
+    return torch.device("cuda", local_rank)
+
+
+def join_store(rank: int, size: int) -> dist.Store:
+    """Connect to rank 0, or to torchrun, and wait until every rank has done so.
+
+    dist.init_process_group alone would wait as long as for a later step, and would not say which
+    ranks are missing.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "").strip(), read_variable("MASTER_PORT", ">= 1")
+    if not address or not port or port >= 2**16:
+        raise UserError(f"MASTER_ADDR={address} MASTER_PORT={port or ''}: must be the address of "
+                        f"rank 0 and a port from 1 to 65535; {ALONE_OR_TORCHRUN}")
+    timeout = datetime.timedelta(seconds=START_SECONDS)
+    # torchrun has a store of its own, and counts its restarts of all ranks.
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    advice = "; is rank 0 running there?"
+    if is_master:
+        advice = "; if another program has this port, choose another MASTER_PORT"
+    with reading(f"MASTER_ADDR={address} MASTER_PORT={port}", advice):
+        store = dist.TCPStore(address, port, size, is_master, timeout, wait_for_workers=False)
+        store = dist.PrefixStore(f"start {attempt}", store)
+        wait_for_ranks(store, rank, size, timeout)
+    return store
+
+
+def wait_for_ranks(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    """Wait until every rank has called this function, or raise and name the missing ranks."""
+    if store.add(f"rank {rank}", 1) > 1:
+        raise UserError(f"RANK={rank}: another process has the same RANK; {ALONE_OR_TORCHRUN}")
+    names = [f"rank {other}" for other in range(size)]
+    try:
+        store.wait(names, timeout)
+    except dist.DistStoreError:
+        missing = [name for name in names if not store.check([name])]
+        raise UserError(f"{', '.join(missing)} of {size} did not start within {START_SECONDS} "
+                        "seconds; the output of these processes may say why") from None
 
 
 def free_cores() -> float:
@@ -64,7 +170,7 @@ def crowded_line(ranks: Ranks) -> str:
     """Return a line if the threads of this machine's ranks outnumber its idle cores, else ""."""
     if ranks.device.type != "cpu" or torch.get_num_threads() == 1:
         return ""
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    local_size = read_variable("LOCAL_WORLD_SIZE", ">= 1") or ranks.size
     threads = local_size * torch.get_num_threads()
     free = max(0.0, free_cores())
     # A load average is rough: a few threads more than idle cores are no reason for a line.
@@ -136,8 +242,10 @@ def in_turn(make, ranks: Ranks):
     one model on its way to a GPU, not one per GPU."""
     if ranks.size == 1:
         return make()
-    local_rank = int(os.environ.get("LOCAL_RANK", ranks.rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    local_rank = read_variable("LOCAL_RANK")
+    if local_rank is None:
+        local_rank = ranks.rank
+    local_size = read_variable("LOCAL_WORLD_SIZE", ">= 1") or ranks.size
     made = None
     for turn in range(max(gather(local_size, ranks))):
         if turn == local_rank:
@@ -264,5 +372,6 @@ def barrier(ranks: Ranks) -> None:
 def leave_distributed(ranks: Ranks) -> None:
     """Wait for all ranks, then close the connections: gloo may abort if one closes them early."""
     if ranks.size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        with ended_by_ctrl_c():  # nothing is left to save
+            dist.barrier()
+            dist.destroy_process_group()

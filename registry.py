@@ -8,24 +8,19 @@ Each loss is defined by one function. Its signature lists its inputs: the tensor
 first, the keyword-only arguments are its hyper-parameters. The functions below read the signature.
 With them dpo.py computes the tensors, flags.py makes the flags, and `table` prints the losses.
 """
-from errors import run_script  # first, see errors.py
+from errors import Parser, reading, run_script  # first, see errors.py
 import difflib
 import functools
 import inspect
 import math
-import operator
 import re
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
 
-LOSSES = {}  # name: function; losses.py fills it when it is imported
+from ranges import REAL, describe_range, in_range, read_range
 
-COMPARE = {
-    ">": operator.gt, ">=": operator.ge, "!=": operator.ne,
-    "(": operator.gt, "[": operator.ge, ")": operator.lt, "]": operator.le,
-}
+LOSSES = {}  # name: function; losses.py fills it when it is imported
 
 
 # --- @loss ----------------------------------------------------------------------------------------
@@ -97,31 +92,6 @@ def check_above(name, value, bound_name, bound):
         raise ValueError(f"{name} must be above {bound_name} in every pair")
 
 
-def in_range(value: float, text: str) -> bool:
-    """Return whether a number is in the range "> 0", ">= 0", "!= 0", "finite", "[0, 0.5)" or the
-    like. Infinity and NaN are in no range."""
-    compare_low, low, compare_high, high = read_range(text)
-    return math.isfinite(value) and compare_low(value, low) and compare_high(value, high)
-
-
-@functools.cache
-def read_range(text):
-    """-> two comparisons and their bounds: "[0, 0.5)" -> >=, 0.0, <, 0.5."""
-    if text == "finite":
-        return operator.gt, -math.inf, operator.lt, math.inf
-    if text.startswith(("[", "(")):
-        low, high = text[1:-1].split(",")
-        return COMPARE[text[0]], float(low), COMPARE[text[-1]], float(high)
-    sign, bound = text.split()
-    return COMPARE[sign], float(bound), operator.lt, math.inf
-
-
-def describe_range(text):
-    if text.startswith(("[", "(")):
-        return f"in {text}"
-    return text if text == "finite" else f"{text} and finite"
-
-
 # --- Reading the signature of a loss --------------------------------------------------------------
 
 def tensor_arguments(function: Callable) -> list[str]:
@@ -154,6 +124,8 @@ def find(spec: str) -> Callable:
     weights = {}
     for part in spec.split(","):  # "sigmoid:0.8"
         name, _, weight = part.strip().partition(":")
+        if not name:
+            raise ValueError(f"loss {spec}: a name is missing; write NAME:WEIGHT,NAME:WEIGHT")
         if name not in LOSSES:
             near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)[0]
             raise ValueError(f"loss {name}: there is no such loss; the nearest name is {near}; "
@@ -167,8 +139,7 @@ def find(spec: str) -> Callable:
 
 
 def read_weight(spec, name, text):
-    is_number = re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", text)
-    if not is_number or not in_range(float(text), "> 0"):
+    if not REAL.fullmatch(text) or not in_range(float(text), "> 0"):
         raise ValueError(f"loss {spec}: the weight of {name} must be a number > 0, got {text!r}")
     return float(text)
 
@@ -308,9 +279,11 @@ def main():
 
 def print_table(arguments):
     """Print the table of all losses, or draw their curves with --plot FILE.png."""
-    if not arguments:
+    parser = Parser(description="Print a table of all losses")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves of all margin losses")
+    path = parser.parse_args(arguments).plot
+    if path is None:
         print("\n".join(table()))
-    elif len(arguments) == 2 and arguments[0] == "--plot":
-        plot(arguments[1])
-    else:
-        sys.exit("usage: python losses.py [--plot FILE.png]")
+        return
+    with reading(f"--plot {path}"):  # matplotlib is missing, or does not write such files
+        plot(path)

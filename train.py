@@ -14,13 +14,7 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
-from errors import (  # first, see errors.py
-    UserError,
-    arguments,
-    output_is_closed,
-    report,
-    script_signals_and_streams,
-)
+from errors import UserError, arguments, report  # first, see errors.py
 import contextlib
 import math
 import os
@@ -38,7 +32,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
-from transformers import AttentionInterface, get_scheduler
+from transformers import get_scheduler
 
 import data
 import packing
@@ -123,6 +117,7 @@ from reference import (
     moving_tensors,
     settings_digest,
 )
+from streams import output_is_closed, script_signals_and_streams
 from verify import can_drop_mask, can_pack, find_noise
 
 # torch.distributed.checkpoint warns when a single process saves.
@@ -256,7 +251,7 @@ def try_rows(verdict, module, dtype, ranks):
     """can_pack, can_drop_mask or find_noise on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
-        guard = failing_together(ranks)
+        guard = failing_together(module, ranks)
     # The adapter is off, because its dropout would add noise to the comparison.
     options = autocast_options(dtype, ranks.device)
     with torch.autocast(**options), use_adapter(module.model, None), guard:
@@ -267,28 +262,49 @@ def try_rows(verdict, module, dtype, ranks):
 
 
 @contextlib.contextmanager
-def failing_together(ranks):
-    """Inside, packed attention that raises on one rank raises on all of them, at the same call.
+def failing_together(module, ranks):
+    """Inside, a forward that raises on one rank raises on all of them, at the end of the same part.
 
     FSDP gathers weights in every block. If one rank left its forward alone, the others would wait
-    for it in the next gather until they time out.
+    for it in the next gather until they time out. Each block is such a part, and each module
+    outside the blocks.
     """
-    def attention(*inputs, **options):
-        reason = None
-        try:
-            output = packing.attention(*inputs, **options)
-        except Exception as error:  # of any kernel; raised again on every rank
-            reason = f"{type(error).__name__} on rank {ranks.rank}: {error}"
-        reason = first_reason(reason, ranks)
-        if reason is not None:
-            raise RuntimeError(reason)
-        return output
+    def guarded(forward):
+        def forward_on_all(*inputs, **options):
+            reason = None
+            try:
+                output = forward(*inputs, **options)
+            except Exception as error:  # of any kernel; raised again on every rank
+                reason = f"{type(error).__name__} on rank {ranks.rank}: {error}"
+            reason = first_reason(reason, ranks)
+            if reason is not None:
+                raise RuntimeError(reason)
+            return output
+        return forward_on_all
 
-    AttentionInterface.register(packing.NAME, attention)
+    parts = {id(part): part for part in parts_between_gathers(module)}
+    before = {key: vars(part).get("forward") for key, part in parts.items()}
+    for part in parts.values():
+        part.forward = guarded(part.forward)
     try:
         yield
     finally:
-        AttentionInterface.register(packing.NAME, packing.attention)
+        for key, part in parts.items():
+            del part.forward
+            if before[key] is not None:
+                part.forward = before[key]
+
+
+def parts_between_gathers(module) -> list:
+    """Return the blocks of a module with sharded blocks, and the modules outside its blocks."""
+    parts = []
+    for child in module.children():
+        has_block = any(isinstance(inner, FSDPModule) for inner in child.modules())
+        if isinstance(child, FSDPModule) or not has_block:
+            parts.append(child)
+        else:
+            parts += parts_between_gathers(child)
+    return parts
 
 
 def make_optimizer(model, lr, device):
@@ -837,7 +853,8 @@ def explain(error):
     if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
         return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
+    too_large = re.search("can't allocate memory|[Ss]ize calculation overflowed", first)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or too_large:
         return (f"out of memory ({first}). Options that need less, cheapest first: a lower "
                 "--micro_batch_size, --gradient_checkpointing, --ref cache, a lower --max_length, "
                 "--parallel fsdp, --lora_rank, --quantize nf4")
@@ -856,7 +873,6 @@ def explain(error):
 def run():
     """main, with one line and exit status 2 for errors of users; a traceback only for bugs."""
     with script_signals_and_streams():
-        rank = int(os.environ.get("RANK", 0))
         try:
             ranks = init_distributed()
             stopped = main(arguments(), ranks)
@@ -867,7 +883,7 @@ def run():
             sentence = explain(error)
             if sentence is None:
                 raise
-            report(sentence, rank)
+            report(sentence)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted before the first step: nothing was saved", file=sys.stderr)

@@ -278,7 +278,7 @@ def test_dpo_py_trains_a_model_on_a_data_set_and_reports_mistakes_in_one_line(fo
     assert re.search(r"step 3 train: loss 0\.69\d+ accuracy", result.stdout)
     for arguments, message in (
         (("--model", folder), "give both --model and --dataset"),
-        (("--beta", "0"), "argument --beta: must be >= 1e-06, got 0"),
+        (("--beta", "0"), "--beta: must be a number > 0 and finite, got '0'"),
         (("--model", folder, "--dataset", "/nowhere.jsonl"), "/nowhere.jsonl: no such file"),
     ):
         result = run(*arguments)

@@ -1,13 +1,36 @@
 """A user's mistake is one line and exit status 2; every other exception shows its traceback."""
 import ast
 import shutil
+import sys
 
 import forked
 import pytest
 from conftest import ROOT
 
+import bench
+import data
+import dpo
+import errors
 import flags
+import model
+import registry
+import train
 from errors import UserError, printable, report
+
+SCRIPTS = {"train.py": train.run, "data.py": data.main, "dpo.py": dpo.main, "bench.py": bench.main,
+           "model.py": model.main, "losses.py": registry.print_table}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script in this process, as run(name, *arguments)."""
+    def run_named(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        if name == "train.py":
+            train.run()
+        else:
+            errors.run_script(SCRIPTS[name])
+    return run_named
 
 
 def plant(bug, name, folder):
@@ -22,38 +45,71 @@ def plant(bug, name, folder):
     return folder / name
 
 
-# Each of these bugs raises a ValueError in the code of the product.
-@pytest.mark.parametrize("name, bug", [
-    ("data.py", "int('x')"),
-    ("data.py", "max([])"),
-    ("data.py", "first, second = [1]"),
-    ("bench.py", "int('x')"),
-    ("train.py", "int('x')"),
-    ("train.py", "first, second = max([])"),
-    ("model.py", "int('x')"),
-])
-def test_a_bug_in_a_script_shows_its_traceback(tmp_path, name, bug):
-    result = forked.run(plant(bug, name, tmp_path))
+def test_a_bug_in_a_script_shows_its_traceback(tmp_path):
+    result = forked.run(plant("first, second = max([])", "train.py", tmp_path))
     assert result.returncode == 1, result.stderr
     assert "Traceback (most recent call last)" in result.stderr and "ValueError" in result.stderr
     assert "in main" in result.stderr
 
 
+# Each of these bugs raises a ValueError in the code of the product.
+@pytest.mark.parametrize("bug", [lambda: int("x"), lambda: max([]), lambda: float("1,5")])
+@pytest.mark.parametrize("name, function", [
+    ("data.py", (data, "read_limits")),
+    ("bench.py", (bench, "measure")),
+    ("train.py", (train, "parse_args")),
+    ("model.py", (model, "load_tokenizer")),
+])
+def test_a_bug_is_no_mistake_of_the_user(run, monkeypatch, bug, name, function):
+    monkeypatch.setattr(*function, lambda *arguments, **options: bug())
+    arguments = {
+        "data.py": ["rows", "--model=m"],
+        "bench.py": ["--model=m", "--data=d"],
+        "model.py": ["new", "--tokenizer=t", "--out=/nowhere/o"],
+    }
+    with pytest.raises(ValueError) as caught:
+        run(name, *arguments.get(name, []))
+    assert not isinstance(caught.value, UserError)
+
+
 @pytest.mark.parametrize("name, arguments, message", [
     ("data.py", ["rows.jsonl", "--model=M", "--columns=prompt"], "--columns prompt: write OURS="),
     ("bench.py", ["--model=M", "--data=/nowhere.jsonl"], "--data /nowhere.jsonl: cannot be read"),
-    ("bench.py", ["--model=M", "--data=/nowhere.jsonl", "--steps=-1"], "--steps: must be >= 0"),
+    ("bench.py", ["--model=M", "--data=/nowhere.jsonl", "--steps=-1"], "--steps: must be a whole"),
+    ("bench.py", ["--model=M", "--data=d", "--steps=2"], "--warmup 2: leaves no step to time"),
     ("train.py", ["--loss=sigmod"], "--loss sigmod: there is no such loss"),
     ("train.py", ["--model=/nowhere/m", "--dataset=d", "--output_dir=/nowhere/out"],
      "/nowhere/m: no such model folder"),
+    ("train.py", ["--model=m", "--dataset=d", "--lr", "-1e-5"], "--lr: must be a number > 0"),
     ("model.py", ["new", "--tokenizer=/nowhere/m", "--out=o"], "/nowhere/m: no such model folder"),
     ("model.py", ["new", "--tokenizer=M", "--out=/tmp"], "--out /tmp: exists already"),
+    ("model.py", [], "command"),
+    ("losses.py", ["--plt=x"], "unrecognized arguments: --plt=x"),
+    ("losses.py", ["--plot=x.nothing"], "--plot x.nothing: "),
+    ("dpo.py", ["--model=m"], "give both --model and --dataset"),
 ])
-def test_a_mistake_of_the_user_is_reported_in_one_line_with_exit_status_2(name, arguments, message):
-    result = forked.run(name, *arguments)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and message in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_a_mistake_of_the_user_is_reported_in_one_line_with_exit_status_2(
+        run, capsys, monkeypatch, name, arguments, message):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run(name, *arguments)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_takes_debug_and_explains_it_last(run, capsys, name):
+    with pytest.raises(SystemExit) as end:
+        run(name, "--debug", "--help")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.endswith("--debug show the traceback of an error, not only its line")
+    with pytest.raises(SystemExit):
+        run(name, "--nonsense", "--debug")
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback") and printed.splitlines()[-1].startswith("error: ")
 
 
 def test_only_losses_registry_variants_and_dpo_raise_a_plain_value_error():
@@ -83,16 +139,6 @@ def test_a_value_out_of_range_is_reported_as_its_flag(arguments):
     name, _ = arguments[-1].split("=")
     with pytest.raises(UserError, match=name):
         flags.parse_args(arguments)
-
-
-def test_a_message_with_line_breaks_is_printed_as_one_line(tmp_path):
-    (tmp_path / "script.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from errors import UserError, run_script\n"
-        "def main(argv):\n    raise UserError('file: wrong\\nhere')\n"
-        "run_script(main)\n")
-    result = forked.run(tmp_path / "script.py")
-    assert result.returncode == 2 and result.stderr == "error: file: wrong here\n"
 
 
 @pytest.mark.parametrize("text, shown", [

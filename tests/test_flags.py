@@ -1,5 +1,6 @@
 """No flag is accepted and ignored: each changes the results, files or forwards of a run, or it is
 refused."""
+import argparse
 import json
 import pathlib
 import re
@@ -17,12 +18,18 @@ from conftest import (
     write_jsonl,
 )
 
+import bench
+import data
+import dpo
+import flags
 import model as models
+import registry
 import train
 import world
-from errors import UserError
+from errors import Parser, UserError, any_name
 from flags import build_parser
 from losses import LOSSES, find, hyperparameters
+from ranges import real_number, whole_number
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -272,6 +279,9 @@ def test_a_repeated_run_is_the_same(observe):
     ("--dataset ROWS --lora_rank 4 --eval_dataset PAIRS", "--dataset ROWS: give --model too"),
     ("--eval_dataset ROWS", "--eval_dataset ROWS: give --model and --dataset too"),
     ("--eval_dataset ROWS --dataset world", "--eval_dataset ROWS: give --model and --dataset too"),
+    ("--ref_model OTHER", "--ref_model OTHER: give --model and --dataset too"),
+    ("--ref_model OTHER --dataset world", "--ref_model OTHER: give --model and --dataset too"),
+    ("--ref_model OTHER --ref cache --lora_rank 2", "--ref_model OTHER: give --model and"),
 ])
 def test_a_real_model_or_data_set_without_the_other_is_refused_and_no_toy_data_takes_its_place(
         paths, flags, message):
@@ -286,6 +296,8 @@ def test_a_real_model_or_data_set_without_the_other_is_refused_and_no_toy_data_t
 @pytest.mark.parametrize("flags, model", [
     ("", "world"),
     ("--model world --dataset world", "world"),
+    ("--model world --ref_model START", "world"),
+    ("--model START --dataset world --ref_model OTHER", "START"),
     ("--model START --dataset world", "START"),
     ("--model START --dataset world --eval_dataset ROWS", "START"),
     ("--adapter ADAPTER --dataset ROWS", "START"),
@@ -314,14 +326,149 @@ def test_an_adapter_of_the_world_continues_in_the_world_without_other_flags(path
         train.parse_args(["--adapter", str(tmp_path), "--dataset", "rows.jsonl"])
 
 
-@pytest.mark.parametrize("name", [
-    "model", "dataset", "eval_dataset", "adapter", "ref_model", "output_dir", "lora_target",
-    "columns", "chat_template",
+# --- Values of every flag of every script ---------------------------------------------------------
+
+class Parsed(Exception):
+    """Raised in place of parsing: its argument is the parser."""
+
+
+def parsers_of(main, monkeypatch):
+    """The parser of a script, and those of its commands."""
+    def stop(parser, *arguments):
+        raise Parsed(parser)
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as caught:
+        patch.setattr(Parser, "parse_args", stop)
+        main([])
+    parser, = caught.value.args
+    parsers = [parser]
+    for action in parser._actions:
+        if isinstance(action.choices, dict) and action.nargs == "A...":
+            parsers += action.choices.values()
+    return parsers
+
+
+@pytest.fixture(params=["train", "data", "dpo", "bench", "model", "losses"])
+def script_flags(request, monkeypatch):
+    """(parser, flag, its type) of every flag of a script with a value; None is the type of text."""
+    mains = {"data": data.main, "dpo": dpo.main, "bench": bench.main, "model": models.main,
+             "losses": registry.print_table}
+    if request.param == "train":
+        parsers = [build_parser(loss) for loss in LOSSES.values()]
+    else:
+        parsers = parsers_of(mains[request.param], monkeypatch)
+    found = {}
+    for parser in parsers:
+        for action in parser._actions:
+            flag = (action.option_strings or [None])[0]
+            if flag and action.nargs is None and not action.choices:
+                found[parser.prog, flag] = parser, flag, action.type
+    assert found
+    return list(found.values())
+
+
+@pytest.mark.parametrize("value", [
+    "", " ", "x", "nan", "inf", "-inf", "1e400", "1_000", " 5 ", "\u0663", "9" * 5000, "1e",
+    "0x10", "true", "5\n",
 ])
-def test_an_empty_value_as_an_unset_variable_of_a_shell_leaves_is_refused(name):
-    arguments = ["--model", "m", "--dataset", "d", "--lora_rank", "4", f"--{name}", ""]
-    with pytest.raises(UserError, match=f"--{name}: its value is empty"):
-        train.parse_args(arguments)
+def test_every_number_of_every_script_refuses_what_is_no_number_and_names_flag_and_range(
+        script_flags, value):
+    for parser, flag, kind in script_flags:
+        if kind in (None, any_name, flags.true_or_false):
+            continue
+        with pytest.raises(UserError) as error:
+            parser.parse_args([f"{flag}={value}"])
+        message = str(error.value)
+        assert message.startswith(f"argument {flag}: must be a") and len(message) < 200
+        assert re.search(r"(> |>= |in \[|in \(|!= |finite)", message), message
+        assert len(message.splitlines()) == 1 or value in message
+
+
+@pytest.mark.parametrize("value", ["-5", "-0.5", "-1e-5", "99999999999999999999", "-inf", "1.5"])
+def test_a_number_out_of_range_is_refused_or_in_the_range_of_its_flag(script_flags, value):
+    """Also as a word of its own, which argparse would take for the name of a flag."""
+    for parser, flag, kind in script_flags:
+        if kind in (None, any_name, flags.true_or_false):
+            continue
+        try:
+            number = kind(value)
+        except argparse.ArgumentTypeError as error:
+            with pytest.raises(UserError, match=re.escape(f"argument {flag}: {error}")):
+                parser.parse_args([flag, value])
+        else:
+            assert isinstance(number, float) and number == float(value)
+
+
+@pytest.mark.parametrize("value, message", [
+    ("", "its value is empty"), ("  ", "its value is empty"), ("\n", "its value is empty"),
+    (",", "its value is empty"), (", ,", "its value is empty"),
+])
+def test_every_text_of_every_script_refuses_an_empty_value(script_flags, value, message):
+    for parser, flag, kind in script_flags:
+        if kind in (None, any_name):
+            with pytest.raises(UserError, match=f"argument {flag}: {message}"):
+                parser.parse_args([f"{flag}={value}"])
+
+
+def test_a_name_that_is_not_utf_8_is_refused_except_for_data(script_flags):
+    for parser, flag, kind in script_flags:
+        if kind is None:
+            with pytest.raises(UserError, match=f"{flag}: n\udcff: is not UTF-8; rename it"):
+                parser.parse_args([f"{flag}=n\udcff"])
+        elif kind is any_name:
+            assert "data" in flag and kind("n\udcff.jsonl") == "n\udcff.jsonl"
+
+
+@pytest.mark.parametrize("spec", ["sigmoid,", ",sigmoid", "sigmoid,,sft", ":0.5"])
+def test_a_missing_name_in_a_sum_of_losses_is_refused(spec):
+    with pytest.raises(UserError, match=f"--loss {spec}: a name is missing"):
+        train.parse_args(["--loss", spec])
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--model", "--lr", "--dataset", "--columns"])
+def test_two_dashes_are_no_value(flag):
+    with pytest.raises(UserError, match=f"argument {flag}: expected one argument"):
+        train.parse_args(["--model=m", "--dataset=d", f"{flag}=--"])
+
+
+def test_an_empty_value_is_refused_before_the_flags_of_a_loss_are_known():
+    for name in ("loss", "model", "dataset", "output_dir", "adapter", "columns"):
+        with pytest.raises(UserError, match=f"--{name}: its value is empty"):
+            train.parse_args([f"--{name}", ""])
+
+
+@pytest.mark.parametrize("text, value", [
+    ("5", 5), ("+5", 5), ("007", 7), (str(2**63 - 1), 2**63 - 1),
+])
+def test_whole_numbers_are_read(text, value):
+    assert whole_number(">= 1")(text) == value
+
+
+@pytest.mark.parametrize("text, value", [
+    ("0.5", 0.5), (".5", 0.5), ("5.", 5.0), ("5e-7", 5e-7), ("1E+3", 1000.0), ("+1", 1.0),
+])
+def test_real_numbers_are_read(text, value):
+    assert real_number("> 0")(text) == value
+
+
+@pytest.mark.parametrize("flag", ["lora_rank", "epochs", "max_steps", "seed", "batch_size",
+                                  "micro_batch_size", "tokens_per_micro_batch", "warmup_steps"])
+def test_the_largest_whole_number_trains_or_is_one_line(paths, tmp_path, monkeypatch, flag):
+    class Stepped(Exception):
+        pass
+
+    def step(*arguments):
+        raise Stepped
+
+    monkeypatch.setattr(train, "train_step", step)
+    given = TINY_RUN | {"model": paths["START"], "dataset": paths["PAIRS"],
+                        "output_dir": tmp_path / "out"}
+    if flag == "tokens_per_micro_batch":
+        del given["micro_batch_size"]
+    with pytest.raises((Stepped, RuntimeError)) as caught:
+        train.main(to_arguments(given | {flag: 2**63 - 1}), ALONE)
+    if caught.type is not Stepped:
+        assert "out of memory" in train.explain(caught.value)
 
 
 @pytest.mark.parametrize("below", ["", "/run", "/deep/run"])

@@ -29,6 +29,7 @@ from conftest import (
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import lora
 import model as models
@@ -246,13 +247,18 @@ def shards(world, tokenizer):
 
 
 # Case: the ranks on which the check of packed rows fails, and the call of the attention function
-# that fails; "backward": its gradient.
+# that fails; "backward": its gradient. A name: the module whose forward fails.
 FAILURES = {
     "both ranks, in the second block": ([0, 1], 2),
     "both ranks, after some rows": ([0, 1], 7),
     "both ranks, in backward": ([0, 1], "backward"),
     "rank 1 alone": ([1], 2),
+    "rank 1 alone, in the MLP of the second block": ([1], "layers.1.mlp"),
+    "rank 1 alone, in the embedding": ([1], "embed_tokens"),
+    "rank 0 alone, in the last norm": ([0], "model.norm"),
+    "rank 0 alone, in the head": ([0], "lm_head"),
 }
+PARTS = ("layers.1.mlp", "embed_tokens", "model.norm", "lm_head")
 TWO_EPOCHS = {"lr": 1e-2, "epochs": 2, "micro_batch_size": 2, "eval_every": 2}
 
 
@@ -283,20 +289,39 @@ def failing_check(failing_ranks, rank, failing_call):
             raise RuntimeError("no kernel for this head size")
         return attention(*inputs, **options)
 
+    failing_parts = []  # their ids
+
+    def failing_forward(part, *inputs):
+        if id(part) in failing_parts:
+            raise ValueError("no kernel for this shape")
+        return forwards[type(part).__name__.removeprefix("FSDP")](part, *inputs)
+
     def check_with_failing_attention(module):
         calls.clear()
-        if rank in failing_ranks:
+        if rank in failing_ranks and failing_call in PARTS:
+            for name, part in module.named_modules():
+                if name.endswith(f".{failing_call}"):
+                    failing_parts.append(id(part))
+            assert len(failing_parts) == 1
+        elif rank in failing_ranks:
             F.scaled_dot_product_attention = failing_attention
         try:
             return check(module)
         finally:
             F.scaled_dot_product_attention = attention
+            failing_parts.clear()
 
+    kinds, forwards = (torch.nn.Embedding, torch.nn.Linear, LlamaRMSNorm, LlamaMLP), {}
+    for kind in kinds:
+        forwards[kind.__name__] = kind.forward
+        kind.forward = failing_forward
     train.can_pack = check_with_failing_attention
     try:
         yield
     finally:
         train.can_pack = check
+        for kind in kinds:
+            kind.forward = forwards[kind.__name__]
 
 
 @pytest.fixture(scope="module")

@@ -14,27 +14,31 @@ import registry
 
 # File: the product files that it may import.
 ALLOWED_IMPORTS = {
-    "errors": set(),
+    "streams": set(),
+    "errors": {"streams"},
+    "ranges": set(),
     "files": {"errors"},
-    "registry": {"errors"},
+    "registry": {"errors", "ranges"},
     "losses": {"registry"},
     "templates": {"errors"},
     "sources": {"errors"},
     "unread": {"errors"},
     "layouts": {"errors", "sources", "templates", "unread"},
     "shorten": set(),
-    "data": {"errors", "layouts", "shorten", "sources", "templates", "unread"},
-    "parallel": {"errors"},
+    "data": {"errors", "layouts", "ranges", "shorten", "sources", "templates", "unread"},
+    "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
     "lora": {"errors", "files"},
-    "model": {"errors", "files", "lora"},
+    "model": {"errors", "files", "lora", "ranges"},
     "world": {"data", "files", "model"},
-    "dpo": {"data", "errors", "losses", "model", "world"},
+    "dpo": {"data", "errors", "losses", "model", "ranges", "world"},
     "packing": {"dpo"},
     "logps": {"dpo", "packing"},
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
-    "flags": {"checkpoint", "data", "errors", "losses", "lora", "variants", "world"},
+    "flags": {
+        "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
+    },
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
     "log": {"batches", "checkpoint", "files", "logps", "lora", "model", "parallel", "world"},
     "reference": {
@@ -43,7 +47,9 @@ ALLOWED_IMPORTS = {
     },
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
-ALLOWED_IMPORTS["bench"] = {"checkpoint", "data", "errors", "model", "parallel", "train"}
+ALLOWED_IMPORTS["bench"] = {
+    "checkpoint", "data", "errors", "model", "parallel", "ranges", "train",
+}
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}
 
