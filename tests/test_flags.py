@@ -223,7 +223,11 @@ def differ(left, right):
     return bool(differences(left["out"], right["out"]))
 
 
-@pytest.mark.parametrize("flag", CHANGES)
+# To compile takes a minute; test_model.py compiles less.
+SLOW = {"compile": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("flag", [pytest.param(flag, marks=SLOW.get(flag, ())) for flag in CHANGES])
 def test_a_flag_changes_the_run_or_is_refused(flag, paths, observe):
     base, value = CHANGES[flag]
     changed = base | {flag: value}
