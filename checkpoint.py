@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from errors import UserError
 from files import (
-    LIST,
     RUN_FILE,
     SYSTEM_FILES,
+    abandon,
     after_error,
     delete_partial,
     free_name,
@@ -293,13 +293,6 @@ def begin_list(folder: pathlib.Path) -> None:
     if written is None:
         written = {RUN_FILE, "config.json", "metrics.jsonl"}
     write_list(folder, {name for name in written if os.path.lexists(folder / name)})
-
-
-def abandon(folder: pathlib.Path) -> None:
-    """Delete the list and the lock of a run that ended before it wrote anything else."""
-    if not others(folder):
-        (folder / LIST).unlink(missing_ok=True)
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 # --- How large checkpoints are, and whether they fit ----------------------------------------------

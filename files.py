@@ -69,7 +69,7 @@ def temporary_folder(parent: pathlib.Path, name: str = "") -> Iterator[pathlib.P
     # Another process may delete the new folder before it is locked.
     while path is None or not path.exists():
         path = pathlib.Path(tempfile.mkdtemp(prefix=name + PARTIAL, dir=parent))
-        lock = lock_partial(path)
+        lock = lock_folder(path)
     with lock or contextlib.nullcontext():
         try:
             yield path
@@ -78,8 +78,8 @@ def temporary_folder(parent: pathlib.Path, name: str = "") -> Iterator[pathlib.P
             shutil.rmtree(path, ignore_errors=True)
 
 
-def lock_partial(path: pathlib.Path) -> filelock.AcquireReturnProxy | None:
-    """Lock a temporary folder. None if another process has the lock, or there are no locks."""
+def lock_folder(path: pathlib.Path) -> filelock.AcquireReturnProxy | None:
+    """Lock a folder. None if another process has the lock, or there are no locks."""
     try:
         return lock_file(path / LOCK)
     except (filelock.Timeout, OSError, NotImplementedError):
@@ -95,7 +95,7 @@ def delete_partial(folder: pathlib.Path, alone: bool = False) -> None:
     for path in folder.glob(f"*{PARTIAL}*"):
         if not is_partial(path):
             continue
-        lock = lock_partial(path) if (path / LOCK).exists() else None
+        lock = lock_folder(path) if (path / LOCK).exists() else None
         if alone or lock is not None:
             shutil.rmtree(path, ignore_errors=True)
         if lock is not None:
@@ -294,6 +294,25 @@ def others(folder: pathlib.Path) -> list[str]:
 
 def is_empty_file(path):
     return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+
+
+def abandon(folder: pathlib.Path) -> None:
+    """Delete the list and the lock of a run that ended before it wrote anything else."""
+    if not others(folder):
+        (folder / LIST).unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
+
+
+def delete_if_abandoned(folder: pathlib.Path) -> None:
+    """Delete the folder of a run that was killed before it wrote anything but its list."""
+    if not folder.is_dir() or read_list(folder) is None or others(folder):
+        return
+    lock = lock_folder(folder)
+    if lock is not None:
+        abandon(folder)
+        lock.lock.release()
+        with contextlib.suppress(OSError):  # a file of the system is there
+            folder.rmdir()
 
 
 # --- JSON that is read again ----------------------------------------------------------------------

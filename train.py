@@ -64,7 +64,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from files import free_name, json_digest, missing_folders
+from files import delete_if_abandoned, free_name, json_digest, missing_folders
 from flags import SCHEDULES, parse_args, read_variants
 from log import Log, introduce
 from logps import FastLogps
@@ -504,7 +504,9 @@ def caught_signals(ranks):
 
 def make_free_folder(base):
     """Make the first of base, base-2, base-3, ... that no other run has made -> the folder, and a
-    list of the folders that this made."""
+    list of the folders that this made. Those of killed runs that wrote nothing are deleted."""
+    for path in base.parent.glob(f"{base.name}*"):
+        delete_if_abandoned(path)
     while True:
         folder = free_name(base)
         made = missing_folders(folder)

@@ -380,6 +380,30 @@ def test_what_a_killed_run_left_of_a_reference_is_deleted(fit, tmp_path, monkeyp
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
 
 
+def test_a_new_folder_below_runs_takes_the_place_of_one_whose_run_was_killed_before_it_wrote(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sigmoid", "sigmoid-2", "sigmoid-3"):
+        pathlib.Path("runs", name).mkdir(parents=True)
+    files.write_list(pathlib.Path("runs/sigmoid"), [])
+    pathlib.Path("runs/sigmoid/.lock").touch()
+    pathlib.Path("runs/sigmoid-2/notes.txt").write_text("mine")
+    chosen = []
+
+    def stop(args, loss, hyper, home, folder, ranks):
+        chosen.append(str(folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare", stop)
+    with checkpoint.claim(pathlib.Path("runs/sigmoid-3"), False, ALONE):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(to_arguments({"model": "none", "dataset": "none"}), ALONE)
+        assert chosen == ["runs/sigmoid"]
+        assert set(content(tmp_path / "runs")) == {
+            "sigmoid-2", "sigmoid-2/notes.txt", "sigmoid-3", "sigmoid-3/.lock",
+            f"sigmoid-3/{files.LIST}"}
+
+
 def test_a_lock_that_is_a_link_is_not_followed(stopped, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (stopped / ".lock").unlink()
