@@ -156,8 +156,11 @@ def try_separator(backend, separator, count=200):
     for left, right in [*zip(lefts, rights), *zip(lefts[1:], rights)]:
         encoding = backend.encode(left + right, add_special_tokens=False)
         number = sum(end <= len(left) for _, end in encoding.offsets)
-        apart = apart and seen.setdefault(left, encoding.ids[:number]) == encoding.ids[:number]
-        apart = apart and seen.setdefault(right, encoding.ids[number:]) == encoding.ids[number:]
+        sides = {left: encoding.ids[:number], right: encoding.ids[number:]}
+        for side, ids in sides.items():
+            if seen.setdefault(side, ids) != ids:
+                apart = False
         words = set(encoding.word_ids[:number])
-        split = split and words.isdisjoint(encoding.word_ids[number:])
+        if not words.isdisjoint(encoding.word_ids[number:]):
+            split = False
     return apart, split
