@@ -48,8 +48,9 @@ Conventions. All tensors are (B,), and so is the result: one loss per pair. A lo
 log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
 lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
 signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
-of train.py, and a positional argument with a default is optional for the caller: `delta` and
-`mean_chosen_length` are numbers of the whole optimizer step.
+of train.py, and a positional argument with a default is optional for the caller: `delta`,
+`gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the whole optimizer step. The first
+three are state: the function that `@loss` names as `update` makes them for the next step.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -70,11 +71,16 @@ import torch.nn.functional as F
 
 from registry import (  # noqa: F401  (other files import these from here: LOSSES is filled here)
     LOSSES,
+    compares_answers,
     find,
     hyperparameters,
     loss,
+    needs_ordered_scores,
     needs_reference,
     needs_rejected,
+    needs_scores,
+    sides_of,
+    start_state,
     tensor_arguments,
 )
 
@@ -357,7 +363,25 @@ def nca_pair(
     return F.softplus(-r_w) + 0.5 * F.softplus(r_w) + 0.5 * F.softplus(r_l)
 
 
-@loss(beta="> 0")
+def update_delta(
+    delta: float, chosen_reward: float, rejected_reward: float, decay: float = 0.9,
+) -> float:
+    """The δ of BCO for the next step: a moving average of ½ (mean r_w + mean r_l), BCO's eq. 7.
+
+    The average is exponential. train.py calls this function after each step with the means over
+    all pairs of the step. The decay is our choice, because we found no stated value; 0.9 averages
+    over about ten steps.
+    """
+    return decay * delta + (1 - decay) * (chosen_reward + rejected_reward) / 2
+
+
+def update_bco(state: dict, means: dict, beta: float) -> dict:
+    """The state of `bco_pair` for the next step: see `update_delta`."""
+    delta = update_delta(state["delta"], means["rewards/chosen"], means["rewards/rejected"])
+    return {"delta": delta}
+
+
+@loss(update=update_bco, beta="> 0")
 def bco_pair(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, delta=0.0,
     *, beta=0.1,
@@ -381,18 +405,6 @@ def bco_pair(
     if torch.is_tensor(delta):  # a number stays one: copying it would make a GPU wait
         delta = delta.detach()
     return F.softplus(-(r_w - delta)) + F.softplus(r_l - delta)  # eq. 8
-
-
-def update_delta(
-    delta: float, chosen_reward: float, rejected_reward: float, decay: float = 0.9,
-) -> float:
-    """The δ of BCO for the next step: a moving average of ½ (mean r_w + mean r_l), BCO's eq. 7.
-
-    The average is exponential. train.py calls this function after each step with the means over
-    all pairs of the step. The decay is our choice, because we found no stated value; 0.9 averages
-    over about ten steps.
-    """
-    return decay * delta + (1 - decay) * (chosen_reward + rejected_reward) / 2
 
 
 @loss(beta="> 0")
@@ -862,6 +874,42 @@ def capped_exp(x, minus_one=False):
     if minus_one:
         return torch.expm1(cap) + cap.exp() * (x - cap)
     return cap.exp() * (1 + x - cap)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses without a function here, and the nearest one. These read the answers of a pair.
+#
+#   ARPO         arXiv:2410.03115  CPO whose rejected answer counts more, the further apart the two
+#                                  averages are: `cpo`
+#   ASFT         arXiv:2409.10571  likelihood, and a logistic loss on the log-odds of each answer on
+#                                  its own: `orpo`
+#   AuxDPO       arXiv:2510.20413  DPO with a trained offset for each answer: `score_margin`
+#   BDPO         arXiv:2506.12725  DPO with a mixture of π and π_ref for the rejected answer:
+#                                  `dpo_shift`
+#   CPL          arXiv:2310.13639  `dpo_shift` with a reference of zeros
+#   γ-PO         arXiv:2506.03690  SimPO or DPO with a target margin of each pair that follows from
+#                                  the margins of earlier pairs: `alpha_dpo`
+#   Mallows-DPO  arXiv:2405.14953  DPO whose margin is scaled by how much preferences about the
+#                                  prompt are dispersed: `sigmoid`
+#   RPO          arXiv:2405.16436  DPO and a likelihood: --loss sigmoid,sft. The authors' code sums
+#                                  the likelihood over the answer, and its weight contains β
+#   SimNPO       arXiv:2410.07163  `npo` on averages with a reference of zeros
+#   SquaredPO    arXiv:2602.06788  f-DPO with the score a e^(−a): `f_divergence_score`
+#   TPO          arXiv:2405.16681  DPO without a reference, and the likelihood of a third, best
+#                                  answer: `slic` with policy_target_logps
+#
+# These read other data: token log-probs, answers with a label of their own, lists of answers.
+#
+#   TDPO         arXiv:2404.11999  DPO and the KL divergences of the tokens: `sigmoid`
+#   SamPO        arXiv:2406.10957  DPO on as many tokens as the shorter answer has, drawn at random:
+#                                  `sigmoid` with --ld_alpha
+#   KTO          arXiv:2402.01306  on single answers, good or bad: `kto_pair`
+#   BCO          arXiv:2404.04656  on single answers, good or bad: `bco_pair`
+#   EXO          arXiv:2402.00856  on lists: `exo_pair`
+#   InfoNCA, NCA arXiv:2402.05369  on lists with scores: `sigmoid`, `nca_pair`
+#   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by rank: `sigmoid`
+#   S-DPO        arXiv:2406.09215  DPO of one chosen against several rejected answers: `sigmoid`
+# --------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from losses import (
     cal_dpo,
     capped_exp,
     chipo,
+    compares_answers,
     discopop,
     dpop,
     exo_pair,
@@ -41,19 +42,22 @@ from losses import (
     rdpo,
     robust,
     sft,
+    sides_of,
     sigmoid,
     simpo,
     slic,
     sppo_hard,
+    start_state,
     tensor_arguments,
     update_delta,
 )
 
 NAMES = [name for name, function in LOSSES.items() if name == function.__name__]
-PAIRWISE = [name for name in NAMES if needs_rejected(LOSSES[name])]
+PAIRWISE = [name for name in NAMES if compares_answers(LOSSES[name])]
 WITH_REFERENCE = [name for name in NAMES if needs_reference(LOSSES[name])]
 MARGIN = [name for name in NAMES if "margin" in LOSSES[name].tags]
-BATCH_COUPLED = {"aot", "aot_unpaired", "kto_pair"}  # the loss of a pair depends on the others
+# The loss of a pair depends on the others.
+BATCH_COUPLED = {"aot", "aot_unpaired", "kto_pair", "beta_dpo", "dr_dpo"}
 TOKEN_MEAN = {"cpo", "orpo", "sft"}  # it does, unless they are given mean_chosen_length
 
 
@@ -238,6 +242,17 @@ AT_REFERENCE = {  # lengths 1, scores that differ by 1, averages of −20 and �
     "chipo": LOG_2,
     "aot": LOG_2,
     "aot_unpaired": LOG_2,
+    "score_margin": math.log1p(math.e),
+    "rpo_sq": 1.0,
+    "rpo_bwd_kl": LOG_2 - math.log1p(math.exp(-1)) - 1 / (1 + math.e),
+    "rpo_fwd_kl": math.log1p(math.exp(-1)) + 0.5 - LOG_2,
+    "dpo_shift": LOG_2,
+    "bpo": LOG_2,
+    "hypo": LOG_2,
+    "beta_dpo": LOG_2,
+    "alpha_dpo": math.log1p(math.exp(1.5 - 2.5 * 10)),
+    "dr_dpo": LOG_2,
+    "npo": 20 * LOG_2,
 }
 
 
@@ -373,6 +388,65 @@ def slic_gradient(t, a, b):
     return -active - 0.1, active
 
 
+def rpo_sq_gradient(t, a, b):
+    return opposite(2 * 0.1 * (0.1 * (a - b) - score_gap(t)))
+
+
+def score_gap(t):
+    return 0.7 * (t["chosen_scores"] - t["rejected_scores"])
+
+
+def rpo_fwd_gradient(t, a, b):
+    z = 0.1 * (a - b)
+    return opposite(0.1 * bump(z) * (z - score_gap(t)))
+
+
+def dpo_shift_gradient(t, a, b):
+    weight = 0.1 * sig(-0.1 * (a - 0.6 * b))
+    return -weight, 0.6 * weight
+
+
+def bpo_gradient(t, a, b):
+    weight = 0.1 * sig(-0.1 * torch.minimum(a, -0.3 * b))
+    is_chosen = a < -0.3 * b
+    return -weight * is_chosen, 0.3 * weight * ~is_chosen
+
+
+def hypo_gradient(t, a, b):
+    reference_margin = t["ref_chosen_logps"] - t["ref_rejected_logps"]
+    return opposite(-0.1 * sig(-0.1 * (policy_margin(t) - reference_margin.clamp(min=0))))
+
+
+def beta_dpo_gradient(t, a, b):
+    h = a - b
+    batch_beta = max(0.1 * (1 + 0.02 * (h.mean().item() - 3)), 1e-3)
+    return opposite(-batch_beta * sig(-batch_beta * h))
+
+
+def alpha_dpo_gradient(t, a, b):
+    x, y = averages(t)
+    gap = a / t["chosen_lengths"] - b / t["rejected_lengths"]
+    target = 0.6 + 0.2 * (gap - 0.5) / 2
+    return per_token(t, 2.5 * sig(-2.5 * (x - y - target)))
+
+
+def dr_dpo_gradient(t, a, b):
+    """Of the sum of the losses: each of the 12 pairs has the loss of the batch."""
+    h = a - b
+    weights = (F.logsigmoid(0.1 * h) / 0.5).softmax(0)
+    return opposite(-12 * weights * 0.1 * sig(-0.1 * h))
+
+
+def repo_gradient(t, a, b):
+    x, y = averages(t)
+    return per_token(t, (x - y < 0.6).double())
+
+
+def simper_gradient(t, a, b):
+    x, y = averages(t)
+    return -x.exp() / t["chosen_lengths"], y.exp() / t["rejected_lengths"]
+
+
 ANALYTIC = {  # ∂L/∂w, ∂L/∂l as "Gradient" of each docstring says, with the arguments of HYPER
     "sigmoid": lambda t, a, b: opposite(-0.3 * (sig(-0.3 * (a - b)) - 0.1)),
     "robust": robust_gradient,
@@ -399,6 +473,18 @@ ANALYTIC = {  # ∂L/∂w, ∂L/∂l as "Gradient" of each docstring says, with 
     "alphapo": alphapo_gradient,
     "orpo": orpo_gradient,
     "slic": slic_gradient,
+    "score_margin": lambda t, a, b: opposite(-0.1 * sig(score_gap(t) - 0.1 * (a - b))),
+    "rpo_sq": rpo_sq_gradient,
+    "rpo_bwd_kl": lambda t, a, b: opposite(0.1 * (sig(0.1 * (a - b)) - sig(score_gap(t)))),
+    "rpo_fwd_kl": rpo_fwd_gradient,
+    "dpo_shift": dpo_shift_gradient,
+    "bpo": bpo_gradient,
+    "hypo": hypo_gradient,
+    "beta_dpo": beta_dpo_gradient,
+    "alpha_dpo": alpha_dpo_gradient,
+    "dr_dpo": dr_dpo_gradient,
+    "repo": repo_gradient,
+    "simper": simper_gradient,
 }
 HYPER = {
     "sigmoid": dict(beta=0.3, label_smoothing=0.1),
@@ -414,6 +500,14 @@ HYPER = {
     "aot": dict(beta=0.1),
     "aot_unpaired": dict(beta=0.1),
     "cpo": dict(cpo_alpha=0.5, label_smoothing=0.1),
+    "score_margin": dict(margin_kappa=0.7),
+    "rpo_sq": dict(beta=0.1, rpo_eta=0.7),
+    "rpo_bwd_kl": dict(beta=0.1, rpo_eta=0.7),
+    "rpo_fwd_kl": dict(beta=0.1, rpo_eta=0.7),
+    "dpo_shift": dict(beta=0.1, shift_lambda=0.6),
+    "beta_dpo": dict(beta_dpo_a=0.02, gap_mean=3.0),
+    "alpha_dpo": dict(gap_mean=0.5, gap_std=2.0),
+    "dr_dpo": dict(dr_beta=0.5),
 }
 
 
@@ -1121,6 +1215,16 @@ def test_a_sum_has_a_mark_if_all_pairwise_parts_have_it_and_batch_if_one_part_ha
     assert find("ipo,simpo").tags == {"average"}
 
 
+def test_a_sum_has_the_state_of_one_part_and_refuses_two_or_a_reward_in_other_units():
+    assert find("sigmoid:0.8,bco_pair:0.2,sft:1").update is bco_pair.update
+    assert start_state(find("alpha_dpo,simpo,sft")) == {"gap_mean": 0.0, "gap_std": 1.0}
+    assert find("sigmoid,hinge").update is None and start_state(find("sigmoid,hinge")) == {}
+    with pytest.raises(ValueError, match="one loss with state at most, not bco_pair, beta_dpo"):
+        find("bco_pair,beta_dpo")
+    with pytest.raises(ValueError, match="alpha_dpo has state per token, so the other parts"):
+        find("alpha_dpo,sigmoid")
+
+
 @pytest.mark.parametrize("spec, message", [
     ("sigmoyd", "nearest name is sigmoid"),
     ("sigmoid,", "no such loss"),
@@ -1155,11 +1259,15 @@ def test_a_margin_loss_only_sees_the_difference_of_rewards(name):
     assert torch.allclose(dw * n_w, -dl * n_l)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_REFERENCE if name not in MARGIN])
+OTHERS = [name for name in WITH_REFERENCE if name not in MARGIN and name != "hypo"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_other_losses_with_a_reference_see_more_than_a_margin(name):
     """Therefore they refuse a zero reference and f-divergence scores, which are known up to a
     constant per prompt. The sorting losses compare the pairs of a batch: a constant for one pair
-    changes its rank in `aot_unpaired`, and nothing in `aot`."""
+    changes its rank in `aot_unpaired`, and nothing in `aot`. `hypo` reads the margin of the policy,
+    but more of the reference than its margin to the policy."""
     pairs = random_pairs()
     shift = torch.arange(6) * 7.0
     shifted = {k: v + shift if k.startswith("policy") else v for k, v in pairs.items()}
@@ -1178,8 +1286,12 @@ def test_gradients_agree_with_finite_differences(name):
         pairs["policy_chosen_logps"].data -= 200
         pairs["policy_rejected_logps"].data -= 200
 
+    # Nor do they know that β_B and m are detached: keep both constant.
+    constant = {"beta_dpo": {"beta_dpo_a": 0.0}, "alpha_dpo": {"alpha_dpo_alpha": 0.0}}
+
     def function(*values):
-        return LOSSES[name](**dict(zip(names, values, strict=True)))
+        given = dict(zip(names, values, strict=True))
+        return LOSSES[name](**given, **constant.get(name, {})) + 0  # + 0: `dr_dpo` is expanded
 
     assert torch.autograd.gradcheck(function, tensors)
 
@@ -1215,7 +1327,8 @@ def test_token_level_tensors_and_unequal_shapes_are_refused(name):
     with pytest.raises(ValueError, match="one number per pair"):
         call(name, {k: v[:, None].expand(2, 3) for k, v in pairs.items()})
     with pytest.raises(ValueError, match="one number per pair"):
-        call(name, pairs | {"policy_chosen_logps": pairs["policy_chosen_logps"][:1]})
+        first = tensor_arguments(LOSSES[name])[0]
+        call(name, pairs | {first: pairs[first][:1]})
 
 
 OUT_OF_RANGE = {
@@ -1233,6 +1346,14 @@ OUT_OF_RANGE = {
     "nll_weight": [-1.0, math.inf, math.nan],
     "slic_delta": [-1.0, math.inf, math.nan],
     "slic_lambda": [-1.0, math.inf, math.nan],
+    "margin_kappa": [-1.0, math.inf, math.nan],
+    "rpo_eta": [-1.0, math.inf, math.nan],
+    "shift_lambda": [-0.1, 1.1, math.nan],
+    "bpo_alpha": [0.0, -0.1, 1.1, math.nan],
+    "beta_dpo_a": [-0.1, math.inf, math.nan],
+    "alpha_dpo_alpha": [-0.1, math.inf, math.nan],
+    "dr_beta": [0.0, -1.0, math.inf, math.nan],
+    "repo_gamma": [-0.1, math.inf, math.nan],
 }
 AT_THE_EDGE = {  # in range
     "label_smoothing": [1e-9, 0.499],
@@ -1247,6 +1368,14 @@ AT_THE_EDGE = {  # in range
     "nll_weight": [0.0],
     "slic_delta": [0.0],
     "slic_lambda": [0.0],
+    "margin_kappa": [0.0],
+    "rpo_eta": [0.0],
+    "shift_lambda": [0.0, 1.0],
+    "bpo_alpha": [1e-9, 1.0],
+    "beta_dpo_a": [0.0],
+    "alpha_dpo_alpha": [0.0],
+    "dr_beta": [1e-9],
+    "repo_gamma": [0.0],
 }
 HYPERPARAMETERS = []
 for _name in NAMES:
@@ -1317,6 +1446,9 @@ def test_loss_and_gradient_are_finite_at_log_ratios_of_1e4(name, a, b, dtype):
     pairs = random_pairs(1, dtype=dtype)
     pairs["policy_chosen_logps"] += a
     pairs["policy_rejected_logps"] += b
+    if name == "simper":  # it has the probabilities themselves, which are at most 1
+        for side in ("chosen", "rejected"):
+            pairs[f"policy_{side}_logps"].clamp_(max=0)
     loss = call(name, pairs)
     assert loss.isfinite().all() and loss.dtype == dtype
     for gradient in gradients(LOSSES[name], pairs):
@@ -1372,7 +1504,11 @@ def test_the_signature_says_what_a_loss_needs():
     assert needs_reference(sigmoid) and needs_rejected(sigmoid)
     assert hyperparameters(sigmoid) == {"beta": 0.1, "label_smoothing": 0.0}
     assert not needs_reference(sft) and not needs_rejected(sft) and hyperparameters(sft) == {}
-    assert set(NAMES) - set(WITH_REFERENCE) == {"cpo", "simpo", "alphapo", "orpo", "slic", "sft"}
+    free = {"cpo", "simpo", "alphapo", "repo", "simper", "orpo", "slic", "sft"}
+    assert set(NAMES) - set(WITH_REFERENCE) == free
+    assert sides_of(sigmoid) == ("chosen", "rejected") and sides_of(sft) == ("chosen",)
+    assert sides_of(npo) == ("rejected",) and needs_reference(npo)
+    assert sides_of(find("npo,sft")) == ("chosen", "rejected")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -1390,7 +1526,7 @@ def test_a_figure_of_every_margin_loss_is_drawn(tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", MARGIN)
+@pytest.mark.parametrize("name", [name for name in MARGIN if name not in BATCH_COUPLED])
 def test_the_drawn_slope_is_the_derivative_of_the_drawn_loss(name):
     h = torch.linspace(-3, 3, 6001, dtype=torch.float64) + 1e-4
     value, drawn = registry.curve(LOSSES[name], h)

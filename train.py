@@ -84,7 +84,7 @@ from lora import (
     target_modules,
     use_adapter,
 )
-from losses import needs_rejected, tensor_arguments, update_delta
+from losses import needs_ordered_scores, needs_scores, sides_of, start_state
 from model import (
     check_vocabulary,
     compile_blocks,
@@ -144,8 +144,6 @@ def load_rows(args, loss, tokenizer, home, ranks):
 
     Rank 0 tokenizes, then the others read its cache.
     """
-    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    needs_scores = "chosen_scores" in tensor_arguments(loss)
     limits, columns, ignored = data.read_limits(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
@@ -156,8 +154,9 @@ def load_rows(args, loss, tokenizer, home, ranks):
     loaded = {}
     for flag, spec in specs.items():
         if spec:
-            loaded[flag] = data.load_tokens(str(spec), tokenizer, sides, limits, args.strict,
-                                            needs_scores, columns, ignored)
+            loaded[flag] = data.load_tokens(
+                str(spec), tokenizer, sides_of(loss), limits, args.strict, needs_scores(loss),
+                columns, ignored, needs_ordered_scores(loss))
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
@@ -330,7 +329,7 @@ class Step(NamedTuple):
     number: int
     count: int  # pairs, all ranks together
     pieces: list[Piece]  # this rank's micro-batches
-    state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, delta
+    state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, start_state
 
 
 def pair_losses(task, policy, reference, batch, state):
@@ -373,7 +372,7 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
         (piece.weight * losses.sum() * ranks.size / step.count).backward()
-        for name, numbers in metrics.items():
+        for name, numbers in with_squares(metrics).items():
             totals[name] = totals.get(name, 0) + piece.weight * numbers.double().sum()
         seen.append((batch["id"], metrics))
 
@@ -385,6 +384,13 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def with_squares(metrics):
+    """The metrics, and the squares of the margins, whose spread the state of a loss may need."""
+    if "rewards/margins" not in metrics:
+        return metrics
+    return metrics | {"rewards/margins_squared": metrics["rewards/margins"].double() ** 2}
 
 
 def first_pass(task, policy, reference, batches, step, ranks):
@@ -425,7 +431,7 @@ def mean_over_ranks(totals, norm, count, ranks):
 
 # --- Between steps --------------------------------------------------------------------------------
 
-def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
+def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
     """Mean metrics over the held-out rows. The loss gets the log-probs of all rows at once."""
     def logps(batch):
         return pair_logps(task, model, reference, batch)
@@ -437,8 +443,7 @@ def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
     with contextlib.closing(batches):
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
     tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
-    tensors["delta"] = delta
-    _, metrics = task.preference_loss(tensors, task.loss, task.hyper, task.score)
+    _, metrics = task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
     return dict(zip(metrics, means))
 
@@ -553,7 +558,7 @@ class Run(NamedTuple):
     scheduler: Any
     start: int  # the step of the checkpoint that is resumed, else 0
     steps: int  # number of the last step
-    delta: float  # of BCO
+    state: dict  # numbers that the loss carries from step to step: see registry.start_state
     fixed: dict  # hashes of what must be the same when the run is resumed
     flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
     keep: int  # how many checkpoints are kept
@@ -644,10 +649,10 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, warmup, steps)
-    start, delta = 0, 0.0
+    start, state = 0, start_state(loss)
     if newest:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
-        start, delta = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
+        start, state = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
     size = checkpoint_bytes(args, model, reference)
     keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
                                   args.keep_checkpoints, ranks)
@@ -667,7 +672,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, chosen_lengths = data.column(rows, "tokens"), data.column(rows, "chosen_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               chosen_lengths, held_out, task, optimizer, scheduler, start, steps, delta, fixed,
+               chosen_lengths, held_out, task, optimizer, scheduler, start, steps, state, fixed,
                flags, keep)
 
 
@@ -687,11 +692,11 @@ def check_first_rows(args, run, ranks) -> str:
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
 
 
-def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
+def evaluate_and_log(args, run, log, number, state, ranks) -> dict:
     """Evaluate on held-out rows and, in the world, against the optimum -> {split: metrics}."""
     splits = {}
     if len(run.held_out):
-        splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, delta,
+        splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, state,
                                   run.tokenizer, ranks)
     if run.home:
         # Beta is the weight of the KL in the objective only for margin losses of sums.
@@ -705,25 +710,26 @@ def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
     return splits
 
 
-def write_checkpoint(args, run, number, delta, ranks):
+def write_checkpoint(args, run, number, loss_state, ranks):
     """Save everything that the next step depends on."""
     def save_model_in(folder):
         save(run.model.model, run.tokenizer, folder, run.source, ranks)
 
     moving = moving_tensors(args, run.model, run.reference)
     tensors = optimizer_tensors(run.model, run.optimizer, moving)
-    state = {"scheduler": run.scheduler.state_dict(), "delta": delta, "flags": run.flags}
+    state = {"scheduler": run.scheduler.state_dict(), "flags": run.flags}
+    state["loss_state"] = loss_state
     save_checkpoint(run.folder, number, save_model_in, tensors, run.fixed | state, run.keep, ranks)
 
 
-def advance(args, run, number, batches, delta, stopping, ranks):
-    """`train_step`, then the learning rate, BCO's delta and a moving reference -> metrics, delta
-    for the next step, tokens of this step."""
+def advance(args, run, number, batches, loss_state, stopping, ranks):
+    """`train_step`, then the learning rate, the loss's state and a moving reference -> metrics, the
+    loss's state for the next step, tokens of this step."""
     # The pairs of this step, and this rank's share of them in micro-batches.
     window = row_window(args, number, len(run.rows))
     tokens = run.tokens[window]
     mean_length = float(run.chosen_lengths[window].mean())
-    state = {"mean_chosen_length": mean_length, "delta": delta}
+    state = {"mean_chosen_length": mean_length} | loss_state
     step = Step(number, len(window), split_step(args, len(window), tokens, ranks), state)
 
     # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
@@ -732,12 +738,14 @@ def advance(args, run, number, batches, delta, stopping, ranks):
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
                          args.max_grad_norm, stopping, ranks)
     run.scheduler.step()
-    if "delta" in tensor_arguments(run.task.loss):
-        values["delta"] = delta
-        delta = update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
+    update, means = run.task.loss.update, dict(values)
+    values.pop("rewards/margins_squared", None)
+    values |= loss_state
+    if update:
+        loss_state = update(loss_state, means, run.task.hyper["beta"])
     if args.sync_ref_every and number % args.sync_ref_every == 0:
         move_reference(args, run.model, run.reference)
-    return values, delta, int(tokens.sum())
+    return values, loss_state, int(tokens.sum())
 
 
 def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Path | None,
@@ -761,15 +769,15 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
     if line:
         say(line)
 
-    delta, steps = run.delta, run.steps
+    state, steps = run.state, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (claim(folder, args.resume, ranks), explained_write_errors(folder),
           caught_signals(ranks) as stopped, contextlib.closing(batches)):
         log = Log(folder, run.flags, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
-            values, delta, tokens = advance(args, run, number, batches, delta,
-                                                  bool(stopped), ranks)
+            values, state, tokens = advance(args, run, number, batches, state,
+                                            bool(stopped), ranks)
 
             # The bar, and a row of metrics.jsonl.
             stopping, last = values.pop("stop") > 0, number == steps
@@ -783,10 +791,10 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, home: pathlib.Pat
             # Evaluation and checkpoint. Their time does not count in tokens_per_second.
             pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
-                splits = evaluate_and_log(args, run, log, number, delta, ranks)
+                splits = evaluate_and_log(args, run, log, number, state, ranks)
             due = args.save_every and number % args.save_every == 0
             if not last and (stopping or due):
-                write_checkpoint(args, run, number, delta, ranks)
+                write_checkpoint(args, run, number, state, ranks)
             if not last and stopping:
                 log.bar.close()
                 say(f"stopped after step {number} of {steps}; to go on: "
