@@ -335,6 +335,117 @@ def odpo(
     return F.softplus(offset - beta * h)
 
 
+@loss("margin", beta="> 0", margin_kappa=">= 0")
+def score_margin(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.1, margin_kappa=1.0,
+):
+    """DPO with a linear margin: the implicit rewards must differ by more than the scores differ.
+
+    Paper      Llama 2: Open Foundation and Fine-Tuned Chat Models, arXiv:2307.09288, which adds a
+               margin to the loss of its reward models; here it is added to DPO
+    Formula    L = −log σ(βh − κ (s_w − s_l))
+    Gradient   ∂L/∂w = −β σ(κ (s_w − s_l) − βh) = −∂L/∂l: the gradient of DPO at a margin that is
+               smaller by κ (s_w − s_l) / β. It never reaches 0. A pair whose rejected answer has
+               the better score has a negative margin, and is pushed less than by DPO.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), of any order;
+               beta > 0; margin_kappa >= 0 (0 is DPO)
+    Elsewhere  MODPO (arXiv:2310.03708) is this loss: β of its code over w_0 is our β, w_1/w_0 is
+               our κ, and the scores are those of another objective. turbo-alignment's margin loss
+               has κ too. `odpo` takes the log of the difference; --loss rpo_bwd_kl takes the
+               difference as a target, where the gradient ends.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    target_margin = margin_kappa * (chosen_scores - rejected_scores)
+    return F.softplus(target_margin - beta * h)
+
+
+@loss("margin", beta="> 0", rpo_eta=">= 0")
+def rpo_sq(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.2, rpo_eta=1.0,
+):
+    """RPO, squared: regress the difference of implicit rewards onto the difference of scores.
+
+    Paper      Reward-aware Preference Optimization: A Unified Mathematical Framework for Model
+               Alignment, arXiv:2502.00203
+    Formula    L = (z − g)²,        z = βh, g = η (s_w − s_l)
+    Gradient   ∂L/∂w = 2β (z − g) = −∂L/∂l. It grows with the error, and is against y_w beyond the
+               target. Equal scores ask for z = 0.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), on the scale of
+               implicit rewards; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1), the
+               scale of the scores
+    Elsewhere  NeMo-Aligner's rpo_sq. Its data without scores gets default scores; ours is an error.
+               With g = 1/2 in every pair it is β² times IPO's loss of summed log-probs. Other
+               methods have the name RPO too: arXiv:2404.19733 and arXiv:2405.16436 add a
+               likelihood to DPO.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    target = rpo_eta * (chosen_scores - rejected_scores)  # g
+    return (beta * h - target) ** 2
+
+
+@loss("margin", beta="> 0", rpo_eta=">= 0")
+def rpo_bwd_kl(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.2, rpo_eta=1.0,
+):
+    """RPO, "backward" KL: DPO with soft labels, as confident as the scores are apart.
+
+    NeMo-Aligner calls it backward. The target comes FIRST, which most texts call the forward KL.
+
+    Paper      Nemotron-4 340B Technical Report, arXiv:2406.11704; the framework is
+               arXiv:2502.00203
+    Formula    L = KL( (σ(g), σ(−g)) ‖ (σ(z), σ(−z)) ),        z = βh, g = η (s_w − s_l)
+    Gradient   ∂L/∂w = β (σ(z) − σ(g)) = −∂L/∂l: 0 where the policy is as confident as the scores,
+               against y_w beyond, and never larger than β.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), in units of
+               log-odds after rpo_eta; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1)
+    Elsewhere  NeMo-Aligner's rpo_bwd_kl. cDPO (`sigmoid`) with ε = σ(−g) for each pair has the same
+               gradient; its loss is larger by the entropy of the labels. As η grows it becomes DPO.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    z = beta * (a - b)
+    g = rpo_eta * (chosen_scores - rejected_scores)
+    log_p, log_q = F.logsigmoid(g), F.logsigmoid(-g)  # the labels
+    kl_chosen = log_p.exp() * (log_p - F.logsigmoid(z))
+    kl_rejected = log_q.exp() * (log_q - F.logsigmoid(-z))
+    return kl_chosen + kl_rejected
+
+
+@loss("margin", beta="> 0", rpo_eta=">= 0")
+def rpo_fwd_kl(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.2, rpo_eta=1.0,
+):
+    """RPO, "forward" KL: EXO with soft labels, as confident as the scores are apart.
+
+    NeMo-Aligner calls it forward. The policy comes FIRST, which most texts call the reverse KL.
+
+    Paper      Reward-aware Preference Optimization: A Unified Mathematical Framework for Model
+               Alignment, arXiv:2502.00203
+    Formula    L = KL( (σ(z), σ(−z)) ‖ (σ(g), σ(−g)) ),        z = βh, g = η (s_w − s_l)
+    Gradient   ∂L/∂w = β σ(z) σ(−z) (z − g) = −∂L/∂l: 0 where the policy is as confident as the
+               scores, against y_w beyond. It vanishes for pairs that are very wrong.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), in units of
+               log-odds after rpo_eta; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1)
+    Elsewhere  NeMo-Aligner's rpo_fwd_kl. It is `exo_pair` with ε = σ(−g) for each pair.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    z = beta * (a - b)
+    g = rpo_eta * (chosen_scores - rejected_scores)
+    log_p, log_q = F.logsigmoid(z), F.logsigmoid(-z)  # the policy's preference
+    kl_chosen = log_p.exp() * (log_p - F.logsigmoid(g))
+    kl_rejected = log_q.exp() * (log_q - F.logsigmoid(-g))
+    return kl_chosen + kl_rejected
+
+
 # --------------------------------------------------------------------------------------------------
 # Reward losses: functions of the two log-ratios a and b (or of the implicit rewards r_w = βa and
 # r_l = βb), not of their difference alone. They say what the probability of each answer should do,

@@ -41,6 +41,10 @@ from losses import (
     orpo,
     rdpo,
     robust,
+    rpo_bwd_kl,
+    rpo_fwd_kl,
+    rpo_sq,
+    score_margin,
     sft,
     sides_of,
     sigmoid,
@@ -749,6 +753,112 @@ def test_odpo_is_dpo_at_a_margin_smaller_by_the_offset():
 def test_odpo_refuses_scores_that_contradict_the_preference(better):
     with pytest.raises(ValueError, match="chosen_scores must be above rejected_scores"):
         odpo(*[tensor(0.0)] * 4, tensor(better), tensor(0.0))
+
+
+# --------------------------------------------------------------------------------------------------
+# score_margin (2307.09288, MODPO 2310.03708), rpo_sq, rpo_bwd_kl, rpo_fwd_kl (2502.00203)
+# --------------------------------------------------------------------------------------------------
+
+def scored(h, gap, **others):
+    """Pairs with margin h whose scores differ by `gap`."""
+    gap = torch.as_tensor(gap, dtype=torch.float64)
+    return pair(h, 0.0, chosen_scores=gap, rejected_scores=torch.zeros_like(gap), **others)
+
+
+def test_score_margin_without_kappa_is_dpo_and_with_the_log_of_the_gap_it_is_odpo():
+    pairs = random_pairs()
+    assert torch.equal(call("score_margin", pairs, margin_kappa=0.0), call("sigmoid", pairs))
+    log_gap = torch.log(pairs["chosen_scores"] - pairs["rejected_scores"])
+    logs = pairs | {"chosen_scores": log_gap, "rejected_scores": torch.zeros_like(log_gap)}
+    expected = call("odpo", pairs, odpo_alpha=0.7)
+    assert torch.allclose(call("score_margin", logs, margin_kappa=0.7), expected)
+
+
+def test_modpo_is_score_margin_with_beta_over_its_own_weight():
+    """2310.03708: r = (β log π/π_ref − w_1 r_1) / w_0 takes the place of DPO's reward."""
+    pairs, beta, own, other = random_pairs(), 0.1, 0.3, 0.7
+    a, b = ratios(pairs)
+    chosen = (beta * a - other * pairs["chosen_scores"]) / own
+    rejected = (beta * b - other * pairs["rejected_scores"]) / own
+    found = call("score_margin", pairs, beta=beta / own, margin_kappa=other / own)
+    assert torch.allclose(found, -F.logsigmoid(chosen - rejected))
+
+
+def test_a_pair_whose_rejected_answer_has_the_better_score_is_pushed_less_than_by_dpo():
+    pairs = scored(tensor(1.0, 1.0, 1.0), [-2.0, 0.0, 2.0])
+    worse, equal, better = gradients(score_margin, pairs)[0].abs()
+    dpo = gradients(sigmoid, pair(1.0, tensor(0.0)))[0].abs()
+    assert worse < equal < better and torch.allclose(equal, dpo)
+
+
+def test_score_margin_pushes_at_any_margin_and_rpo_stops_at_its_target():
+    gap, beta = 3.0, 0.5
+    there = scored(tensor(gap / beta), [gap])
+    beyond = scored(tensor(gap / beta + 1), [gap])
+    assert gradients(score_margin, beyond, beta=beta)[0] < 0
+    for function in (rpo_sq, rpo_bwd_kl, rpo_fwd_kl):
+        assert call_function(function, there, beta=beta).abs().item() < 1e-15
+        assert gradients(function, there, beta=beta)[0].abs().item() < 1e-15
+        assert gradients(function, beyond, beta=beta)[0] > 0
+
+
+@pytest.mark.parametrize("name", ["rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"])
+def test_rpo_asks_for_no_margin_where_the_scores_are_equal_and_takes_scores_of_any_order(name):
+    equal = scored(tensor(-1.0, 0.0, 1.0), [5.0, 5.0, 5.0])
+    equal["rejected_scores"] = equal["chosen_scores"]
+    dw, _ = gradients(LOSSES[name], equal)
+    assert dw[0] < 0 < dw[2] and dw[1].abs() < 1e-15
+    flipped = scored(tensor(-10.0), [-2.0])
+    assert call(name, flipped, beta=0.2).abs().item() < 1e-15
+
+
+def test_rpo_sq_of_a_gap_of_a_half_is_beta_squared_times_the_summed_ipo():
+    h, beta = tensor(-3.0, 2.0, 40.0), 0.2
+    expected = beta ** 2 * of(ipo, h, beta=beta)
+    assert torch.allclose(call("rpo_sq", scored(h, [0.5] * 3), beta=beta), expected)
+
+
+def bernoulli_kl(p_logit, q_logit):
+    first = torch.distributions.Bernoulli(logits=p_logit)
+    return torch.distributions.kl_divergence(first, torch.distributions.Bernoulli(logits=q_logit))
+
+
+def test_backward_rpo_has_the_target_first_and_forward_rpo_the_policy():
+    pairs, beta, eta = random_pairs(), 0.1, 0.7
+    z = beta * margin(pairs)
+    g = eta * (pairs["chosen_scores"] - pairs["rejected_scores"])
+    backward = call("rpo_bwd_kl", pairs, beta=beta, rpo_eta=eta)
+    forward = call("rpo_fwd_kl", pairs, beta=beta, rpo_eta=eta)
+    assert torch.allclose(backward, bernoulli_kl(g, z))
+    assert torch.allclose(forward, bernoulli_kl(z, g))
+    assert not torch.allclose(backward, forward)
+
+
+def test_backward_rpo_is_cdpo_with_soft_labels_less_their_entropy():
+    h, gap, beta = tensor(-9.0, 0.0, 30.0), 1.3, 0.2
+    eps = sig(tensor(-gap)).item()
+    entropy = -(1 - eps) * math.log(1 - eps) - eps * math.log(eps)
+    expected = of(sigmoid, h, beta=beta, label_smoothing=eps) - entropy
+    assert torch.allclose(call("rpo_bwd_kl", scored(h, [gap] * 3), beta=beta), expected)
+
+
+def test_backward_rpo_becomes_dpo_as_eta_grows():
+    pairs = random_pairs()
+    expected = call("sigmoid", pairs, beta=0.2)
+    assert torch.allclose(call("rpo_bwd_kl", pairs, rpo_eta=1e4), expected)
+
+
+def test_forward_rpo_is_exo_with_the_smoothing_of_the_scores():
+    h, gap, beta = tensor(-9.0, 0.0, 30.0), 1.3, 0.2
+    expected = of(exo_pair, h, beta=beta, label_smoothing=sig(tensor(-gap)).item())
+    assert torch.allclose(call("rpo_fwd_kl", scored(h, [gap] * 3), beta=beta), expected)
+
+
+def test_forward_rpo_ignores_a_very_wrong_pair_and_backward_rpo_pushes_it_with_beta():
+    wrong = scored(tensor(-500.0), [2.0])
+    assert gradients(rpo_fwd_kl, wrong)[0].abs() < 1e-18
+    expected = -0.2 * sig(tensor(2.0))
+    assert torch.allclose(gradients(rpo_bwd_kl, wrong)[0], expected)
 
 
 # --------------------------------------------------------------------------------------------------
