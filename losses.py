@@ -634,6 +634,54 @@ def dpop(
     return F.softplus(-beta * (a - b - penalty))
 
 
+@loss(beta="> 0", shift_lambda="[0, 1]")
+def dpo_shift(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.01, shift_lambda=0.7,
+):
+    """DPO-Shift: DPO in which the rejected answer counts less, so that the chosen one falls less.
+
+    Paper      DPO-Shift: Shifting the Distribution of Direct Preference Optimization,
+               arXiv:2502.07599
+    Formula    L = −log σ(β (a − λb))
+    Gradient   with u = β (a − λb): ∂L/∂w = −β σ(−u), ∂L/∂l = λβ σ(−u). A token that both answers
+               share is pushed up by their difference; DPO does not move it.
+    Args       four (B,) log-probs; beta > 0 (authors' recipes 0.01); shift_lambda in [0, 1]
+               (authors' recipes 0.7; 1 is DPO)
+    Elsewhere  The authors' code can also change λ linearly during training. λ multiplies the
+               reference's log-prob too: with λ on l alone the loss would not begin at log 2. With a
+               reference of zeros it is CPL, Contrastive Preference Learning (arXiv:2310.13639),
+               whose conservative weight is our λ.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    return F.softplus(-beta * (a - shift_lambda * b))
+
+
+@loss(beta="> 0", bpo_alpha="(0, 1]")
+def bpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.1, bpo_alpha=0.3,
+):
+    """BPO: only the answer that lags behind is trained, so y_l cannot pay for a falling y_w.
+
+    Paper      BPO: Revisiting Preference Modeling in Direct Preference Optimization,
+               arXiv:2506.03557
+    Formula    L = −log σ(β min(a, −αb))
+    Gradient   with u = β min(a, −αb): where a < −αb, ∂L/∂w = −β σ(−u) and ∂L/∂l = 0; where
+               a > −αb, ∂L/∂w = 0 and ∂L/∂l = αβ σ(−u). At a tie, as at π = π_ref, each side gets
+               half of its gradient.
+    Args       four (B,) log-probs; beta > 0 (authors' code 0.1); bpo_alpha in (0, 1] (authors'
+               code 0.3): y_l has to fall by 1/α nats for each nat that y_w rises
+    Elsewhere  The authors' configuration trains a hinge, max(0, 1 − β min(a, −αb)), in place of the
+               logistic. Other methods have the name BPO too, such as arXiv:2505.19601.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    balanced = torch.minimum(a, -bpo_alpha * b)
+    return F.softplus(-beta * balanced)
+
+
 @loss(beta="> 0", cal_dpo_weight=">= 0")
 def cal_dpo(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,

@@ -21,11 +21,13 @@ from losses import (
     apo_down,
     apo_zero,
     bco_pair,
+    bpo,
     cal_dpo,
     capped_exp,
     chipo,
     compares_answers,
     discopop,
+    dpo_shift,
     dpop,
     exo_pair,
     f_divergence_score,
@@ -1006,6 +1008,58 @@ def test_chipo_gives_a_clipped_pair_no_gradient():
     assert clipped == 0 and free < 0
     at_clip = of(chipo, [4.0], beta=0.5, chipo_r_max=1.0)
     assert at_clip.item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+# --------------------------------------------------------------------------------------------------
+# dpo_shift (2502.07599), bpo (2506.03557)
+# --------------------------------------------------------------------------------------------------
+
+def test_dpo_shift_is_dpo_at_lambda_1_and_leaves_the_rejected_answer_out_at_lambda_0():
+    pairs = random_pairs()
+    dpo = call("sigmoid", pairs, beta=0.3)
+    assert torch.equal(call("dpo_shift", pairs, beta=0.3, shift_lambda=1.0), dpo)
+    a, _ = ratios(pairs)
+    found = call("dpo_shift", pairs, beta=0.3, shift_lambda=0.0)
+    assert torch.allclose(found, -F.logsigmoid(0.3 * a))
+
+
+def test_dpo_shift_with_a_reference_of_zeros_is_cpl():
+    """2310.13639: −log [e^(αw) / (e^(αw) + e^(λαl))]"""
+    pairs, alpha, lam = random_pairs(), 0.2, 0.75
+    scores = torch.stack([pairs["policy_chosen_logps"], lam * pairs["policy_rejected_logps"]])
+    expected = -(alpha * scores).log_softmax(0)[0]
+    found = call("dpo_shift", without_reference(pairs), beta=alpha, shift_lambda=lam)
+    assert torch.allclose(found, expected)
+
+
+def test_dpo_shift_raises_a_token_that_both_answers_share_and_dpo_does_not_move_it():
+    shared = tensor(-1.0, grad=True)
+    w, l = shared + tensor(-2.0), shared + tensor(-3.0)  # noqa: E741
+    loss = dpo_shift(w, l, tensor(-3.0), tensor(-4.0), beta=0.1, shift_lambda=0.7)
+    assert torch.autograd.grad(loss.sum(), shared)[0].item() == pytest.approx(-0.3 * 0.1 / 2)
+    w, l = shared + tensor(-2.0), shared + tensor(-3.0)  # noqa: E741
+    dpo = sigmoid(w, l, tensor(-3.0), tensor(-4.0), beta=0.1)
+    assert torch.autograd.grad(dpo.sum(), shared)[0].item() == 0
+
+
+def test_bpo_moves_only_the_answer_that_lags_behind():
+    dw, dl = gradients(bpo, pair(tensor(1.0, 1.0), tensor(-20.0, -1.0)), beta=0.1, bpo_alpha=0.5)
+    assert dw[0] < 0 and dl[0] == 0
+    assert dw[1] == 0 and dl[1] > 0
+
+
+def test_bpo_gives_each_side_half_of_its_gradient_at_a_tie_as_at_the_reference():
+    dw, dl = gradients(bpo, pair(0.0, tensor(0.0)), beta=0.1, bpo_alpha=0.3)
+    assert dw.item() == pytest.approx(-0.1 / 4) and dl.item() == pytest.approx(0.3 * 0.1 / 4)
+    tie = gradients(bpo, pair(3.0, tensor(-10.0)), beta=0.1, bpo_alpha=0.3)
+    assert tie[0] < 0 < tie[1]
+
+
+def test_no_fall_of_the_rejected_answer_pays_for_a_fall_of_the_chosen_one_in_bpo():
+    fallen = tensor(-2.0, -2.0, -2.0)
+    losses = of(bpo, fallen, tensor(0.0, -50.0, -1e4))
+    assert torch.equal(losses, losses[:1].expand(3)) and (losses > LOG_2).all()
+    assert of(sigmoid, fallen, tensor(0.0, -50.0, -1e4))[1:].max() < LOG_2
 
 
 # --------------------------------------------------------------------------------------------------
