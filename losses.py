@@ -895,6 +895,46 @@ def alphapo(
     return F.softplus(gamma - beta * (score_w - score_l))
 
 
+@loss("average", repo_gamma=">= 0")
+def repo(
+    policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
+    *, repo_gamma=0.6,
+):
+    """RePO: SimPO with a hinge, so that a pair is trained until its margin is reached.
+
+    Paper      RePO: ReLU-based Preference Optimization, arXiv:2503.07426v1
+    Formula    L = max(0, γ − (w̄ − l̄))
+    Gradient   ∂L/∂w = −1/n_w, ∂L/∂l = 1/n_l while w̄ − l̄ < γ, exactly 0 beyond.
+    Args       two (B,) log-probs, two (B,) lengths >= 1; repo_gamma >= 0, a margin of averages, in
+               nats per token (authors' recipes 0.6 for Llama 3, 0.4 for Mistral and Gemma 2)
+    Elsewhere  γ is SimPO's γ/β, and not its γ. The paper has it as the limit of SimPO for large β:
+               SimPO at γ = β · repo_gamma, divided by β. β in the authors' code only scales the
+               rewards that it logs.
+    """
+    average_w = policy_chosen_logps / chosen_lengths      # w̄
+    average_l = policy_rejected_logps / rejected_lengths  # l̄
+    return F.relu(repo_gamma - (average_w - average_l))
+
+
+@loss("average")
+def simper(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths):
+    """SimPER: raise the inverse perplexity of y_w, lower that of y_l. No hyper-parameter.
+
+    Paper      SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters,
+               arXiv:2502.00883 (ICLR 2025)
+    Formula    L = −e^w̄ + e^l̄: an inverse perplexity is the geometric mean of the probabilities of
+               the tokens
+    Gradient   ∂L/∂w = −e^w̄ / n_w, ∂L/∂l = e^l̄ / n_l: the gradient of each answer depends on its
+               own probability alone. An improbable answer gets next to none: y_l falls ever more
+               slowly, and a y_w that the policy would hardly write is hardly learned.
+    Args       two (B,) log-probs, two (B,) lengths >= 1. The loss lies in (−1, 1).
+    Elsewhere  The authors' recipes still name SimPO's β and γ/β, which this loss does not read.
+    """
+    average_w = policy_chosen_logps / chosen_lengths      # w̄
+    average_l = policy_rejected_logps / rejected_lengths  # l̄
+    return torch.exp(average_l) - torch.exp(average_w)
+
+
 @loss("average", beta="> 0", nll_weight=">= 0")
 def orpo(
     policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,

@@ -42,6 +42,7 @@ from losses import (
     odpo,
     orpo,
     rdpo,
+    repo,
     robust,
     rpo_bwd_kl,
     rpo_fwd_kl,
@@ -50,6 +51,7 @@ from losses import (
     sft,
     sides_of,
     sigmoid,
+    simper,
     simpo,
     slic,
     sppo_hard,
@@ -1233,6 +1235,49 @@ def test_slic_without_its_regularizer_is_the_hinge_with_a_reference_of_zeros_up_
     pairs, delta = random_pairs(), 4.0
     expected = delta * call("hinge", without_reference(pairs), beta=1 / delta)
     assert torch.allclose(call("slic", pairs, slic_delta=delta, slic_lambda=0.0), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# repo (2503.07426), simper (2502.00883)
+# --------------------------------------------------------------------------------------------------
+
+def test_repo_is_gamma_at_equal_averages_and_exactly_0_beyond_the_margin():
+    pairs = pair(tensor(-10.0, -9.5, -9.3, 0.0), 0.0)
+    assert torch.allclose(call("repo", pairs, repo_gamma=0.6), tensor(0.6, 0.1, 0.0, 0.0))
+    dw, dl = gradients(repo, pairs, repo_gamma=0.6)
+    assert torch.equal(dw, tensor(-1.0, -1.0, 0.0, 0.0)) and torch.equal(dl, -dw)
+
+
+def test_repo_is_simpo_over_beta_in_the_limit_of_a_large_beta():
+    pairs, beta = random_pairs(), 1e6
+    simpo_loss = call("simpo", pairs, beta=beta, gamma=0.6 * beta)
+    assert torch.allclose(simpo_loss / beta, call("repo", pairs, repo_gamma=0.6))
+
+
+def test_simper_is_the_difference_of_two_geometric_means_of_token_probabilities():
+    chosen, rejected = tensor(0.5, 0.2, 0.9), tensor(0.3, 0.4)
+    lengths = tensor(3.0), tensor(2.0)
+    found = simper(chosen.log().sum()[None], rejected.log().sum()[None], *lengths)
+    expected = (0.3 * 0.4) ** (1 / 2) - (0.5 * 0.2 * 0.9) ** (1 / 3)
+    assert found.item() == pytest.approx(expected)
+
+
+def test_simper_of_a_pair_and_of_its_flip_cancel_and_lie_between_minus_1_and_1():
+    pairs = random_pairs(50)
+    flipped = {}
+    for key, value in pairs.items():
+        sides = ("rejected", "chosen") if "chosen" in key else ("chosen", "rejected")
+        flipped[key.replace(sides[1], sides[0])] = value
+    loss = call("simper", pairs)
+    assert torch.allclose(loss, -call("simper", flipped))
+    assert (loss.abs() < 1).all()
+
+
+def test_simper_teaches_next_to_nothing_about_an_improbable_answer():
+    dw, dl = gradients(simper, pair(-30.0, tensor(-20.0)))
+    assert dw.abs() < 1e-20 and dl.abs() < 1e-20
+    dw, dl = gradients(simper, pair(20.0, tensor(30.0)))
+    assert dw == -1 and dl == 1
 
 
 # --------------------------------------------------------------------------------------------------
