@@ -1020,6 +1020,29 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
 
 
 # --------------------------------------------------------------------------------------------------
+# Unlearning: one answer that should become improbable, and no better one.
+# --------------------------------------------------------------------------------------------------
+
+@loss(beta="> 0")
+def npo(policy_rejected_logps, ref_rejected_logps, *, beta=0.1):
+    """NPO: forget an answer. DPO without its chosen half, so a bounded gradient ascent.
+
+    Paper      Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning,
+               arXiv:2404.05868
+    Formula    L = (2/β) log(1 + (π/π_ref)^β) = (2/β) sp(βb)
+    Gradient   ∂L/∂l = 2 σ(βb): 1 at π = π_ref, as in gradient ascent, and falling to 0 as the
+               answer is forgotten. As β goes to 0 it stays 1, which is gradient ascent.
+    Args       two (B,) log-probs of the answer to forget, which the data has as `rejected`;
+               beta > 0 (authors' code 0.1). At π = π_ref the loss is (2/β) log 2, 13.86 at β = 0.1.
+    Elsewhere  The factor 2/β belongs to the loss. --loss npo reads no `chosen`. A retain term is a
+               part of a sum: --loss npo,sft keeps `chosen` probable, an answer to the same prompt.
+               SimNPO (arXiv:2410.07163) is this loss on averages with a reference of zeros.
+    """
+    b = policy_rejected_logps - ref_rejected_logps
+    return 2 / beta * F.softplus(beta * b)
+
+
+# --------------------------------------------------------------------------------------------------
 # f-DPO: margin losses under an f-divergence other than the reverse KL between π and π_ref.
 # --------------------------------------------------------------------------------------------------
 

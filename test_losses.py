@@ -39,6 +39,7 @@ from losses import (
     nca_pair,
     needs_reference,
     needs_rejected,
+    npo,
     odpo,
     orpo,
     rdpo,
@@ -1291,6 +1292,54 @@ def test_sft_is_cross_entropy_over_all_scored_tokens_of_the_batch():
     logps = -F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(-1)
     mine = sft(logps, (labels != -100).sum(-1)).mean()
     assert torch.allclose(mine, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+# --------------------------------------------------------------------------------------------------
+# npo (2404.05868)
+# --------------------------------------------------------------------------------------------------
+
+def forget(b, beta=0.1):
+    """(NPO, its slope) at log-ratios b of the answer to forget."""
+    rejected = (b - 30.0).detach().requires_grad_()
+    loss = npo(rejected, torch.full_like(b, -30.0), beta=beta)
+    return loss.detach(), torch.autograd.grad(loss.sum(), rejected)[0]
+
+
+def test_npo_is_2_over_beta_times_dpo_whose_chosen_answer_does_not_move():
+    b, beta = tensor(-40.0, 0.0, 3.0), 0.3
+    assert torch.allclose(forget(b, beta)[0], 2 / beta * of(sigmoid, 0.0, b, beta=beta))
+    printed = 2 / beta * torch.log(1 + torch.exp(b) ** beta)
+    assert torch.allclose(forget(b, beta)[0], printed)
+
+
+def test_npo_begins_as_gradient_ascent_and_lets_go_of_an_answer_that_is_forgotten():
+    value, slopes = forget(tensor(0.0, -20.0, -400.0), beta=0.1)
+    assert value[0].item() == pytest.approx(13.862943611)
+    assert slopes[0] == 1 and torch.allclose(slopes[1], 2 * sig(tensor(-2.0)))
+    assert 0 < slopes[2] < 1e-16
+
+
+def test_npo_becomes_gradient_ascent_as_beta_goes_to_0():
+    b = tensor(-40.0, 0.0, 3.0)
+    value, slopes = forget(b, beta=1e-9)
+    assert torch.allclose(slopes, torch.ones_like(b))
+    assert torch.allclose(value - 2 / 1e-9 * LOG_2, b, atol=1e-5)
+
+
+def test_simnpo_without_gamma_is_npo_on_averages_with_a_reference_of_zeros():
+    """2410.07163, as the authors' TOFU code has it: −(2/β) log σ(−β l/n)."""
+    rejected, lengths, beta = tensor(-30.0, -8.0), tensor(10.0, 2.0), 2.5
+    average = rejected / lengths
+    expected = -2 / beta * F.logsigmoid(-beta * average)
+    assert torch.allclose(npo(average, torch.zeros(2), beta=beta), expected)
+
+
+def test_a_sum_of_npo_and_sft_forgets_the_rejected_answer_and_keeps_the_chosen_one():
+    pairs = random_pairs()
+    dw, dl = gradients(find("npo,sft:0.5"), pairs, beta=0.1)
+    assert torch.allclose(dw, torch.full_like(dw, -0.5 / pairs["chosen_lengths"].double().mean()))
+    _, b = ratios(pairs)
+    assert torch.allclose(dl, 2 * sig(0.1 * b))
 
 
 # --------------------------------------------------------------------------------------------------
