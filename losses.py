@@ -801,6 +801,150 @@ LOSSES["aot_pair"] = aot_unpaired
 
 
 # --------------------------------------------------------------------------------------------------
+# Adaptive losses: DPO or SimPO whose reference, β, target margin or weight of a pair depends on the
+# pair, on the batch, or on the steps before. What adapts gets no gradient, except in `dr_dpo`.
+# --------------------------------------------------------------------------------------------------
+
+@loss(beta="> 0")
+def hypo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1,
+):
+    """HyPO: DPO without a reference in the pairs whose order the reference has wrong.
+
+    There DPO is satisfied as soon as the policy is less wrong than the reference.
+
+    Paper      Mitigating Mismatch within Reference-based Preference Optimization, arXiv:2602.11902
+    Formula    L = −log σ(β [(w − l) − max(0, w° − l°)])
+    Gradient   with u = β [(w − l) − max(0, w° − l°)]: ∂L/∂w = −β σ(−u) = −∂L/∂l. It is that of DPO
+               where w° >= l°, and larger where w° < l°.
+    Args       four (B,) log-probs; beta > 0 (the default is DPO's). At π = π_ref the loss is above
+               log 2 in the pairs whose order the reference has wrong.
+    Elsewhere  The authors published no code that we found; the formula is that of the abstract. The
+               name also belongs to other methods.
+    """
+    policy_margin = policy_chosen_logps - policy_rejected_logps
+    reference_margin = ref_chosen_logps - ref_rejected_logps
+    return F.softplus(-beta * (policy_margin - F.relu(reference_margin)))
+
+
+def update_gap(state: dict, means: dict, beta: float, decay: float = 0.9) -> dict:
+    """The state of `beta_dpo` or `alpha_dpo` for the next step: moving averages of the gaps.
+
+    state   gap_mean, gap_std if the loss takes it, and gap_steps, how many steps they average
+    means   over all pairs of the step: rewards/margins, which is β times the gap, and its square
+
+    The authors' code starts its averages from zero, so that they are a tenth of the truth at first.
+    Here the first ten steps count equally, and later steps make an exponential average. A spread
+    below 1e-4 nats per token is rounding, at π = π_ref, and the spread of `alpha_dpo` starts after
+    it.
+    """
+    margin, square = means["rewards/margins"], means["rewards/margins_squared"]
+    variance = max(0.0, square - margin ** 2)
+    now = {"gap_mean": margin / beta, "gap_std": variance ** 0.5 / beta}
+    if "gap_std" in state and now["gap_std"] < 1e-4:
+        return state
+    steps = state.get("gap_steps", 0) + 1
+    weight = max(1 - decay, 1 / steps)
+    averages = {"gap_steps": steps}
+    for name in state.keys() & now.keys():
+        averages[name] = (1 - weight) * state[name] + weight * now[name]
+    return averages
+
+
+@loss("margin", "batch", update=update_gap, beta="> 0", beta_dpo_a=">= 0")
+def beta_dpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    gap_mean=0.0, keep=None, *, beta=0.1, beta_dpo_a=0.6,
+):
+    """β-DPO: a larger β for a batch whose margins are larger than those of the batches before.
+
+    Paper      β-DPO: Direct Preference Optimization with Dynamic β, arXiv:2407.08639
+    Formula    L = −log σ(β_B h),        β_B = max(β [1 + α (mean h − M)], 0.001)
+               The mean is over the batch, M is a moving average of it.
+    Gradient   ∂L/∂w = −β_B σ(−β_B h) = −∂L/∂l. β_B has no gradient. It has no upper bound, so a
+               batch 5 nats above M has 4 β at α = 0.6.
+    Args       four (B,) log-probs; gap_mean, a number: M, which `update_gap` computes; keep (B,):
+               1 for the pairs that the mean is over (default all); beta > 0 (authors' code 0.1);
+               beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO)
+    Elsewhere  The paper also drops pairs: of each batch it draws 80 %, the more probable the nearer
+               h is to M. For that pass `keep` and average the losses of these pairs; train.py keeps
+               all pairs. The authors' code updates M before it is used, and in evaluation too; here
+               M is of the steps before. Its weights are 0/0 at π = π_ref, where it fails.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    gap = h.detach()
+    if keep is None:
+        keep = torch.ones_like(gap)
+    batch_mean = (keep * gap).sum() / keep.sum()
+    batch_beta = beta * (1 + beta_dpo_a * (batch_mean - gap_mean))
+    return F.softplus(-batch_beta.clamp(min=1e-3) * h)
+
+
+@loss("average", update=update_gap, beta="> 0", gamma="finite", alpha_dpo_alpha=">= 0")
+def alpha_dpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_lengths, rejected_lengths, gap_mean=0.0, gap_std=1.0,
+    *, beta=2.5, gamma=1.5, alpha_dpo_alpha=0.2,
+):
+    """α-DPO: SimPO with a target margin of each pair, larger where h̄ is large already.
+
+    Paper      AlphaDPO: Adaptive Reward Margin for Direct Preference Optimization,
+               arXiv:2410.10148v4
+    Formula    L = −log σ(β (w̄ − l̄ − m)),        m = γ/β + α (h̄ − μ)/s
+               μ and s are moving averages of the mean and the standard deviation of h̄.
+    Gradient   with u = β (w̄ − l̄ − m): ∂L/∂w = −β σ(−u) / n_w, ∂L/∂l = β σ(−u) / n_l. m has no
+               gradient.
+    Args       four (B,) log-probs, two (B,) lengths >= 1; gap_mean and gap_std, numbers: μ and s,
+               which `update_gap` computes; beta > 0 (authors' recipes 2.5 and 10); gamma finite,
+               ABSOLUTE as in `simpo` (authors' recipes γ/β 0.15 to 0.6); alpha_dpo_alpha >= 0
+               (authors' recipes 0.05 and 0.2; 0 is SimPO)
+    Elsewhere  In the authors' code β multiplies α too, as here. It updates μ and s before they are
+               used, from zero, and in evaluation too: a first batch in which policy and reference
+               are equal gives NaN. Here μ and s are of the steps before, and start with the first
+               step whose h̄ differ by more than rounding; until then m is γ/β.
+    """
+    average_w = policy_chosen_logps / chosen_lengths      # w̄
+    average_l = policy_rejected_logps / rejected_lengths  # l̄
+    reference_margin = ref_chosen_logps / chosen_lengths - ref_rejected_logps / rejected_lengths
+    margin = average_w - average_l
+    gap = (margin - reference_margin).detach()  # h̄
+    target = gamma / beta + alpha_dpo_alpha * (gap - gap_mean) / gap_std  # m
+    return F.softplus(-beta * (margin - target))
+
+
+@loss("margin", "batch", beta="> 0", dr_beta="> 0")
+def dr_dpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.1, dr_beta=1.0,
+):
+    """Dr. DPO: a soft minimum over the batch, so that pairs that fit badly count less.
+
+    Paper      Towards Robust Alignment of Language Models: Distributionally Robustifying Direct
+               Preference Optimization, arXiv:2407.07880
+    Formula    L = −β′ log mean_i e^(−ℓ_i/β′),        ℓ_i = −log σ(βh_i)
+               One number for the batch, which every pair gets.
+    Gradient   ∂L/∂w_i = −p_i β σ(−βh_i) = −∂L/∂l_i, p = softmax(−ℓ/β′). With β′ = 1, p_i is
+               proportional to σ(βh_i): a pair that is very wrong, perhaps a flipped label, has
+               next to no gradient.
+    Args       four (B,) log-probs; beta > 0 (authors' code 0.1); dr_beta > 0, β′ in the formula
+               (authors' code 1). L is at most the mean of ℓ, which it becomes for a large β′; for a
+               small β′ it becomes the minimum.
+    Elsewhere  The authors' code takes exp, mean and log one after another: the loss is inf and the
+               gradient NaN in fp32 once every ℓ is above 104 β′. It also reduces each device's
+               micro-batch on its own, which is another loss; train.py reduces the pairs of a step.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    pair_losses = F.softplus(-beta * h)  # ℓ
+    count = torch.tensor(len(h), dtype=h.dtype)
+    log_mean = torch.logsumexp(-pair_losses / dr_beta, dim=0) - torch.log(count)
+    return (-dr_beta * log_mean).expand_as(h)
+
+
+# --------------------------------------------------------------------------------------------------
 # Reference-free losses: no second model. A likelihood term, or the scale of the reward, limits how
 # far the policy moves. An averaged likelihood is an average over the tokens of the batch, −w/n̄,
 # as in `sft`.

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 import registry
 from losses import (
     LOSSES,
+    alpha_dpo,
     alphapo,
     aot_unpaired,
     apo_down,
     apo_zero,
     bco_pair,
+    beta_dpo,
     bpo,
     cal_dpo,
     capped_exp,
@@ -29,11 +31,13 @@ from losses import (
     discopop,
     dpo_shift,
     dpop,
+    dr_dpo,
     exo_pair,
     f_divergence_score,
     find,
     hinge,
     hyperparameters,
+    hypo,
     ipo,
     kto_pair,
     nca_pair,
@@ -59,6 +63,7 @@ from losses import (
     start_state,
     tensor_arguments,
     update_delta,
+    update_gap,
 )
 
 NAMES = [name for name, function in LOSSES.items() if name == function.__name__]
@@ -1101,6 +1106,146 @@ def test_only_unpaired_aot_ignores_which_rejected_answer_came_with_which_chosen_
 
 def test_aot_pair_is_the_older_name_of_the_unpaired_one():
     assert LOSSES["aot_pair"] is aot_unpaired and find("aot_pair") is aot_unpaired
+
+
+# --------------------------------------------------------------------------------------------------
+# hypo (2602.11902), beta_dpo (2407.08639), alpha_dpo (2410.10148), dr_dpo (2407.07880)
+# --------------------------------------------------------------------------------------------------
+
+def test_hypo_is_dpo_where_the_reference_is_right_and_reference_free_dpo_where_it_is_wrong():
+    pairs = random_pairs(40)
+    right = pairs["ref_chosen_logps"] >= pairs["ref_rejected_logps"]
+    assert 0 < right.sum() < 40
+    dpo, free = call("sigmoid", pairs), call("sigmoid", without_reference(pairs))
+    assert torch.allclose(call("hypo", pairs), torch.where(right, dpo, free))
+
+
+def test_hypo_is_never_below_dpo_and_pushes_the_pairs_that_the_reference_has_wrong_harder():
+    pairs = random_pairs(40)
+    wrong = pairs["ref_chosen_logps"] < pairs["ref_rejected_logps"]
+    excess = call("hypo", pairs) - call("sigmoid", pairs)
+    assert (excess[wrong] > 0).all() and torch.allclose(excess[~wrong], tensor(0.0))
+    hypo_dw, dpo_dw = gradients(hypo, pairs)[0].abs(), gradients(sigmoid, pairs)[0].abs()
+    assert (hypo_dw[wrong] > dpo_dw[wrong]).all()
+    assert torch.allclose(hypo_dw[~wrong], dpo_dw[~wrong])
+
+
+def test_hypo_begins_above_log_2_in_the_pairs_that_the_reference_has_wrong():
+    w, l = tensor(-10.0, -20.0), tensor(-20.0, -10.0)  # noqa: E741
+    right, wrong = hypo(w, l, w, l, beta=0.1)
+    assert right.item() == pytest.approx(LOG_2)
+    assert wrong.item() == pytest.approx(math.log1p(math.e))
+
+
+def test_beta_dpo_without_a_is_dpo_and_otherwise_dpo_at_the_beta_of_the_batch():
+    pairs = random_pairs()
+    assert torch.equal(call("beta_dpo", pairs, beta_dpo_a=0.0), call("sigmoid", pairs))
+    gap_mean = margin(pairs).mean().item() - 5
+    batch_beta = 0.1 * (1 + 0.6 * 5)
+    assert batch_beta == pytest.approx(4 * 0.1)
+    found = call("beta_dpo", pairs | {"gap_mean": gap_mean})
+    assert torch.allclose(found, call("sigmoid", pairs, beta=batch_beta))
+    moved = gradients(beta_dpo, pairs, gap_mean=gap_mean)[0]
+    assert torch.allclose(moved, gradients(sigmoid, pairs, beta=batch_beta)[0])
+
+
+def test_the_beta_of_a_batch_does_not_fall_below_a_thousandth():
+    pairs = random_pairs()
+    found = call("beta_dpo", pairs | {"gap_mean": margin(pairs).mean().item() + 50})
+    assert torch.allclose(found, call("sigmoid", pairs, beta=1e-3))
+
+
+def test_the_beta_of_a_batch_is_that_of_the_pairs_that_are_kept():
+    pairs = random_pairs()
+    keep = torch.tensor([True, False, True, True, False, False])
+    kept = {key: value[keep] for key, value in pairs.items()}
+    found = call("beta_dpo", pairs | {"keep": keep}, beta_dpo_a=0.02)
+    assert torch.allclose(found[keep], call("beta_dpo", kept, beta_dpo_a=0.02))
+    assert not torch.allclose(found, call("beta_dpo", pairs, beta_dpo_a=0.02))
+
+
+def test_alpha_dpo_without_alpha_is_simpo_and_otherwise_simpo_at_the_margin_of_each_pair():
+    pairs, beta = random_pairs(), 2.5
+    expected = call("simpo", pairs, beta=beta, gamma=1.5)
+    assert torch.allclose(call("alpha_dpo", pairs, alpha_dpo_alpha=0.0), expected)
+    a, b = ratios(pairs)
+    gap = a / pairs["chosen_lengths"] - b / pairs["rejected_lengths"]
+    state = {"gap_mean": 0.4, "gap_std": 3.0}
+    targets = 0.6 + 0.2 * (gap - 0.4) / 3
+    found, slopes = call("alpha_dpo", pairs, **state), gradients(alpha_dpo, pairs, **state)[0]
+    for i, target in enumerate(targets):
+        one = {key: value[i:i + 1] for key, value in pairs.items()}
+        gamma = beta * target.item()
+        assert torch.allclose(found[i], call("simpo", one, beta=beta, gamma=gamma))
+        assert torch.allclose(slopes[i], gradients(simpo, one, beta=beta, gamma=gamma)[0])
+
+
+def step_means(gaps, beta=1.0):
+    """The metrics of a step whose pairs have these gaps."""
+    margins = beta * tensor(*gaps)
+    square = (margins ** 2).mean().item()
+    return {"rewards/margins": margins.mean().item(), "rewards/margins_squared": square}
+
+
+def test_the_averages_of_the_gaps_are_those_of_the_first_step_and_not_a_tenth_of_them():
+    start = start_state(alpha_dpo)
+    assert start == {"gap_mean": 0.0, "gap_std": 1.0}
+    first = update_gap(start, step_means([2.0, 8.0], beta=0.1), beta=0.1)
+    assert first["gap_mean"] == pytest.approx(5) and first["gap_std"] == pytest.approx(3)
+
+
+def test_the_averages_of_the_gaps_weigh_ten_steps_equally_and_become_exponential():
+    state, means = start_state(beta_dpo), []
+    for step in range(10):
+        means.append(float(step ** 2))
+        state = update_gap(state, step_means([means[-1]]), beta=1.0)
+        assert state["gap_mean"] == pytest.approx(sum(means) / len(means))
+    for _ in range(2):
+        expected = 0.9 * state["gap_mean"] + 0.1 * 7
+        state = update_gap(state, step_means([7.0]), beta=1.0)
+        assert state["gap_mean"] == pytest.approx(expected)
+    assert state.keys() == {"gap_mean", "gap_steps"}
+
+
+def test_the_spread_of_alpha_dpo_does_not_start_from_rounding():
+    start = start_state(alpha_dpo)
+    assert update_gap(start, step_means([0.0, 0.0]), beta=1.0) == start
+    assert update_gap(start, step_means([1e-6, -1e-6]), beta=1.0) == start
+    later = update_gap(start, step_means([0.1, -0.1]), beta=1.0)
+    assert later["gap_std"] == pytest.approx(0.1) and later["gap_steps"] == 1
+
+
+def test_dr_dpo_is_between_the_minimum_and_the_mean_of_dpo_and_reaches_both():
+    pairs = random_pairs(9)
+    dpo = call("sigmoid", pairs)
+    soft = call("dr_dpo", pairs)
+    assert torch.equal(soft, soft[:1].expand(9)) and dpo.min() < soft[0] < dpo.mean()
+    assert torch.allclose(soft[0], -torch.log(torch.exp(-dpo).mean()))
+    assert torch.allclose(call("dr_dpo", pairs, dr_beta=1e7)[0], dpo.mean(), rtol=1e-6)
+    assert torch.allclose(call("dr_dpo", pairs, dr_beta=1e-7)[0], dpo.min(), atol=1e-6)
+    same = {key: value[:1].expand(4) for key, value in pairs.items()}
+    assert torch.allclose(call("dr_dpo", same), call("sigmoid", same))
+
+
+def test_dr_dpo_weighs_a_pair_by_the_probability_that_its_label_is_right():
+    pairs = random_pairs(9)
+    share = sig(0.1 * margin(pairs))
+    weights = share / share.sum()
+    expected = weights * gradients(sigmoid, pairs)[0]
+    assert torch.allclose(gradients(dr_dpo, pairs)[0] / 9, expected)
+    flipped = pair(tensor(-200.0, 20.0), 0.0)
+    dw, _ = gradients(dr_dpo, flipped)
+    assert dw[0].abs() < 1e-8 and dw[1].abs() > 1e-3
+
+
+def test_dr_dpo_is_finite_in_fp32_where_exp_and_log_one_after_another_are_not():
+    h = torch.tensor([-1100.0, -1200.0], requires_grad=True)
+    zero = torch.zeros(2)
+    naive = -torch.log(torch.exp(-F.softplus(-0.1 * h)).mean())
+    assert naive == math.inf and torch.autograd.grad(naive, h)[0].isnan().any()
+    loss = dr_dpo(h, zero, zero, zero, beta=0.1)
+    slopes, = torch.autograd.grad(loss.mean(), h)
+    assert loss[0].item() == pytest.approx(110 + LOG_2, rel=1e-4) and slopes.isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------
