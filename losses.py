@@ -668,9 +668,9 @@ def bpo(
     Paper      BPO: Revisiting Preference Modeling in Direct Preference Optimization,
                arXiv:2506.03557
     Formula    L = −log σ(β min(a, −αb))
-    Gradient   with u = β min(a, −αb): where a < −αb, ∂L/∂w = −β σ(−u) and ∂L/∂l = 0; where
-               a > −αb, ∂L/∂w = 0 and ∂L/∂l = αβ σ(−u). At a tie, as at π = π_ref, each side gets
-               half of its gradient.
+    Gradient   with u = β min(a, −αb): ∂L/∂w = −β σ(−u) while a < −αb, 0 otherwise;
+               ∂L/∂l = αβ σ(−u) while a > −αb, 0 otherwise. At a tie, as at π = π_ref, each side
+               gets half of its gradient.
     Args       four (B,) log-probs; beta > 0 (authors' code 0.1); bpo_alpha in (0, 1] (authors'
                code 0.3): y_l has to fall by 1/α nats for each nat that y_w rises
     Elsewhere  The authors' configuration trains a hinge, max(0, 1 − β min(a, −αb)), in place of the
@@ -859,10 +859,10 @@ def beta_dpo(
     """β-DPO: a larger β for a batch whose margins are larger than those of the batches before.
 
     Paper      β-DPO: Direct Preference Optimization with Dynamic β, arXiv:2407.08639
-    Formula    L = −log σ(β_B h),        β_B = max(β [1 + α (mean h − M)], 0.001)
+    Formula    L = −log σ(β_b h),        β_b = max(β [1 + α (mean h − M)], 0.001)
                The mean is over the batch, M is a moving average of it.
-    Gradient   ∂L/∂w = −β_B σ(−β_B h) = −∂L/∂l. β_B has no gradient. It has no upper bound, so a
-               batch 5 nats above M has 4 β at α = 0.6.
+    Gradient   ∂L/∂w = −β_b σ(−β_b h) = −∂L/∂l. β_b has no gradient. It has no upper bound: a batch
+               whose mean is 5 nats above M has 4 β at α = 0.6.
     Args       four (B,) log-probs; gap_mean, a number: M, which `update_gap` computes; keep (B,):
                1 for the pairs that the mean is over (default all); beta > 0 (authors' code 0.1);
                beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO)
@@ -923,22 +923,22 @@ def dr_dpo(
 
     Paper      Towards Robust Alignment of Language Models: Distributionally Robustifying Direct
                Preference Optimization, arXiv:2407.07880
-    Formula    L = −β′ log mean_i e^(−ℓ_i/β′),        ℓ_i = −log σ(βh_i)
-               One number for the batch, which every pair gets.
-    Gradient   ∂L/∂w_i = −p_i β σ(−βh_i) = −∂L/∂l_i, p = softmax(−ℓ/β′). With β′ = 1, p_i is
-               proportional to σ(βh_i): a pair that is very wrong, perhaps a flipped label, has
-               next to no gradient.
+    Formula    L = −β′ log mean e^(−d/β′),        d = −log σ(βh)
+               The mean is over the batch, so L is one number, which every pair gets.
+    Gradient   ∂L/∂w_i = −p_i β σ(−βh_i) = −∂L/∂l_i, p = softmax(−d/β′) over the batch. With β′ = 1,
+               p_i is proportional to σ(βh_i): a pair that is very wrong, perhaps a flipped label,
+               has next to no gradient.
     Args       four (B,) log-probs; beta > 0 (authors' code 0.1); dr_beta > 0, β′ in the formula
-               (authors' code 1). L is at most the mean of ℓ, which it becomes for a large β′; for a
+               (authors' code 1). L is at most the mean of d, which it becomes for a large β′; for a
                small β′ it becomes the minimum.
     Elsewhere  The authors' code takes exp, mean and log one after another: the loss is inf and the
-               gradient NaN in fp32 once every ℓ is above 104 β′. It also reduces each device's
+               gradient NaN in fp32 once every d is above 104 β′. It also reduces each device's
                micro-batch on its own, which is another loss; train.py reduces the pairs of a step.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
     h = a - b
-    pair_losses = F.softplus(-beta * h)  # ℓ
+    pair_losses = F.softplus(-beta * h)  # d
     count = torch.tensor(len(h), dtype=h.dtype)
     log_mean = torch.logsumexp(-pair_losses / dr_beta, dim=0) - torch.log(count)
     return (-dr_beta * log_mean).expand_as(h)
@@ -1048,7 +1048,8 @@ def repo(
 
     Paper      RePO: ReLU-based Preference Optimization, arXiv:2503.07426v1
     Formula    L = max(0, γ − (w̄ − l̄))
-    Gradient   ∂L/∂w = −1/n_w, ∂L/∂l = 1/n_l while w̄ − l̄ < γ, exactly 0 beyond.
+    Gradient   ∂L/∂w = −1/n_w while w̄ − l̄ < γ, exactly 0 beyond; ∂L/∂l = 1/n_l while w̄ − l̄ < γ,
+               exactly 0 beyond.
     Args       two (B,) log-probs, two (B,) lengths >= 1; repo_gamma >= 0, a margin of averages, in
                nats per token (authors' recipes 0.6 for Llama 3, 0.4 for Mistral and Gemma 2)
     Elsewhere  γ is SimPO's γ/β, and not its γ. The paper has it as the limit of SimPO for large β:
@@ -1173,7 +1174,7 @@ def npo(policy_rejected_logps, ref_rejected_logps, *, beta=0.1):
 
     Paper      Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning,
                arXiv:2404.05868
-    Formula    L = (2/β) log(1 + (π/π_ref)^β) = (2/β) sp(βb)
+    Formula    L = (2/β) sp(βb), which is (2/β) log(1 + (π/π_ref)^β)
     Gradient   ∂L/∂l = 2 σ(βb): 1 at π = π_ref, as in gradient ascent, and falling to 0 as the
                answer is forgotten. As β goes to 0 it stays 1, which is gradient ascent.
     Args       two (B,) log-probs of the answer to forget, which the data has as `rejected`;
