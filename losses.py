@@ -893,7 +893,7 @@ def alpha_dpo(
     Paper      AlphaDPO: Adaptive Reward Margin for Direct Preference Optimization,
                arXiv:2410.10148v4
     Formula    L = −log σ(β (w̄ − l̄ − m)),        m = γ/β + α (h̄ − μ)/s
-               μ and s are moving averages of the mean and the standard deviation of h̄.
+               Here μ and s are moving averages of the mean and the standard deviation of h̄.
     Gradient   with u = β (w̄ − l̄ − m): ∂L/∂w = −β σ(−u) / n_w, ∂L/∂l = β σ(−u) / n_l. m has no
                gradient.
     Args       four (B,) log-probs, two (B,) lengths >= 1; gap_mean and gap_std, numbers: μ and s,
