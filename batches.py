@@ -221,7 +221,8 @@ def logp_gradients(task: Task, tensors: dict) -> tuple[dict, dict]:
         if name.startswith("policy_"):
             leaves[name] = value.detach().requires_grad_()
     with torch.enable_grad():
-        losses, metrics = preference_loss(tensors | leaves, task.loss, task.hyper, task.score)
+        losses, metrics = task.preference_loss(
+            tensors | leaves, task.loss, task.hyper, task.score)
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
     return dict(zip(leaves, gradients)), metrics
 

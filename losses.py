@@ -831,22 +831,25 @@ def update_gap(state: dict, means: dict, beta: float, decay: float = 0.9) -> dic
     """The state of `beta_dpo` or `alpha_dpo` for the next step: moving averages of the gaps.
 
     state   gap_mean, gap_std if the loss takes it, and gap_steps, how many steps they average
-    means   over all pairs of the step: rewards/margins, which is β times the gap, and its square
+    means   over all pairs of the step: rewards/margins, which is β times the gap, and its square if
+            the loss takes gap_std
 
     The authors' code starts its averages from zero, so that they are a tenth of the truth at first.
     Here the first ten steps count equally, and later steps make an exponential average. A spread
     below 1e-4 nats per token is rounding, at π = π_ref, and the spread of `alpha_dpo` starts after
     it.
     """
-    margin, square = means["rewards/margins"], means["rewards/margins_squared"]
-    variance = max(0.0, square - margin ** 2)
-    now = {"gap_mean": margin / beta, "gap_std": variance ** 0.5 / beta}
-    if "gap_std" in state and now["gap_std"] < 1e-4:
-        return state
+    margin = means["rewards/margins"]
+    now = {"gap_mean": margin / beta}
+    if "gap_std" in state:
+        variance = max(0.0, means["rewards/margins_squared"] - margin ** 2)
+        now["gap_std"] = variance ** 0.5 / beta
+        if now["gap_std"] < 1e-4:
+            return state
     steps = state.get("gap_steps", 0) + 1
     weight = max(1 - decay, 1 / steps)
     averages = {"gap_steps": steps}
-    for name in state.keys() & now.keys():
+    for name in now:
         averages[name] = (1 - weight) * state[name] + weight * now[name]
     return averages
 

@@ -372,7 +372,7 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
         (piece.weight * losses.sum() * ranks.size / step.count).backward()
-        for name, numbers in with_squares(metrics).items():
+        for name, numbers in metrics.items():
             totals[name] = totals.get(name, 0) + piece.weight * numbers.double().sum()
         seen.append((batch["id"], metrics))
 
@@ -384,13 +384,6 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return values
-
-
-def with_squares(metrics):
-    """The metrics, and the squares of the margins, whose spread the state of a loss may need."""
-    if "rewards/margins" not in metrics:
-        return metrics
-    return metrics | {"rewards/margins_squared": metrics["rewards/margins"].double() ** 2}
 
 
 def first_pass(task, policy, reference, batches, step, ranks):
@@ -429,6 +422,20 @@ def mean_over_ranks(totals, norm, count, ranks):
     return dict(zip(totals, means)) | {"grad_norm": norm}
 
 
+def with_spread(task: Task) -> Task:
+    """The task, with the squares of the margins as one more metric if a loss carries their spread
+    from step to step."""
+    if "gap_std" not in start_state(task.loss):
+        return task
+
+    def losses_and_squares(*inputs):
+        losses, metrics = task.preference_loss(*inputs)
+        squares = metrics["rewards/margins"].double() ** 2
+        return losses, metrics | {"rewards/margins_squared": squares}
+
+    return task._replace(preference_loss=losses_and_squares)
+
+
 # --- Between steps --------------------------------------------------------------------------------
 
 def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
@@ -444,6 +451,7 @@ def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
     tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
     _, metrics = task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
+    metrics.pop("rewards/margins_squared", None)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
     return dict(zip(metrics, means))
 
@@ -661,6 +669,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
                      masked)
+    task = with_spread(task)
     if args.ref == "cache":
         splits = rows, held_out
         rows, held_out = cache_reference(args, reference, splits, weights, tokenizer, task, ranks)
