@@ -651,7 +651,7 @@ def dpo_shift(
     Elsewhere  The authors' code can also change λ linearly during training. λ multiplies the
                reference's log-prob too: with λ on l alone the loss would not begin at log 2. With a
                reference of zeros it is CPL, Contrastive Preference Learning (arXiv:2310.13639),
-               whose conservative weight is our λ.
+               whose contrastive bias is our λ.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps

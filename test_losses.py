@@ -1923,6 +1923,20 @@ def test_every_docstring_has_its_sections_in_order(name):
     assert all(parameter in text for parameter in hyperparameters(LOSSES[name]))
 
 
+def test_the_table_has_each_loss_once_in_the_group_of_what_it_reads():
+    groups, heading = {}, None
+    for line in registry.table():
+        if line.startswith("**"):
+            heading = line.strip("*")
+        elif line.startswith("| `"):
+            groups.setdefault(heading, []).append(line.split("`")[1])
+    assert sorted(sum(groups.values(), [])) == sorted(NAMES)
+    assert set(groups["One answer"]) == {"sft", "npo"}
+    scores = {"odpo", "score_margin", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"}
+    assert set(groups["Pairs with scores, and a reference"]) == scores
+    assert set(groups["Pairs"]) == set(PAIRWISE) - set(WITH_REFERENCE)
+
+
 def test_a_figure_of_every_margin_loss_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     registry.plot(tmp_path / "losses.png")
