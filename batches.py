@@ -80,7 +80,7 @@ def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id  # not scored, and after all tokens that are
-    sides = SIDES if "rejected_ids" in rows else SIDES[:1]
+    sides = [side for side in SIDES if f"{side}_ids" in rows]
     inputs = concatenated_inputs(data.pad_rows(rows, pad), sides)
     if not row_format.masked:
         inputs["attention_mask"] = packing.no_mask()
@@ -221,7 +221,8 @@ def logp_gradients(task: Task, tensors: dict) -> tuple[dict, dict]:
         if name.startswith("policy_"):
             leaves[name] = value.detach().requires_grad_()
     with torch.enable_grad():
-        losses, metrics = preference_loss(tensors | leaves, task.loss, task.hyper, task.score)
+        losses, metrics = task.preference_loss(
+            tensors | leaves, task.loss, task.hyper, task.score)
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
     return dict(zip(leaves, gradients)), metrics
 

@@ -573,8 +573,8 @@ CHANGED = {
 
 @torch.no_grad()
 def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dict, optimizer: Any,
-                    scheduler: Any, ranks: Ranks) -> tuple[int, float]:
-    """Fill `tensors` and the schedule -> the step after which they were saved, and BCO's delta.
+                    scheduler: Any, ranks: Ranks) -> tuple[int, dict]:
+    """Fill `tensors` and the schedule -> the step after which they were saved, the loss's state.
 
     fixed has the hashes of what a run reads besides its checkpoint, by the names in CHANGED. They
     must equal the saved hashes. Only JSON and safetensors are read, so that loading a checkpoint
@@ -590,4 +590,4 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     scheduler.load_state_dict(state["scheduler"])
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
         group["lr"] = lr
-    return state["step"], state["delta"]
+    return state["step"], state["loss_state"]

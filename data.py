@@ -256,7 +256,7 @@ def text_of_row(batch, i, tokenizer, sides, special):
     return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
 
 
-def tokenize(batch, tokenizer, sides, limits):
+def tokenize(batch, tokenizer, sides, limits, ordered=True):
     """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function."""
     bos, eos = special_ids(tokenizer)
     special = templates.read_special_tokens(tokenizer)
@@ -294,10 +294,10 @@ def tokenize(batch, tokenizer, sides, limits):
         row |= {f"{side}_ids": answer for side, answer in zip(sides, row.pop("answer_ids"))}
         rows.append(row)
 
-    # Scores must agree with the preference.
+    # Scores must agree with the preference, where the loss asks for that.
     columns = {"id": batch["id"]}
     columns |= {name: batch[name] for name in batch if name.endswith("_score")}
-    if {"chosen_score", "rejected_score"} <= set(columns):
+    if ordered and {"chosen_score", "rejected_score"} <= set(columns):
         scores = zip(columns["chosen_score"], columns["rejected_score"])
         for row, (chosen, rejected) in zip(rows, scores):
             if not row["problem"] and not chosen > rejected:
@@ -329,17 +329,18 @@ def hash_prompt(prompt):
 
 
 def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False, scored=False,
-                columns=(), ignored=()) -> tuple[datasets.Dataset, dict]:
+                columns=(), ignored=(), ordered=True) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
     The columns of a row: id, prompt_ids, {side}_ids (with the token that ends the answer),
-    prompt_length, chosen_length, tokens (of the prompt and all answers), prompt_key (a hash of the
-    prompt, 0 <= key < 2**56) and, if `scored`, {side}_score.
+    prompt_length, chosen_length (of the first answer), tokens (of the prompt and all answers),
+    prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`, {side}_score.
 
     strict      a row that would be dropped is an error
     columns     pairs (our name, the file's name)
     ignored     columns and message keys that are not read, even if they change a row's meaning
+    ordered     of scored pairs, drop those whose chosen answer does not have the higher score
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
@@ -355,9 +356,10 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
         with reading_cache(CACHE_ERRORS):
             rows = text.map(
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-                new_fingerprint=cache_name(text, tokenizer, sides, limits),
+                new_fingerprint=cache_name(text, tokenizer, sides, limits, ordered),
                 features=token_features(sides, scored),
-                fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits})
+                fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits,
+                           "ordered": ordered})
         check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
@@ -372,12 +374,12 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
     return rows.remove_columns(["problem", *NOTES]), account
 
 
-def cache_name(text, tokenizer, sides, limits):
+def cache_name(text, tokenizer, sides, limits, ordered):
     """Return a cache name of the token ids, which changes with everything they depend on."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     return datasets.fingerprint.Hasher.hash([
         text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, sides,
-        limits, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
+        limits, ordered, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
 
 
 # Columns that mark rows for the report, and the words of the report.
@@ -573,9 +575,10 @@ def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None)
     chosen = column(rows, "chosen_length")
     tokens = column(rows, "tokens")
     keys = column(rows, "prompt_key")
-    lengths = {"prompt": prompt, "chosen": chosen}
+    answers = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows.column_names]
+    lengths = {"prompt": prompt, answers[0]: chosen}
     numbers, tokens_by_answer = {"lengths": {}}, tokens
-    if "rejected_ids" in rows.column_names:
+    if len(answers) == 2:
         rejected = tokens - prompt - chosen
         lengths["rejected"] = rejected
         numbers["chosen_longer"] = float((chosen > rejected).mean())

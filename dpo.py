@@ -20,7 +20,7 @@ from transformers import get_scheduler
 
 import data
 import world
-from losses import LOSSES, hyperparameters, needs_reference, needs_rejected, tensor_arguments
+from losses import LOSSES, hyperparameters, needs_reference, sides_of, tensor_arguments
 from model import load_model, load_tokenizer
 from ranges import real_number, whole_number
 
@@ -100,10 +100,6 @@ def concatenated_forward(model, batch, sides=SIDES, **options):
     return tensors
 
 
-def sides_of(loss):
-    return SIDES if needs_rejected(loss) else SIDES[:1]
-
-
 def preference_logps(policy, reference, batch, loss, reference_free=False, **options):
     """All tensors that a loss may take from a batch of pairs -> {name: (B,)}.
 
@@ -115,7 +111,9 @@ def preference_logps(policy, reference, batch, loss, reference_free=False, **opt
     sides = sides_of(loss)
     tensors = {name: batch[name] for name in batch if name.endswith(("_scores", "_logps"))}
     # The reference runs first, so that its activations are freed before the policy's exist.
-    if needs_reference(loss) and not reference_free and "ref_chosen_logps" not in tensors:
+    is_cached = f"ref_{sides[0]}_logps" in tensors
+    reads_reference = needs_reference(loss) and not reference_free
+    if reads_reference and not is_cached:
         with torch.no_grad():
             outputs = concatenated_forward(reference, batch, sides)
         for side in sides:
@@ -146,8 +144,9 @@ def preference_loss(tensors, loss, hyper, score=None):
     hyper = hyperparameters(loss) | hyper
     inputs = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
     losses = loss(**inputs, **hyper)  # (B,)
-    metrics = {"loss": losses} | logps
-    if needs_rejected(loss):
+    metrics = {"loss": losses}
+    metrics |= logps
+    if len(logps) == 2:
         metrics |= rewards(loss, tensors, hyper.get("beta", 1.0))
     return losses, {name: value.detach() for name, value in metrics.items()}
 

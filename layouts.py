@@ -327,8 +327,9 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
             "has_own_prompt": "prompt" in fields,
             "unread": json.dumps(unread),
         }
-        for name, part in zip(("prompt", *sides), (prompt, *answers)):
-            example[name] = json.dumps(part) if is_chat else part
+        parts = {"prompt": prompt} | dict(zip(values, answers))
+        for name in ("prompt", *sides):
+            example[name] = json.dumps(parts[name]) if is_chat else parts[name]
         if scored:
             for side in sides:
                 name = f"{side}_score"

@@ -49,8 +49,9 @@ Conventions. All tensors are (B,), and so is the result: one loss per pair. A lo
 log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
 lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
 signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
-of train.py, and a positional argument with a default is optional for the caller: `delta` and
-`mean_chosen_length` are numbers of the whole optimizer step.
+of train.py, and a positional argument with a default is optional for the caller: `delta`,
+`gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the whole optimizer step. The first
+three are state: the function that `@loss` names as `update` makes them for the next step.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -72,11 +73,16 @@ import torch.nn.functional as F
 
 from registry import (  # noqa: F401  (other files import these from here: LOSSES is filled here)
     LOSSES,
+    compares_answers,
     find,
     hyperparameters,
     loss,
+    needs_ordered_scores,
     needs_reference,
     needs_rejected,
+    needs_scores,
+    sides_of,
+    start_state,
     tensor_arguments,
 )
 
@@ -334,6 +340,117 @@ def odpo(
     return F.softplus(offset - beta * h)
 
 
+@loss("margin", beta="> 0", margin_kappa=">= 0")
+def score_margin(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.1, margin_kappa=1.0,
+):
+    """DPO with a linear margin: the implicit rewards must differ by more than the scores differ.
+
+    Paper      Llama 2: Open Foundation and Fine-Tuned Chat Models, arXiv:2307.09288, which adds a
+               margin to the loss of its reward models; here it is added to DPO
+    Formula    L = −log σ(βh − κ (s_w − s_l))
+    Gradient   ∂L/∂w = −β σ(κ (s_w − s_l) − βh) = −∂L/∂l: the gradient of DPO at a margin that is
+               smaller by κ (s_w − s_l) / β. It never reaches 0. A pair whose rejected answer has
+               the better score has a negative margin, and is pushed less than by DPO.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), of any order;
+               beta > 0; margin_kappa >= 0 (0 is DPO)
+    Elsewhere  MODPO (arXiv:2310.03708) is this loss: β of its code over w_0 is our β, w_1/w_0 is
+               our κ, and the scores are those of another objective. turbo-alignment's margin loss
+               has κ too. `odpo` takes the log of the difference; --loss rpo_bwd_kl takes the
+               difference as a target, where the gradient ends.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    target_margin = margin_kappa * (chosen_scores - rejected_scores)
+    return F.softplus(target_margin - beta * h)
+
+
+@loss("margin", beta="> 0", rpo_eta=">= 0")
+def rpo_sq(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.2, rpo_eta=1.0,
+):
+    """RPO, squared: regress the difference of implicit rewards onto the difference of scores.
+
+    Paper      Reward-aware Preference Optimization: A Unified Mathematical Framework for Model
+               Alignment, arXiv:2502.00203
+    Formula    L = (z − g)²,        z = βh, g = η (s_w − s_l)
+    Gradient   ∂L/∂w = 2β (z − g) = −∂L/∂l. It grows with the error, and is against y_w beyond the
+               target. Equal scores ask for z = 0.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), on the scale of
+               implicit rewards; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1), the
+               scale of the scores
+    Elsewhere  NeMo-Aligner's rpo_sq. Its data without scores gets default scores; ours is an error.
+               With g = 1/2 in every pair it is β² times IPO's loss of summed log-probs. Other
+               methods have the name RPO too: arXiv:2404.19733 and arXiv:2405.16436 add a
+               likelihood to DPO.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    target = rpo_eta * (chosen_scores - rejected_scores)  # g
+    return (beta * h - target) ** 2
+
+
+@loss("margin", beta="> 0", rpo_eta=">= 0")
+def rpo_bwd_kl(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.2, rpo_eta=1.0,
+):
+    """RPO, "backward" KL: DPO with soft labels, as confident as the scores are apart.
+
+    NeMo-Aligner calls it backward. The target comes FIRST, which most texts call the forward KL.
+
+    Paper      Nemotron-4 340B Technical Report, arXiv:2406.11704; the framework is
+               arXiv:2502.00203
+    Formula    L = KL( (σ(g), σ(−g)) ‖ (σ(z), σ(−z)) ),        z = βh, g = η (s_w − s_l)
+    Gradient   ∂L/∂w = β (σ(z) − σ(g)) = −∂L/∂l: 0 where the policy is as confident as the scores,
+               against y_w beyond, and never larger than β.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), in units of
+               log-odds after rpo_eta; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1)
+    Elsewhere  NeMo-Aligner's rpo_bwd_kl. cDPO (`sigmoid`) with ε = σ(−g) for each pair has the same
+               gradient; its loss is larger by the entropy of the labels. As η grows it becomes DPO.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    z = beta * (a - b)
+    g = rpo_eta * (chosen_scores - rejected_scores)
+    log_p, log_q = F.logsigmoid(g), F.logsigmoid(-g)  # the labels
+    kl_chosen = log_p.exp() * (log_p - F.logsigmoid(z))
+    kl_rejected = log_q.exp() * (log_q - F.logsigmoid(-z))
+    return kl_chosen + kl_rejected
+
+
+@loss("margin", beta="> 0", rpo_eta=">= 0")
+def rpo_fwd_kl(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_scores, rejected_scores, *, beta=0.2, rpo_eta=1.0,
+):
+    """RPO, "forward" KL: EXO with soft labels, as confident as the scores are apart.
+
+    NeMo-Aligner calls it forward. The policy comes FIRST, which most texts call the reverse KL.
+
+    Paper      Reward-aware Preference Optimization: A Unified Mathematical Framework for Model
+               Alignment, arXiv:2502.00203
+    Formula    L = KL( (σ(z), σ(−z)) ‖ (σ(g), σ(−g)) ),        z = βh, g = η (s_w − s_l)
+    Gradient   ∂L/∂w = β σ(z) σ(−z) (z − g) = −∂L/∂l: 0 where the policy is as confident as the
+               scores, against y_w beyond. It vanishes for pairs that are very wrong.
+    Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), in units of
+               log-odds after rpo_eta; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1)
+    Elsewhere  NeMo-Aligner's rpo_fwd_kl. It is `exo_pair` with ε = σ(−g) for each pair.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    z = beta * (a - b)
+    g = rpo_eta * (chosen_scores - rejected_scores)
+    log_p, log_q = F.logsigmoid(z), F.logsigmoid(-z)  # the policy's preference
+    kl_chosen = log_p.exp() * (log_p - F.logsigmoid(g))
+    kl_rejected = log_q.exp() * (log_q - F.logsigmoid(-g))
+    return kl_chosen + kl_rejected
+
+
 # --------------------------------------------------------------------------------------------------
 # Reward losses: functions of the two log-ratios a and b (or of the implicit rewards r_w = βa and
 # r_l = βb), not of their difference alone. They say what the probability of each answer should do,
@@ -362,7 +479,25 @@ def nca_pair(
     return F.softplus(-r_w) + 0.5 * F.softplus(r_w) + 0.5 * F.softplus(r_l)
 
 
-@loss(beta="> 0")
+def update_delta(
+    delta: float, chosen_reward: float, rejected_reward: float, decay: float = 0.9,
+) -> float:
+    """The δ of BCO for the next step: a moving average of ½ (mean r_w + mean r_l), BCO's eq. 7.
+
+    The average is exponential. train.py calls this function after each step with the means over
+    all pairs of the step. The decay is our choice, because we found no stated value; 0.9 averages
+    over about ten steps.
+    """
+    return decay * delta + (1 - decay) * (chosen_reward + rejected_reward) / 2
+
+
+def update_bco(state: dict, means: dict, beta: float) -> dict:
+    """The state of `bco_pair` for the next step: see `update_delta`."""
+    delta = update_delta(state["delta"], means["rewards/chosen"], means["rewards/rejected"])
+    return {"delta": delta}
+
+
+@loss(update=update_bco, beta="> 0")
 def bco_pair(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, delta=0.0,
     *, beta=0.1,
@@ -386,18 +521,6 @@ def bco_pair(
     if torch.is_tensor(delta):  # a number stays one: copying it would make a GPU wait
         delta = delta.detach()
     return F.softplus(-(r_w - delta)) + F.softplus(r_l - delta)  # eq. 8
-
-
-def update_delta(
-    delta: float, chosen_reward: float, rejected_reward: float, decay: float = 0.9,
-) -> float:
-    """The δ of BCO for the next step: a moving average of ½ (mean r_w + mean r_l), BCO's eq. 7.
-
-    The average is exponential. train.py calls this function after each step with the means over
-    all pairs of the step. The decay is our choice, because we found no stated value; 0.9 averages
-    over about ten steps.
-    """
-    return decay * delta + (1 - decay) * (chosen_reward + rejected_reward) / 2
 
 
 @loss(beta="> 0")
@@ -514,6 +637,54 @@ def dpop(
     b = policy_rejected_logps - ref_rejected_logps
     penalty = dpop_lambda * F.relu(-a)
     return F.softplus(-beta * (a - b - penalty))
+
+
+@loss(beta="> 0", shift_lambda="[0, 1]")
+def dpo_shift(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.01, shift_lambda=0.7,
+):
+    """DPO-Shift: DPO in which the rejected answer counts less, so that the chosen one falls less.
+
+    Paper      DPO-Shift: Shifting the Distribution of Direct Preference Optimization,
+               arXiv:2502.07599
+    Formula    L = −log σ(β (a − λb))
+    Gradient   with u = β (a − λb): ∂L/∂w = −β σ(−u), ∂L/∂l = λβ σ(−u). A token that both answers
+               share is pushed up by their difference; DPO does not move it.
+    Args       four (B,) log-probs; beta > 0 (authors' recipes 0.01); shift_lambda in [0, 1]
+               (authors' recipes 0.7; 1 is DPO)
+    Elsewhere  The authors' code can also change λ linearly during training. λ multiplies the
+               reference's log-prob too: with λ on l alone the loss would not begin at log 2. With a
+               reference of zeros it is CPL, Contrastive Preference Learning (arXiv:2310.13639),
+               whose contrastive bias is our λ.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    return F.softplus(-beta * (a - shift_lambda * b))
+
+
+@loss(beta="> 0", bpo_alpha="(0, 1]")
+def bpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.1, bpo_alpha=0.3,
+):
+    """BPO: only the answer that lags behind is trained, so y_l cannot pay for a falling y_w.
+
+    Paper      BPO: Revisiting Preference Modeling in Direct Preference Optimization,
+               arXiv:2506.03557
+    Formula    L = −log σ(β min(a, −αb))
+    Gradient   with u = β min(a, −αb): ∂L/∂w = −β σ(−u) while a < −αb, 0 otherwise;
+               ∂L/∂l = αβ σ(−u) while a > −αb, 0 otherwise. At a tie, as at π = π_ref, each side
+               gets half of its gradient.
+    Args       four (B,) log-probs; beta > 0 (authors' code 0.1); bpo_alpha in (0, 1] (authors'
+               code 0.3): y_l has to fall by 1/α nats for each nat that y_w rises
+    Elsewhere  The authors' configuration trains a hinge, max(0, 1 − β min(a, −αb)), in place of the
+               logistic. Other methods have the name BPO too, such as arXiv:2505.19601.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    balanced = torch.minimum(a, -bpo_alpha * b)
+    return F.softplus(-beta * balanced)
 
 
 @loss(beta="> 0", cal_dpo_weight=">= 0")
@@ -635,6 +806,153 @@ LOSSES["aot_pair"] = aot_unpaired
 
 
 # --------------------------------------------------------------------------------------------------
+# Adaptive losses: DPO or SimPO whose reference, β, target margin or weight of a pair depends on the
+# pair, on the batch, or on the steps before. What adapts gets no gradient, except in `dr_dpo`.
+# --------------------------------------------------------------------------------------------------
+
+@loss(beta="> 0")
+def hypo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1,
+):
+    """HyPO: DPO without a reference in the pairs whose order the reference has wrong.
+
+    There DPO is satisfied as soon as the policy is less wrong than the reference.
+
+    Paper      Mitigating Mismatch within Reference-based Preference Optimization, arXiv:2602.11902
+    Formula    L = −log σ(β [(w − l) − max(0, w° − l°)])
+    Gradient   with u = β [(w − l) − max(0, w° − l°)]: ∂L/∂w = −β σ(−u) = −∂L/∂l. It is that of DPO
+               where w° >= l°, and larger where w° < l°.
+    Args       four (B,) log-probs; beta > 0 (the default is DPO's). At π = π_ref the loss is above
+               log 2 in the pairs whose order the reference has wrong.
+    Elsewhere  The authors published no code that we found; the formula is that of the abstract. The
+               name also belongs to other methods.
+    """
+    policy_margin = policy_chosen_logps - policy_rejected_logps
+    reference_margin = ref_chosen_logps - ref_rejected_logps
+    return F.softplus(-beta * (policy_margin - F.relu(reference_margin)))
+
+
+def update_gap(state: dict, means: dict, beta: float, decay: float = 0.9) -> dict:
+    """The state of `beta_dpo` or `alpha_dpo` for the next step: moving averages of the gaps.
+
+    state   gap_mean, gap_std if the loss takes it, and gap_steps, how many steps they average
+    means   over all pairs of the step: rewards/margins, which is β times the gap, and its square if
+            the loss takes gap_std
+
+    The authors' code starts its averages from zero, so that they are a tenth of the truth at first.
+    Here the first ten steps count equally, and later steps make an exponential average. A spread
+    below 1e-4 nats per token is rounding, at π = π_ref, and the spread of `alpha_dpo` starts after
+    it.
+    """
+    margin = means["rewards/margins"]
+    now = {"gap_mean": margin / beta}
+    if "gap_std" in state:
+        variance = max(0.0, means["rewards/margins_squared"] - margin ** 2)
+        now["gap_std"] = variance ** 0.5 / beta
+        if now["gap_std"] < 1e-4:
+            return state
+    steps = state.get("gap_steps", 0) + 1
+    weight = max(1 - decay, 1 / steps)
+    averages = {"gap_steps": steps}
+    for name in now:
+        averages[name] = (1 - weight) * state[name] + weight * now[name]
+    return averages
+
+
+@loss("margin", "batch", update=update_gap, beta="> 0", beta_dpo_a=">= 0")
+def beta_dpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    gap_mean=0.0, keep=None, *, beta=0.1, beta_dpo_a=0.6,
+):
+    """β-DPO: a larger β for a batch whose margins are larger than those of the batches before.
+
+    Paper      β-DPO: Direct Preference Optimization with Dynamic β, arXiv:2407.08639
+    Formula    L = −log σ(β_b h),        β_b = max(β [1 + α (mean h − M)], 0.001)
+               The mean is over the batch, M is a moving average of it.
+    Gradient   ∂L/∂w = −β_b σ(−β_b h) = −∂L/∂l. β_b has no gradient. It has no upper bound: a batch
+               whose mean is 5 nats above M has 4 β at α = 0.6.
+    Args       four (B,) log-probs; gap_mean, a number: M, which `update_gap` computes; keep (B,):
+               1 for the pairs that the mean is over (default all); beta > 0 (authors' code 0.1);
+               beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO)
+    Elsewhere  The paper also drops pairs: of each batch it draws 80 %, the more probable the nearer
+               h is to M. For that pass `keep` and average the losses of these pairs; train.py keeps
+               all pairs. The authors' code updates M before it is used, and in evaluation too; here
+               M is of the steps before. Its weights are 0/0 at π = π_ref, where it fails.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    gap = h.detach()
+    if keep is None:
+        keep = torch.ones_like(gap)
+    batch_mean = (keep * gap).sum() / keep.sum()
+    batch_beta = beta * (1 + beta_dpo_a * (batch_mean - gap_mean))
+    return F.softplus(-batch_beta.clamp(min=1e-3) * h)
+
+
+@loss("average", update=update_gap, beta="> 0", gamma="finite", alpha_dpo_alpha=">= 0")
+def alpha_dpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    chosen_lengths, rejected_lengths, gap_mean=0.0, gap_std=1.0,
+    *, beta=2.5, gamma=1.5, alpha_dpo_alpha=0.2,
+):
+    """α-DPO: SimPO with a target margin of each pair, larger where h̄ is large already.
+
+    Paper      AlphaDPO: Adaptive Reward Margin for Direct Preference Optimization,
+               arXiv:2410.10148v4
+    Formula    L = −log σ(β (w̄ − l̄ − m)),        m = γ/β + α (h̄ − μ)/s
+               Here μ and s are moving averages of the mean and the standard deviation of h̄.
+    Gradient   with u = β (w̄ − l̄ − m): ∂L/∂w = −β σ(−u) / n_w, ∂L/∂l = β σ(−u) / n_l. m has no
+               gradient.
+    Args       four (B,) log-probs, two (B,) lengths >= 1; gap_mean and gap_std, numbers: μ and s,
+               which `update_gap` computes; beta > 0 (authors' recipes 2.5 and 10); gamma finite,
+               ABSOLUTE as in `simpo` (authors' recipes γ/β 0.15 to 0.6); alpha_dpo_alpha >= 0
+               (authors' recipes 0.05 and 0.2; 0 is SimPO)
+    Elsewhere  In the authors' code β multiplies α too, as here. It updates μ and s before they are
+               used, from zero, and in evaluation too: a first batch in which policy and reference
+               are equal gives NaN. Here μ and s are of the steps before, and start with the first
+               step whose h̄ differ by more than rounding; until then m is γ/β.
+    """
+    average_w = policy_chosen_logps / chosen_lengths      # w̄
+    average_l = policy_rejected_logps / rejected_lengths  # l̄
+    reference_margin = ref_chosen_logps / chosen_lengths - ref_rejected_logps / rejected_lengths
+    margin = average_w - average_l
+    gap = (margin - reference_margin).detach()  # h̄
+    target = gamma / beta + alpha_dpo_alpha * (gap - gap_mean) / gap_std  # m
+    return F.softplus(-beta * (margin - target))
+
+
+@loss("margin", "batch", beta="> 0", dr_beta="> 0")
+def dr_dpo(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.1, dr_beta=1.0,
+):
+    """Dr. DPO: a soft minimum over the batch, so that pairs that fit badly count less.
+
+    Paper      Towards Robust Alignment of Language Models: Distributionally Robustifying Direct
+               Preference Optimization, arXiv:2407.07880
+    Formula    L = −β′ log mean e^(−d/β′),        d = −log σ(βh)
+               The mean is over the batch, so L is one number, which every pair gets.
+    Gradient   ∂L/∂w_i = −p_i β σ(−βh_i) = −∂L/∂l_i, p = softmax(−d/β′) over the batch. With β′ = 1,
+               p_i is proportional to σ(βh_i): a pair that is very wrong, perhaps a flipped label,
+               has next to no gradient.
+    Args       four (B,) log-probs; beta > 0 (authors' code 0.1); dr_beta > 0, β′ in the formula
+               (authors' code 1). L is at most the mean of d, which it becomes for a large β′; for a
+               small β′ it becomes the minimum.
+    Elsewhere  The authors' code takes exp, mean and log one after another: the loss is inf and the
+               gradient NaN in fp32 once every d is above 104 β′. It also reduces each device's
+               micro-batch on its own, which is another loss; train.py reduces the pairs of a step.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    h = a - b
+    pair_losses = F.softplus(-beta * h)  # d
+    count = torch.tensor(len(h), dtype=h.dtype)
+    log_mean = torch.logsumexp(-pair_losses / dr_beta, dim=0) - torch.log(count)
+    return (-dr_beta * log_mean).expand_as(h)
+
+
+# --------------------------------------------------------------------------------------------------
 # Reference-free losses: no second model. A likelihood term, or the scale of the reward, limits how
 # far the policy moves. An averaged likelihood is an average over the tokens of the batch, −w/n̄,
 # as in `sft`.
@@ -730,6 +1048,47 @@ def alphapo(
     return F.softplus(gamma - beta * (score_w - score_l))
 
 
+@loss("average", repo_gamma=">= 0")
+def repo(
+    policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
+    *, repo_gamma=0.6,
+):
+    """RePO: SimPO with a hinge, so that a pair is trained until its margin is reached.
+
+    Paper      RePO: ReLU-based Preference Optimization, arXiv:2503.07426v1
+    Formula    L = max(0, γ − (w̄ − l̄))
+    Gradient   ∂L/∂w = −1/n_w while w̄ − l̄ < γ, exactly 0 beyond; ∂L/∂l = 1/n_l while w̄ − l̄ < γ,
+               exactly 0 beyond.
+    Args       two (B,) log-probs, two (B,) lengths >= 1; repo_gamma >= 0, a margin of averages, in
+               nats per token (authors' recipes 0.6 for Llama 3, 0.4 for Mistral and Gemma 2)
+    Elsewhere  γ is SimPO's γ/β, and not its γ. The paper has it as the limit of SimPO for large β:
+               SimPO at γ = β · repo_gamma, divided by β. β in the authors' code only scales the
+               rewards that it logs.
+    """
+    average_w = policy_chosen_logps / chosen_lengths      # w̄
+    average_l = policy_rejected_logps / rejected_lengths  # l̄
+    return F.relu(repo_gamma - (average_w - average_l))
+
+
+@loss("average")
+def simper(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths):
+    """SimPER: raise the inverse perplexity of y_w, lower that of y_l. No hyper-parameter.
+
+    Paper      SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters,
+               arXiv:2502.00883 (ICLR 2025)
+    Formula    L = −e^w̄ + e^l̄: an inverse perplexity is the geometric mean of the probabilities of
+               the tokens
+    Gradient   ∂L/∂w = −e^w̄ / n_w, ∂L/∂l = e^l̄ / n_l: the gradient of each answer depends on its
+               own probability alone. An improbable answer gets next to none: y_l falls ever more
+               slowly, and a y_w that the policy would hardly write is hardly learned.
+    Args       two (B,) log-probs, two (B,) lengths >= 1. The loss lies in (−1, 1).
+    Elsewhere  The authors' recipes still name SimPO's β and γ/β, which this loss does not read.
+    """
+    average_w = policy_chosen_logps / chosen_lengths      # w̄
+    average_l = policy_rejected_logps / rejected_lengths  # l̄
+    return torch.exp(average_l) - torch.exp(average_w)
+
+
 @loss("average", beta="> 0", nll_weight=">= 0")
 def orpo(
     policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
@@ -815,6 +1174,29 @@ def sft(policy_chosen_logps, chosen_lengths, mean_chosen_length=None):
 
 
 # --------------------------------------------------------------------------------------------------
+# Unlearning: one answer that should become improbable, and no better one.
+# --------------------------------------------------------------------------------------------------
+
+@loss(beta="> 0")
+def npo(policy_rejected_logps, ref_rejected_logps, *, beta=0.1):
+    """NPO: forget an answer. DPO without its chosen half, so a bounded gradient ascent.
+
+    Paper      Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning,
+               arXiv:2404.05868
+    Formula    L = (2/β) sp(βb), which is (2/β) log(1 + (π/π_ref)^β)
+    Gradient   ∂L/∂l = 2 σ(βb): 1 at π = π_ref, as in gradient ascent, and falling to 0 as the
+               answer is forgotten. As β goes to 0 it stays 1, which is gradient ascent.
+    Args       two (B,) log-probs of the answer to forget, which the data has as `rejected`;
+               beta > 0 (authors' code 0.1). At π = π_ref the loss is (2/β) log 2, 13.86 at β = 0.1.
+    Elsewhere  The factor 2/β belongs to the loss. --loss npo reads no `chosen`. A retain term is a
+               part of a sum: --loss npo,sft keeps `chosen` probable, an answer to the same prompt.
+               SimNPO (arXiv:2410.07163) is this loss on averages with a reference of zeros.
+    """
+    b = policy_rejected_logps - ref_rejected_logps
+    return 2 / beta * F.softplus(beta * b)
+
+
+# --------------------------------------------------------------------------------------------------
 # f-DPO: margin losses under an f-divergence other than the reverse KL between π and π_ref.
 # --------------------------------------------------------------------------------------------------
 
@@ -868,6 +1250,42 @@ def capped_exp(x, minus_one=False):
     if minus_one:
         return torch.expm1(cap) + cap.exp() * (x - cap)
     return cap.exp() * (1 + x - cap)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses without a function here, and the nearest one. These read the answers of a pair.
+#
+#   ARPO         arXiv:2410.03115  CPO whose rejected answer counts more, the further apart the two
+#                                  averages are: `cpo`
+#   ASFT         arXiv:2409.10571  likelihood, and a logistic loss on the log-odds of each answer on
+#                                  its own: `orpo`
+#   AuxDPO       arXiv:2510.20413  DPO with a trained offset for each answer: `score_margin`
+#   BDPO         arXiv:2506.12725  DPO with a mixture of π and π_ref for the rejected answer:
+#                                  `dpo_shift`
+#   CPL          arXiv:2310.13639  `dpo_shift` with a reference of zeros
+#   γ-PO         arXiv:2506.03690  SimPO or DPO with a target margin of each pair that follows from
+#                                  the margins of earlier pairs: `alpha_dpo`
+#   Mallows-DPO  arXiv:2405.14953  DPO whose margin is scaled by how much preferences about the
+#                                  prompt are dispersed: `sigmoid`
+#   RPO          arXiv:2405.16436  DPO and a likelihood: --loss sigmoid,sft. The authors' code sums
+#                                  the likelihood over the answer, and its weight contains β
+#   SimNPO       arXiv:2410.07163  `npo` on averages with a reference of zeros
+#   SquaredPO    arXiv:2602.06788  f-DPO with the score a e^(−a): `f_divergence_score`
+#   TPO          arXiv:2405.16681  DPO without a reference, and the likelihood of a third, best
+#                                  answer: `slic` with policy_target_logps
+#
+# These read other data: token log-probs, answers with a label of their own, lists of answers.
+#
+#   TDPO         arXiv:2404.11999  DPO and the KL divergences of the tokens: `sigmoid`
+#   SamPO        arXiv:2406.10957  DPO on as many tokens as the shorter answer has, drawn at random:
+#                                  `sigmoid` with --ld_alpha
+#   KTO          arXiv:2402.01306  on single answers, good or bad: `kto_pair`
+#   BCO          arXiv:2404.04656  on single answers, good or bad: `bco_pair`
+#   EXO          arXiv:2402.00856  on lists: `exo_pair`
+#   InfoNCA, NCA arXiv:2402.05369  on lists with scores: `sigmoid`, `nca_pair`
+#   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by rank: `sigmoid`
+#   S-DPO        arXiv:2406.09215  DPO of one chosen against several rejected answers: `sigmoid`
+# --------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

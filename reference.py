@@ -44,6 +44,7 @@ from files import json_digest, written_aside
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
+from losses import sides_of
 from model import load_model, load_tokenizer
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
 
@@ -294,18 +295,22 @@ def cache_key(args, fixed_model, splits, dtype):
     digest = hashlib.blake2b(digest_size=12)
     digest.update(f"{fixed_model} {dtype} {args.ld_alpha} {args.quantize}".encode())
     for rows in splits:
-        columns = rows.select_columns(["id", "prompt_ids", "chosen_ids", "rejected_ids"])
+        names = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
+        columns = rows.select_columns([name for name in names if name in rows.column_names])
         for batch in columns.iter(1000):
             digest.update(json.dumps(batch).encode())
     return digest.hexdigest()
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
-    """Compute (len(indices), 2) log-probs of chosen and rejected. A title shows a progress bar."""
+    """Compute (len(indices), S) log-probs of the S answers of a row that the loss reads. A title
+    shows a progress bar."""
+    sides = sides_of(task.loss)
+
     def compute(batch):
         with torch.autocast(**task.autocast):
-            out = concatenated_forward(reference, batch)
-        return {side: out[f"{side}_logps"] for side in ("chosen", "rejected")}
+            out = concatenated_forward(reference, batch, sides)
+        return {side: out[f"{side}_logps"] for side in sides}
 
     tokens = data.column(rows, "tokens")[indices]
     pieces = split_step(args, len(indices), tokens, ranks, args.ref_batch_size)
@@ -315,12 +320,13 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
     batches = load_batches(rows, index_lists, tokenizer, task.row_format, ranks.device)
     with contextlib.closing(batches):
         table = of_all_pairs(compute, batches, bar, len(indices), ranks)
-    return torch.stack([table["chosen"], table["rejected"]], 1).cpu()
+    return torch.stack([table[side] for side in sides], 1).cpu()
 
 
 def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_model: str,
                     tokenizer: Any, task: Task, ranks: Ranks) -> list:
-    """Add the columns ref_chosen_logp and ref_rejected_logp to the splits.
+    """Add the columns ref_chosen_logp and ref_rejected_logp to the splits, or the one of them that
+    the loss reads.
 
     fixed_model     a hash of the weights and configs of the reference
 
@@ -337,7 +343,7 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_m
     if tables is None:
         source, tables = "kept in", {}
         for name, rows in named.items():
-            tables[name] = torch.zeros(0, 2)
+            tables[name] = torch.zeros(0, len(sides_of(task.loss)))
             if len(rows):
                 indices, title = np.arange(len(rows)), f"reference, {name}"
                 tables[name] = reference_logps(args, reference, rows, indices, tokenizer, task,
@@ -353,8 +359,8 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_m
             check_cache(args, path, table, reference, rows, tokenizer, task, ranks)
             if ranks.rank == 0:
                 print(f"reference of {len(rows)} {name} rows {source} {path}")
-            rows = rows.add_column("ref_chosen_logp", table[:, 0].tolist())
-            rows = rows.add_column("ref_rejected_logp", table[:, 1].tolist())
+            for side, logps in zip(sides_of(task.loss), table.T):
+                rows = rows.add_column(f"ref_{side}_logp", logps.tolist())
         with_logps.append(rows)
     return with_logps
 
@@ -420,7 +426,9 @@ def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
 
 
 def answer_lengths(rows):
-    """Return the (rows, 2) numbers of tokens of the chosen and of the rejected answers."""
-    chosen = data.column(rows, "chosen_length")
-    rejected = data.column(rows, "tokens") - data.column(rows, "prompt_length") - chosen
-    return torch.from_numpy(np.stack([chosen, rejected], 1))
+    """Return the (rows, S) numbers of tokens of the S answers."""
+    answers = data.column(rows, "tokens") - data.column(rows, "prompt_length")
+    first = data.column(rows, "chosen_length")
+    if not {"chosen_ids", "rejected_ids"} <= set(rows.column_names):
+        return torch.from_numpy(answers[:, None])
+    return torch.from_numpy(np.stack([first, answers - first], 1))

@@ -25,10 +25,12 @@ LOSSES = {}  # name: function; losses.py fills it when it is imported
 
 # --- @loss ----------------------------------------------------------------------------------------
 
-def loss(*tags: str, **ranges: str) -> Callable:
+def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
     """Register a loss under its own name, and check its arguments at every call.
 
     Args   tags     properties that the signature cannot express: see losses.py
+           update   of a loss with state, see `start_state`: a pure function (state, means, beta) ->
+                    state of the next step. `means` has the metrics of this step, over all pairs
            ranges   for every hyper-parameter its range, as `in_range` reads it. A tensor argument
                     may have one too: chosen_scores="> rejected_scores".
 
@@ -53,6 +55,7 @@ def loss(*tags: str, **ranges: str) -> Callable:
 
         checked.tags = set(tags)
         checked.ranges = ranges
+        checked.update = update
         checked.parts = {function.__name__: 1.0}  # of a sum: its losses and their weights
         LOSSES[function.__name__] = checked
         return checked
@@ -112,9 +115,42 @@ def needs_reference(function: Callable) -> bool:
     return any(name.startswith("ref_") for name in tensor_arguments(function))
 
 
+def sides_of(function: Callable) -> tuple[str, ...]:
+    """Return the answers of a row that a loss reads: ("chosen", "rejected"), or one of them."""
+    names = tensor_arguments(function)
+    return tuple(side for side in ("chosen", "rejected") if f"policy_{side}_logps" in names)
+
+
 def needs_rejected(function: Callable) -> bool:
-    """Return whether a loss compares two answers. Only `sft` does not."""
-    return any("rejected" in name for name in tensor_arguments(function))
+    """Return whether a loss reads the rejected answer. Only `sft` does not."""
+    return "rejected" in sides_of(function)
+
+
+def compares_answers(function: Callable) -> bool:
+    """Return whether a loss reads both answers of a row. `sft` and `npo` do not."""
+    return len(sides_of(function)) == 2
+
+
+def needs_scores(function: Callable) -> bool:
+    """Return whether a loss reads a score of each answer."""
+    return "chosen_scores" in tensor_arguments(function)
+
+
+def needs_ordered_scores(function: Callable) -> bool:
+    """Return whether the score of the chosen answer must be above that of the rejected answer."""
+    return any("chosen_scores" in LOSSES[part].ranges for part in function.parts)
+
+
+def start_state(function: Callable) -> dict[str, float]:
+    """Return {name: value before the first step} of the numbers that a loss carries from step to
+    step: its positional arguments with a number as their default. `function.update` makes those of
+    the next step."""
+    state = {}
+    for parameter in inspect.signature(function).parameters.values():
+        is_number = isinstance(parameter.default, float)
+        if is_number and parameter.kind is not parameter.KEYWORD_ONLY:
+            state[parameter.name] = parameter.default
+    return state
 
 
 # --- Sums of losses -------------------------------------------------------------------------------
@@ -183,6 +219,7 @@ def combine(weights: dict[str, float]) -> Callable:
     weighted_sum.__signature__ = merge_signatures(functions.values())
     weighted_sum.parts = weights
     weighted_sum.tags = merge_tags(functions.values())
+    weighted_sum.update = merge_updates(sum_name, functions.values(), weighted_sum.tags)
     return weighted_sum
 
 
@@ -206,28 +243,62 @@ def merge_signatures(functions: Iterable[Callable]) -> inspect.Signature:
 def merge_tags(functions):
     """Merge the tags of the parts of a sum. The sum has "batch" if one part has the tag, and any
     other tag only if all of its parts that compare two answers have the tag."""
-    pairwise = [function.tags - {"batch"} for function in functions if needs_rejected(function)]
+    pairwise = [function.tags - {"batch"} for function in functions if compares_answers(function)]
     merged = set.intersection(*pairwise) if pairwise else set()
     if any("batch" in function.tags for function in functions):
         merged.add("batch")
     return merged
 
 
+def merge_updates(sum_name, functions, tags):
+    """Return the `update` of a sum: that of its part with state, or None."""
+    with_state = [function for function in functions if function.update]
+    if not with_state:
+        return None
+    names = ", ".join(function.__name__ for function in with_state)
+    if len(with_state) > 1:
+        raise ValueError(f"loss {sum_name}: a sum has one loss with state at most, not {names}")
+    # The state follows from rewards/margins, which are per token where the whole loss averages.
+    part = with_state[0]
+    if ("average" in part.tags) != ("average" in tags):
+        kind = "per token" if "average" in part.tags else "of whole answers"
+        raise ValueError(f"loss {sum_name}: {names} has state {kind}, so the other parts that "
+                         f"compare two answers must have rewards {kind} too")
+    return part.update
+
+
 # --- python losses.py -----------------------------------------------------------------------------
 
+GROUPS = {  # {heading: whether a loss is in this group}, the first that fits
+    "One answer": lambda function: not compares_answers(function),
+    "Pairs with scores, and a reference": needs_scores,
+    "Pairs and a reference": needs_reference,
+    "Pairs": compares_answers,
+}
+
+
 def table() -> list[str]:
-    """Return the lines of a Markdown table of the losses, from signatures and docstrings."""
-    rows = ["| loss | paper | reference | hyper-parameters |", "|---|---|---|---|"]
+    """Return the lines of a Markdown table of the losses for each group, from signatures and
+    docstrings."""
+    groups = {"Pairs and a reference": []}
     for name, function in LOSSES.items():
-        if name != function.__name__:
-            continue  # an older name of the same loss
-        # A citation continues on the next line where its line ends with a comma.
-        citation = re.search(r"Paper +(.+(?:(?<=,)\n.+)*)", function.__doc__).group(1)
-        paper = " ".join(citation.split())
-        reference = "yes" if needs_reference(function) else "no"
-        defaults = [f"`{key}` {value}" for key, value in hyperparameters(function).items()]
-        rows.append(f"| `{name}` | {paper} | {reference} | {', '.join(defaults) or 'none'} |")
-    return rows
+        if name == function.__name__:  # else an older name of the same loss
+            heading = next(each for each, fits in GROUPS.items() if fits(function))
+            groups.setdefault(heading, []).append(table_row(function))
+    lines = []
+    for heading, rows in groups.items():
+        lines += [f"**{heading}**", "", "| loss | summary | paper | hyper-parameters |"]
+        lines += ["|---|---|---|---|", *rows, ""]
+    return lines[:-1]
+
+
+def table_row(function):
+    """Format the row of a loss: the first line of its docstring and a link to its paper."""
+    summary = function.__doc__.splitlines()[0]
+    number = re.search(r"arXiv:(\d+[.]\d+)", function.__doc__).group(1)
+    paper = f"[{number}](https://arxiv.org/abs/{number})"
+    defaults = [f"`{key}` {value}" for key, value in hyperparameters(function).items()]
+    return f"| `{function.__name__}` | {summary} | {paper} | {', '.join(defaults) or 'none'} |"
 
 
 def curve(function: Callable, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,11 +321,14 @@ def curve(function: Callable, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def plot(path):
-    """Draw every margin loss and its derivative against βh. Each loss has a panel with its own
-    scale, because the default β of the losses differ by a factor of 100."""
+    """Draw every margin loss of single pairs, and its derivative, against βh. Each loss has a panel
+    with its own scale, because the default β of the losses differ by a factor of 100."""
     from matplotlib.figure import Figure
 
-    functions = [function for function in LOSSES.values() if "margin" in function.tags]
+    functions = []
+    for function in LOSSES.values():
+        if "margin" in function.tags and "batch" not in function.tags:
+            functions.append(function)
     rows = math.ceil(len(functions) / 3)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
     z = torch.linspace(-6, 6, 601, dtype=torch.float64)  # βh

@@ -79,7 +79,7 @@ from lora import (
     target_modules,
     use_adapter,
 )
-from losses import needs_rejected, tensor_arguments, update_delta
+from losses import needs_ordered_scores, needs_scores, sides_of, start_state
 from model import (
     check_vocabulary,
     compile_blocks,
@@ -141,8 +141,6 @@ def load_rows(args, loss, tokenizer, home, ranks):
 
     Rank 0 tokenizes, then the others read its cache.
     """
-    sides = ("chosen", "rejected") if needs_rejected(loss) else ("chosen",)
-    needs_scores = "chosen_scores" in tensor_arguments(loss)
     limits, columns, ignored = data.read_limits(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
@@ -153,8 +151,9 @@ def load_rows(args, loss, tokenizer, home, ranks):
     loaded = {}
     for flag, spec in specs.items():
         if spec:
-            loaded[flag] = data.load_tokens(str(spec), tokenizer, sides, limits, args.strict,
-                                            needs_scores, columns, ignored)
+            loaded[flag] = data.load_tokens(
+                str(spec), tokenizer, sides_of(loss), limits, args.strict, needs_scores(loss),
+                columns, ignored, needs_ordered_scores(loss))
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
@@ -348,7 +347,7 @@ class Step(NamedTuple):
     number: int
     count: int  # pairs, all ranks together
     pieces: list[Piece]  # this rank's micro-batches
-    state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, delta
+    state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, start_state
 
 
 def pair_losses(task, policy, reference, batch, state):
@@ -441,9 +440,23 @@ def mean_over_ranks(totals, norm, count, ranks):
     return dict(zip(totals, means)) | {"grad_norm": norm}
 
 
+def with_spread(task: Task) -> Task:
+    """The task, with the squares of the margins as one more metric if a loss carries their spread
+    from step to step."""
+    if "gap_std" not in start_state(task.loss):
+        return task
+
+    def losses_and_squares(*inputs):
+        losses, metrics = task.preference_loss(*inputs)
+        squares = metrics["rewards/margins"].double() ** 2
+        return losses, metrics | {"rewards/margins_squared": squares}
+
+    return task._replace(preference_loss=losses_and_squares)
+
+
 # --- Between steps --------------------------------------------------------------------------------
 
-def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
+def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
     """Mean metrics over the held-out rows. The loss gets the log-probs of all rows at once."""
     def logps(batch):
         return pair_logps(task, model, reference, batch)
@@ -455,8 +468,8 @@ def evaluate(args, task, model, reference, rows, delta, tokenizer, ranks):
     with contextlib.closing(batches):
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
     tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
-    tensors["delta"] = delta
-    _, metrics = task.preference_loss(tensors, task.loss, task.hyper, task.score)
+    _, metrics = task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
+    metrics.pop("rewards/margins_squared", None)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
     return dict(zip(metrics, means))
 
@@ -559,7 +572,7 @@ class Run(NamedTuple):
     newest: pathlib.Path | None  # the checkpoint that is resumed
     start: int  # its step, else 0
     steps: int  # number of the last step
-    delta: float  # of BCO
+    state: dict  # numbers that the loss carries from step to step: see registry.start_state
     fixed: dict  # hashes of what must be the same when the run is resumed
     flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
     keep: int  # how many checkpoints are kept
@@ -675,10 +688,10 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
     optimizer = make_optimizer(model, args.lr, ranks.device)
     scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, warmup, steps)
-    start, delta = 0, 0.0
+    start, state = 0, start_state(loss)
     if newest:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
-        start, delta = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
+        start, state = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
     size = checkpoint_bytes(args, model, reference)
     keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
                                   args.keep_checkpoints, ranks)
@@ -687,6 +700,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
                      masked)
+    task = with_spread(task)
     if args.ref == "cache":
         splits = rows, held_out
         fixed_model = weights + settings
@@ -700,7 +714,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, chosen_lengths = data.column(rows, "tokens"), data.column(rows, "chosen_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               chosen_lengths, held_out, task, optimizer, scheduler, newest, start, steps, delta,
+               chosen_lengths, held_out, task, optimizer, scheduler, newest, start, steps, state,
                fixed, flags, keep)
 
 
@@ -720,11 +734,11 @@ def check_first_rows(args, run, ranks) -> str:
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
 
 
-def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
+def evaluate_and_log(args, run, log, number, state, ranks) -> dict:
     """Evaluate on held-out rows and, in the world, against the optimum -> {split: metrics}."""
     splits = {}
     if len(run.held_out):
-        splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, delta,
+        splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, state,
                                   run.tokenizer, ranks)
     if run.home:
         # Beta is the weight of the KL in the objective only for margin losses of sums.
@@ -738,25 +752,26 @@ def evaluate_and_log(args, run, log, number, delta, ranks) -> dict:
     return splits
 
 
-def write_checkpoint(args, run, number, delta, ranks):
+def write_checkpoint(args, run, number, loss_state, ranks):
     """Save everything that the next step depends on."""
     def save_model_in(folder):
         save(run.model.model, run.tokenizer, folder, run.source, ranks)
 
     moving = moving_tensors(args, run.model, run.reference)
     tensors = optimizer_tensors(run.model, run.optimizer, moving)
-    state = {"scheduler": run.scheduler.state_dict(), "delta": delta, "flags": run.flags}
+    state = {"scheduler": run.scheduler.state_dict(), "flags": run.flags}
+    state["loss_state"] = loss_state
     save_checkpoint(run.folder, number, save_model_in, tensors, run.fixed | state, run.keep, ranks)
 
 
-def advance(args, run, number, batches, delta, stopping, ranks):
-    """`train_step`, then the learning rate, BCO's delta and a moving reference -> metrics, delta
-    for the next step, tokens of this step."""
+def advance(args, run, number, batches, loss_state, stopping, ranks):
+    """`train_step`, then the learning rate, the loss's state and a moving reference -> metrics, the
+    loss's state for the next step, tokens of this step."""
     # The pairs of this step, and this rank's share of them in micro-batches.
     window = row_window(args, number, len(run.rows))
     tokens = run.tokens[window]
     mean_length = float(run.chosen_lengths[window].mean())
-    state = {"mean_chosen_length": mean_length, "delta": delta}
+    state = {"mean_chosen_length": mean_length} | loss_state
     step = Step(number, len(window), split_step(args, len(window), tokens, ranks), state)
 
     # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
@@ -765,12 +780,14 @@ def advance(args, run, number, batches, delta, stopping, ranks):
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
                          args.max_grad_norm, stopping, ranks)
     run.scheduler.step()
-    if "delta" in tensor_arguments(run.task.loss):
-        values["delta"] = delta
-        delta = update_delta(delta, values["rewards/chosen"], values["rewards/rejected"])
+    update, means = run.task.loss.update, dict(values)
+    values.pop("rewards/margins_squared", None)
+    values |= loss_state
+    if update:
+        loss_state = update(loss_state, means, run.task.hyper["beta"])
     if args.sync_ref_every and number % args.sync_ref_every == 0:
         move_reference(args, run.model, run.reference)
-    return values, delta, int(tokens.sum())
+    return values, loss_state, int(tokens.sum())
 
 
 def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.Path,
@@ -790,15 +807,15 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     if line:
         say(line)
 
-    delta, steps = run.delta, run.steps
+    state, steps = run.state, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder), caught_signals(ranks) as stopped,
           contextlib.closing(batches)):
         log = Log(folder, run.flags, run.newest, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
         for number in range(run.start + 1, steps + 1):
-            values, delta, tokens = advance(args, run, number, batches, delta,
-                                                  bool(stopped), ranks)
+            values, state, tokens = advance(args, run, number, batches, state,
+                                            bool(stopped), ranks)
 
             # The bar, and a row of metrics.jsonl.
             stopping, last = values.pop("stop") > 0, number == steps
@@ -812,10 +829,10 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
             # Evaluation and checkpoint. Their time does not count in tokens_per_second.
             pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
-                splits = evaluate_and_log(args, run, log, number, delta, ranks)
+                splits = evaluate_and_log(args, run, log, number, state, ranks)
             due = args.save_every and number % args.save_every == 0
             if not last and (stopping or due):
-                write_checkpoint(args, run, number, delta, ranks)
+                write_checkpoint(args, run, number, state, ranks)
             if not last and stopping:
                 log.bar.close()
                 say(f"stopped after step {number} of {steps}; to go on: "

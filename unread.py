@@ -117,7 +117,8 @@ def list_unread(row: dict, fields: dict, read: set, ignored: tuple, needs_prompt
     needs_prompt    whether the row does not show where its prompt ends
     """
     unread = []
-    dialogue = row.get(fields["chosen"])
+    answer = "chosen" if "chosen" in fields else "rejected"
+    dialogue = row.get(fields[answer])
     prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
     for name, value in row.items():
         if name in read or (is_blank(value) and name not in ignored):

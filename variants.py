@@ -17,10 +17,10 @@ import torch
 from dpo import IGNORE, preference_loss
 from losses import (
     LOSSES,
+    compares_answers,
     f_divergence_score,
     hyperparameters,
     needs_reference,
-    needs_rejected,
     tensor_arguments,
 )
 
@@ -151,7 +151,7 @@ def check_variants(loss: Callable, hyper: dict, variants: Variants):
         raise ValueError(f"f_alpha must be in (0, 1], got {f_alpha}")
     if f_alpha is not None and f_divergence != "alpha":
         raise ValueError(f"f_alpha: is read by the f_divergence alpha alone, got {f_divergence}")
-    if wpo and ("batch" in loss.tags or not needs_rejected(loss)):
+    if wpo and ("batch" in loss.tags or not compares_answers(loss)):
         raise ValueError(f"wpo: it weighs pairs, but {name} has no separate loss for each pair")
     if wpo and any(has_likelihood(part, hyper) for part in parts):
         raise ValueError(f"wpo: {name} has a likelihood term, which is not a preference and must "
@@ -160,7 +160,7 @@ def check_variants(loss: Callable, hyper: dict, variants: Variants):
         raise ValueError("wpo_clamp: is read with wpo only; give both, or neither")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
-    if ld_alpha != 1 and not needs_rejected(loss):
+    if ld_alpha != 1 and not compares_answers(loss):
         raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {name} has no pairs")
     if ld_alpha != 1 and any("lengths" in each for each in tensor_arguments(loss)):
         raise ValueError(f"ld_alpha: it weighs the tokens of a pair, but {name} counts them")

@@ -65,6 +65,10 @@ OWN_FLAGS = {
     "nca_pair": {"beta": 0.3},
     "dpop": {"dpop_lambda": 1.0},
     "apo_down": {"lr": 5e-4, "epochs": 1},
+    "repo": {"repo_gamma": 0.25},
+    "alpha_dpo": {"beta": 4.0, "gamma": 0.0, "alpha_dpo_alpha": 0.05},
+    "dr_dpo": {"dr_beta": 4.0},
+    "npo": {"lr": 2e-4, "epochs": 1},
 }
 
 
@@ -159,7 +163,7 @@ def sample_pairs(logps: torch.Tensor, count: int, seed: int):
     """Sample pairs of answers from the policy and label them by Bradley-Terry.
 
     Returns indices of things, of chosen and of rejected answers, (count,) each, and the scores,
-    (count, 2), chosen first. `odpo` reads the scores.
+    (count, 2), chosen first. `odpo` and others read the scores.
 
     A score is the true reward plus Gumbel noise, and the higher score is chosen. The difference of
     two such noises is logistic, so y beats y' with probability σ(r(y) - r(y')).

@@ -327,6 +327,22 @@ def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_num
         load([row()], scored=True)
 
 
+def test_a_rejected_answer_is_read_alone_and_beside_a_chosen_one(load):
+    alone = {"prompt": "a cat", "rejected": " ran"}
+    kept, report = load([alone], sides=("rejected",))
+    assert "chosen_ids" not in kept.column_names
+    pairs, _ = load([row()], "pairs.jsonl", sides=("rejected",))
+    both = load([row()], "pairs.jsonl")[0]
+    assert kept["rejected_ids"][:] == pairs["rejected_ids"][:] == both["rejected_ids"][:]
+    assert data.statistics(kept)["lengths"].keys() == {"prompt", "rejected"}
+    dialogue = {"chosen": "\n\nHuman: hi\n\nAssistant: sat", "rejected":
+                "\n\nHuman: hi\n\nAssistant: ran"}
+    split, _ = load([dialogue], "dialogue.jsonl", sides=("rejected",))
+    assert split["rejected_ids"][:] == load([dialogue], "dialogue.jsonl")[0]["rejected_ids"][:]
+    with pytest.raises(UserError, match="needs the fields prompt, rejected"):
+        load([{"prompt": "a cat", "chosen": " sat"}], sides=("rejected",))
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the project's shared data is not here")
 def test_real_dialogues_split_where_their_last_answer_begins():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")

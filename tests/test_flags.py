@@ -119,7 +119,7 @@ HYPER = first_readers()
 # no effect.
 VALUES = {
     "chipo_r_max": 1e-3, "simpo_gamma": 3.0, "label_smoothing": 0.2, "cpo_alpha": 0.3,
-    "slic_delta": 0.05, "dpop_lambda": 5.0,
+    "slic_delta": 0.05, "dpop_lambda": 5.0, "shift_lambda": 0.5, "repo_gamma": 0.01,
 }
 
 

@@ -43,7 +43,7 @@ ALLOWED_IMPORTS = {
     "log": {"batches", "checkpoint", "files", "logps", "lora", "model", "parallel", "world"},
     "reference": {
         "batches", "checkpoint", "data", "dpo", "errors", "files", "log", "logps", "lora",
-        "model", "parallel",
+        "losses", "model", "parallel",
     },
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,6 +159,86 @@ def test_odpo_reads_the_scores_of_the_file(fit, tmp_path):
     offsets = [0.5 * math.log(i + 1) for i in range(8)]  # alpha times the log of the score gap
     expected = sum(math.log1p(math.exp(offset)) for offset in offsets) / 8
     assert metrics[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def unordered(tmp_path):
+    """A file of 8 pairs, in half of which the rejected answer has the higher score."""
+    rows = []
+    for i, row in enumerate(make_rows(8)):
+        rows.append(row | {"chosen_score": float(i), "rejected_score": 3.5})
+    return write_jsonl(tmp_path / "unordered.jsonl", rows)
+
+
+def test_a_loss_of_scores_of_any_order_trains_on_every_row_and_odpo_on_the_ordered_ones(
+        fit, unordered, capsys):
+    flags = {"dataset": unordered, "max_steps": 1, "eval_share": 0}
+    _, metrics = fit(**flags, loss="rpo_sq", rpo_eta=0.5)
+    expected = sum((0.5 * (i - 3.5)) ** 2 for i in range(8)) / 8
+    assert metrics[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    fit(**flags, loss="odpo", out="ordered")
+    assert "4 dropped (chosen_score not above rejected_score" in capsys.readouterr().out
+
+
+def test_hypo_passes_the_step_0_check_although_it_does_not_begin_at_log_2(fit, capsys):
+    fit(loss="hypo", beta=1.0, max_steps=1)
+    value = float(re.search(r"the loss is ([0-9.]+), as", capsys.readouterr().out).group(1))
+    assert value > 0.7
+
+
+@pytest.fixture
+def forgotten(tmp_path):
+    """A file of prompts with an answer to forget, and no other answer."""
+    rows = [{"prompt": row["prompt"], "rejected": row["rejected"]} for row in make_rows(24)]
+    return write_jsonl(tmp_path / "forgotten.jsonl", rows)
+
+
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+def test_npo_forgets_rejected_answers_in_rows_without_chosen_ones(fit, forgotten, attention):
+    out, metrics = fit(loss="npo", dataset=forgotten, attention=attention, max_steps=6)
+    train_rows = [row for row in metrics if row["split"] == "train"]
+    assert train_rows[0]["loss"] == pytest.approx(20 * math.log(2), abs=1e-4)
+    assert train_rows[-1]["logps/rejected"] < train_rows[0]["logps/rejected"] - 1
+    assert not any("chosen" in name or "margins" in name for name in train_rows[0])
+    assert (out / "model.safetensors").exists()
+
+
+def test_npo_reads_the_rejected_answers_of_pairs_and_of_dialogues_with_the_prompt_inside(
+        fit, tmp_path):
+    """Each row is the same pair in another shape, so the runs are the same."""
+    pairs, dialogues = [], []
+    for row in make_rows(12):
+        prompt = f"\n\nHuman: {row['prompt']}\n\nAssistant:"
+        pairs.append(row | {"prompt": prompt})
+        dialogues.append({side: prompt + row[side] for side in ("chosen", "rejected")})
+    alone = [{"prompt": row["prompt"], "rejected": row["rejected"]} for row in pairs]
+    runs = []
+    for name, rows in (("pairs", pairs), ("dialogues", dialogues), ("alone", alone)):
+        dataset = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        runs.append(fit(loss="npo", dataset=dataset, max_steps=2, eval_share=0, out=name)[1])
+    for row in runs[0]:
+        del row["tokens_per_second"]
+    for other in runs[1:]:
+        for row in other:
+            del row["tokens_per_second"]
+        assert other == runs[0]
+
+
+def test_npo_with_a_cached_reference_or_an_adapter_begins_at_the_same_loss(fit, forgotten):
+    flags = {"loss": "npo", "dataset": forgotten, "max_steps": 2}
+    _, second_model = fit(**flags, out="second")
+    _, cached = fit(**flags, ref="cache", out="cached")
+    assert cached[0]["loss"] == pytest.approx(second_model[0]["loss"], abs=1e-4)
+    assert cached[1]["loss"] == pytest.approx(second_model[1]["loss"], abs=1e-3)
+    _, adapted = fit(**flags, lora_rank=2, out="adapted")
+    assert adapted[0]["loss"] == pytest.approx(20 * math.log(2), abs=1e-4)
+
+
+def test_npo_and_sft_forget_rejected_answers_and_learn_chosen_ones(fit):
+    _, metrics = fit(loss="npo,sft:3", max_steps=12)
+    first, *_, last = (row for row in metrics if row["split"] == "train")
+    assert last["logps/chosen"] > first["logps/chosen"]
+    assert last["logps/rejected"] < first["logps/rejected"]
 
 
 @pytest.fixture
@@ -588,6 +669,37 @@ def test_bco_resumes_its_running_reward_shift(fit):
     unfinished(out)
     resume(out)
     assert not differences(whole, read_metrics(out))
+
+
+def gaps_of(rows, beta):
+    """The mean gap of each step: rewards/margins is beta times the gap."""
+    return [row["rewards/margins"] / beta for row in rows if row["split"] == "train"]
+
+
+@pytest.mark.parametrize("loss, beta", [("beta_dpo", 0.1), ("alpha_dpo", 2.5)])
+def test_moving_averages_of_the_gaps_begin_at_the_first_batch_and_are_resumed(fit, loss, beta):
+    flags = {"loss": loss, "max_steps": 8, "warmup_steps": 0, "eval_every": 4}
+    _, whole = fit(**flags, out="whole")
+    rows = [row for row in whole if row["split"] == "train"]
+    gaps = gaps_of(rows, beta)
+    assert rows[0]["gap_mean"] == 0 and "rewards/margins_squared" not in rows[0]
+    first = 0 if loss == "beta_dpo" else 1  # the spread begins when the policy has moved
+    for step in range(first + 1, 8):
+        expected = sum(gaps[first:step]) / (step - first)
+        assert rows[step]["gap_mean"] == pytest.approx(expected, rel=1e-6)
+    assert ("gap_std" in rows[0]) == (loss == "alpha_dpo")
+    out, _ = fit(**flags, save_every=4, out="half")
+    unfinished(out)
+    resume(out)
+    assert not differences(whole, read_metrics(out))
+
+
+def test_the_spread_of_the_gaps_is_that_of_the_whole_step_in_any_micro_batches(fit):
+    flags = {"loss": "alpha_dpo", "max_steps": 5, "warmup_steps": 0, "dtype": "float64"}
+    _, one = fit(**flags, micro_batch_size=8, out="one")
+    _, many = fit(**flags, micro_batch_size=1, out="many")
+    assert one[4]["gap_std"] > 1e-4 and one[4]["gap_std"] != 1
+    assert not differences(one, many, 1e-9)
 
 
 def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(
