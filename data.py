@@ -47,9 +47,9 @@ import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
 import torch
-import transformers
 
 import templates
+from loading import load_tokenizer
 from templates import begins_with
 
 # The label of a token that is not scored.
@@ -935,8 +935,9 @@ def special_ids(tokenizer):
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model could not learn to stop: "
                         "set eos_token in its tokenizer_config.json")
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
+    text = templates.text_with_tokens(tokenizer)
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with_special = tokenizer(text, add_special_tokens=True)["input_ids"]
     starts = range(len(with_special))
     front = next(i for i in starts if with_special[i:i + len(plain)] == plain)
     return with_special[:front], [tokenizer.eos_token_id]
@@ -1013,7 +1014,15 @@ def tokenize(batch, tokenizer, sides, limits):
     bos, eos = special_ids(tokenizer)
     special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
-    texts = [text_of_row(batch, i, tokenizer, sides, special) for i in range(count)]
+
+    def text_of(i):
+        return text_of_row(batch, i, tokenizer, sides, special)
+
+    if any(batch["chat"]):
+        texts = templates.texts_of_rows(text_of, count, batch["id"])
+    else:
+        texts = [text_of(i) for i in range(count)]
+    texts = templates.refuse_unwritable(texts, tokenizer)
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):
@@ -1532,13 +1541,7 @@ def check_template(path: str | None, accounts: list[dict]):
 
 
 def load_report_tokenizer(args):
-    if not os.path.isdir(args.model):
-        stop_hub_retries()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model {args.model}: no tokenizer there ({first_line(error)})") from error
+    tokenizer = load_tokenizer(args.model)
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
     return tokenizer

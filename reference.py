@@ -40,10 +40,11 @@ from checkpoint import without_ties
 from dpo import concatenated_forward, preference_loss
 from errors import UserError
 from files import written_aside
+from loading import load_tokenizer
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
-from model import load_model, load_tokenizer
+from model import load_model
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
 
 # --- The models -----------------------------------------------------------------------------------

@@ -16,11 +16,15 @@ Three properties make such a row trainable, and `text_of_messages` checks each r
 A row without the first or the last is dropped. If the template writes only the end of the prompt
 otherwise, such as a generation prompt that opens <think>, the row is kept, counted and named.
 """
+import functools
 import json
 import re
+import unicodedata
+from collections.abc import Callable
 from typing import NamedTuple
 
 from errors import UserError
+from limits import run_limited
 
 # What can happen to the text of a row that is kept, and the words of the report.
 TEXT_NOTES = {
@@ -97,15 +101,32 @@ def remove_end(text, ends):
 
 # --- Rows of messages -----------------------------------------------------------------------------
 
+MOST_ADDED = 1_000_000  # characters that a template may add to a row, for tools and instructions
+
+
 def render(messages, tokenizer, where, **options):
     """Write messages as text by the tokenizer's chat template."""
     if not messages:
         return ""
     # A template is a program and raises exceptions of any kind.
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except MemoryError:  # see limits.py
+        raise
     except Exception as error:
         raise UserError(f"{where}: the chat template fails on this row: {error}") from error
+    given = sum(len(message["content"]) for message in messages)
+    if len(text) > MOST_ADDED + 10 * given:
+        raise UserError(f"{where}: the chat template writes {len(text):,} characters for messages "
+                        f"of {given:,}; pass another one by --chat_template FILE")
+    return text
+
+
+def texts_of_rows(text_of_row: Callable, count: int, ids: list[str]) -> list[RowText]:
+    """Return [text_of_row(i) for each i below count], where the rows hold messages. The chat
+    template is a program of the model's folder, so it gets limits."""
+    names = [f"{where}: the chat template" for where in ids]
+    return run_limited(text_of_row, list(range(count)), names)
 
 
 def text_of_messages(prompt: list, answers: list, tokenizer, special: SpecialTokens,
@@ -256,3 +277,65 @@ def name_loss(message, is_in_prompt):
     if "</think>" in message["content"]:
         return "the chat template leaves out the reasoning before </think>"
     return "the chat template leaves out text of an answer"
+
+
+# --- Text that a tokenizer has no token for -------------------------------------------------------
+
+NO_TOKEN = "the tokenizer has no token for some of its text, and no unknown token"
+
+
+def refuse_unwritable(texts: list[RowText], tokenizer) -> list[RowText]:
+    """Give a problem to each row with text that the tokenizer would leave out, or fails on."""
+    if not leaves_out(tokenizer):
+        return texts
+    checked = []
+    for text in texts:
+        strings = [text.prompt, *text.wholes]
+        if not text.problem and any(loses(tokenizer, string) for string in strings):
+            text = RowText("", text.answers, [""] * len(text.wholes), NO_TOKEN)
+        checked.append(text)
+    return checked
+
+
+@functools.lru_cache(maxsize=4)
+def leaves_out(tokenizer) -> bool:
+    """Return whether a tokenizer leaves out text that it has no token for. It does if it has
+    neither an unknown token nor a token for each byte, which letters of many scripts show."""
+    if not tokenizer.is_fast:  # such a tokenizer has an unknown token
+        return False
+    codes = [*range(0x21, 0x7f), *range(0x80, 0x500, 3), *range(0x800, 0x30000, 0x800)]
+    letters = [chr(code) for code in codes]  # their UTF-8 has every byte that UTF-8 can have
+    letters = [letter for letter in letters if unicodedata.category(letter)[0] in "LNPS"]
+    return any(loses(tokenizer, letter) for letter in letters)
+
+
+def loses(tokenizer, text: str) -> bool:
+    """Return whether the token ids of a text lack one of its characters.
+
+    White space may be lost, and what the tokenizer's own rules remove from each text, such as
+    accents.
+    """
+    try:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except Exception:  # some tokenizers raise an error for a word without a token
+        return True
+    ids = encoding["input_ids"]
+    if "\ufffd" in tokenizer.decode(ids) and "\ufffd" not in text:  # some bytes of a character
+        return True
+    covered = bytearray(len(text))
+    for start, end in encoding["offset_mapping"]:
+        covered[start:end] = b"\1" * (end - start)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    for character, has_token in zip(text, covered):
+        kept = normalizer.normalize_str(character) if normalizer else character
+        if not has_token and kept.strip():
+            return True
+    return False
+
+
+def text_with_tokens(tokenizer) -> str:
+    """Return a short text that the tokenizer has tokens for: "a", if it has one for it."""
+    if not leaves_out(tokenizer) or not loses(tokenizer, "a"):
+        return "a"
+    words = sorted(tokenizer.get_vocab())
+    return next((word for word in words if word.isalnum()), "a")
