@@ -49,7 +49,7 @@ import pyarrow.parquet
 import torch
 
 import templates
-from loading import load_tokenizer
+from loading import load_tokenizer, text_with_tokens
 from templates import begins_with
 
 # The label of a token that is not scored.
@@ -935,7 +935,7 @@ def special_ids(tokenizer):
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model could not learn to stop: "
                         "set eos_token in its tokenizer_config.json")
-    text = templates.text_with_tokens(tokenizer)
+    text = text_with_tokens(tokenizer)
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     with_special = tokenizer(text, add_special_tokens=True)["input_ids"]
     starts = range(len(with_special))

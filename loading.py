@@ -9,10 +9,12 @@ A folder is data that somebody else wrote. No code of it runs, and it is checked
 
 Whatever transformers raises about a file becomes one line that names the file.
 """
+import functools
 import importlib.util
 import json
 import os
 import pathlib
+import unicodedata
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +38,8 @@ transformers.logging.disable_progress_bar()
 # where they are damaged, and names none.
 JSON_FILES = {
     AutoConfig: ("config.json",),
-    AutoTokenizer: ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    AutoTokenizer: ("config.json", "tokenizer_config.json", "special_tokens_map.json",
+                    "added_tokens.json"),
     AutoModelForCausalLM: ("generation_config.json",),
 }
 # What each class reads, for its error.
@@ -45,6 +48,7 @@ PARTS_OF_FOLDER = {
     AutoTokenizer: "tokenizer.json or another file of the tokenizer",
     AutoModelForCausalLM: "the weights and config.json",
 }
+COMPARE = "; compare config.json with that of the model that the weights are of"
 # Files with a vocabulary, of which a tokenizer needs one.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken",
                     "tekken.json", "vocab-*.json", "vocab")
@@ -75,6 +79,8 @@ def load_pretrained(auto_class: type, name: str, **options) -> Any:
             raise UserError(f"{name}: needs code of its own (auto_map in its config), and code of "
                             "a model is never run here; pass a model whose classes transformers "
                             "has") from error
+        if auto_class is AutoTokenizer and os.path.exists(os.path.join(name, "config.json")):
+            load_pretrained(AutoConfig, name)  # raises where that is the file at fault
         raise
 
 
@@ -173,15 +179,64 @@ def load_adapter_tokenizer(adapter: str, base: str) -> Any:
 def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raise a UserError if the tokenizer has ids that the model has no embedding for."""
     words = model.get_input_embeddings().num_embeddings
-    ids = dict(tokenizer.get_vocab())
-    # The ids that the tokenizer puts around a text stand in its post-processor, a second time.
-    for number in tokenizer("a")["input_ids"]:
-        ids.setdefault(f"id {number}", number)
-    token = max(ids, key=ids.get)
-    if ids[token] >= words:
-        raise UserError(f"{name}: its tokenizer has the id {ids[token]} for {token!r}, but its "
+    token, number = last_token(tokenizer)
+    if number >= words:
+        raise UserError(f"{name}: its tokenizer has the id {number} for {token!r}, but its "
                         f"embedding has {words} rows, 0 to {words - 1}: not a pair; pass the "
                         "tokenizer that the model was trained with")
+
+
+def last_token(tokenizer: Any) -> tuple[str, int]:
+    """Return the token with the largest id that a tokenizer can write, and this id."""
+    ids = dict(tokenizer.get_vocab())
+    # The ids that the tokenizer puts around a text stand in its post-processor, a second time.
+    for number in tokenizer(text_with_tokens(tokenizer))["input_ids"]:
+        ids.setdefault(f"id {number}", number)
+    return max(ids.items(), key=lambda item: item[1])
+
+
+@functools.lru_cache(maxsize=4)
+def leaves_out(tokenizer) -> bool:
+    """Return whether a tokenizer leaves out text that it has no token for. It does if it has
+    neither an unknown token nor a token for each byte, which letters of many scripts show."""
+    if not tokenizer.is_fast:  # such a tokenizer has an unknown token
+        return False
+    codes = [*range(0x21, 0x7f), *range(0x80, 0x500, 3), *range(0x800, 0x30000, 0x800)]
+    letters = [chr(code) for code in codes]  # their UTF-8 has every byte that UTF-8 can have
+    letters = [letter for letter in letters if unicodedata.category(letter)[0] in "LNPS"]
+    return any(loses(tokenizer, letter) for letter in letters)
+
+
+def loses(tokenizer, text: str) -> bool:
+    """Return whether the token ids of a text lack one of its characters.
+
+    White space may be lost, and what the tokenizer's own rules remove from each text, such as
+    accents.
+    """
+    try:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except Exception:  # some tokenizers raise an error for a word without a token
+        return True
+    ids = encoding["input_ids"]
+    if "\ufffd" in tokenizer.decode(ids) and "\ufffd" not in text:  # some bytes of a character
+        return True
+    covered = bytearray(len(text))
+    for start, end in encoding["offset_mapping"]:
+        covered[start:end] = b"\1" * (end - start)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    for character, has_token in zip(text, covered):
+        kept = normalizer.normalize_str(character) if normalizer else character
+        if not has_token and kept.strip():
+            return True
+    return False
+
+
+def text_with_tokens(tokenizer) -> str:
+    """Return a short text that the tokenizer has tokens for: "a", if it has one for it."""
+    if not leaves_out(tokenizer) or not loses(tokenizer, "a"):
+        return "a"
+    words = sorted(tokenizer.get_vocab())
+    return next((word for word in words if word.isalnum()), "a")
 
 
 # --- The weights ----------------------------------------------------------------------------------
@@ -281,14 +336,15 @@ def check_sizes(name: str, config: PretrainedConfig, headers: dict) -> None:
     stored = sum(torch.Size(header.shape).numel() for header in headers.values())
     model = build_on_meta(name, config, torch.float32)
     described = sum(parameter.numel() for parameter in model.parameters())
-    if described > 2 * stored:
+    if described > 2 * stored + 10**7:
         raise UserError(f"{name}: config.json describes a model of {described:,} parameters, and "
-                        f"the files hold {stored:,}; its sizes or its number of layers are wrong")
+                        f"the files hold {stored:,} numbers{COMPARE}")
 
 
 def build_on_meta(name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config with shapes and without values."""
-    with reading(f"{name}: no model can be built from config.json"), torch.device("meta"):
+    what = f"{name}: no model can be built from config.json"
+    with reading(what, COMPARE), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
@@ -298,19 +354,19 @@ def check_loaded(name: str, model: PreTrainedModel, info: dict) -> None:
     info    what from_pretrained reports. transformers initializes a tensor that is missing or has
             another shape randomly, and drops a tensor that the model has no place for
     """
-    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if wrong:
-        raise UserError(
-            f"{name}: {len(wrong)} weights are not in the files or have another shape, such as "
-            f"{wrong[0]}; transformers would initialize them randomly; compare config.json with "
-            "that of the model that the weights are of")
+    for key, stored, described in sorted(info["mismatched_keys"]):
+        raise UserError(f"{name}: {key} is {tuple(stored)} in the files, and {tuple(described)} by "
+                        f"config.json{COMPARE}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{name}: {len(missing)} weights are not in the files, such as "
+                        f"{missing[0]}; transformers would initialize them randomly{COMPARE}")
     unread = sorted(key for key in info["unexpected_keys"] if not is_buffer(key, model))
     if unread:
         shown = ", ".join(unread[:3])
         raise UserError(
             f"{name}: the files have {len(unread)} tensors that {type(model).__name__} with this "
-            f"config.json has no place for, such as {shown}; transformers would drop them; compare "
-            "config.json with that of the model that the weights are of")
+            f"config.json has no place for, such as {shown}; transformers would drop them{COMPARE}")
 
 
 # Masks and frequencies that earlier versions of transformers saved. The model computes them.

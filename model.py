@@ -10,20 +10,25 @@ weights of its base.
 host memory: it reads the file's dtype on the CPU, quantizes layer by layer if asked to, then moves
 tensor by tensor to the device and converts there.
 """
-from errors import UserError, run_script  # first, see errors.py
+from errors import Parser, UserError, run_script  # first, see errors.py
 import argparse
 import json
 import os
+import pathlib
+import shutil
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from files import moved_into
 from loading import (
+    MOST_LAYERS,
     build_on_meta,
     check_loaded,
     check_sizes,
     check_vocabulary,
+    last_token,
     load_adapter_tokenizer,
     load_config,
     load_pretrained,
@@ -162,15 +167,19 @@ def compile_blocks(model):
 
 # --- Make and save --------------------------------------------------------------------------------
 
+def head_count(hidden_size: int) -> int:
+    return max(1, hidden_size // 64)
+
+
 def new_model(tokenizer, hidden_size: int, layers: int, seed: int = 0, **overrides):
     """Make a Llama with random weights and the tokenizer's vocabulary."""
     torch.manual_seed(seed)
     options = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": last_token(tokenizer)[1] + 1,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "intermediate_size": 4 * hidden_size,
-        "num_attention_heads": max(1, hidden_size // 64),
+        "num_attention_heads": head_count(hidden_size),
         "max_position_embeddings": 2048,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -199,10 +208,14 @@ def save_model(model, tokenizer, folder, tensors=None, **extra):
 @torch.no_grad()
 def merge_command(args):
     """Merge an adapter in fp32 into the base that it was trained on, save, load again, compare."""
+    named = read_adapter(args.adapter)[2]
     flags = read_run_file(args.adapter).get("flags", {})
-    base = args.model or read_adapter(args.adapter)[2]
+    base = args.model or named
     if not base:
         raise UserError(f"--adapter {args.adapter}: does not name its base; give it by --model")
+    if not args.model and os.path.isabs(base) and not os.path.isdir(base):
+        raise UserError(f"--adapter {args.adapter}: names the base {base}, which is not there; "
+                        "give it by --model")
     tokenizer = load_adapter_tokenizer(args.adapter, base)
     model = load_model(base, four_bits=bool(flags.get("quantize")))
     check_vocabulary(f"{args.adapter} on {base}", model, tokenizer)
@@ -228,24 +241,65 @@ def merge_command(args):
               f"{error.mean():.2g} on average")
 
 
+def whole_number(low: int, high: int) -> Callable:
+    """Make an argparse type: a whole number in [low, high]."""
+    def read(text):
+        if not text.lstrip("-").isdecimal() or not low <= int(text[:20]) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got "
+                                             f"{text[:40]}")
+        return int(text)
+    return read
+
+
 def parse_command(argv):
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a random-weight Llama folder")
     new.add_argument("--tokenizer", required=True, help="folder whose tokenizer the model gets")
-    new.add_argument("--hidden_size", type=int, default=256)
-    new.add_argument("--layers", type=int, default=4)
-    new.add_argument("--seed", type=int, default=0)
+    new.add_argument("--hidden_size", type=whole_number(2, 2**20), default=256)
+    new.add_argument("--layers", type=whole_number(1, MOST_LAYERS), default=4)
+    new.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     new.add_argument("--out", required=True)
     merged = commands.add_parser("merge", help="add an adapter to the weights of its base")
     merged.add_argument("--adapter", required=True)
     merged.add_argument("--model", help="the base (default: the base that the adapter names)")
     merged.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise UserError(f"--out {args.out}: exists already; choose another folder")
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name}: its value is empty; give one, or leave the flag out")
+    check_out(args.out, args.tokenizer if args.command == "new" else args.adapter)
+    if args.command == "new":
+        heads = head_count(args.hidden_size)
+        if args.hidden_size % (2 * heads):
+            raise UserError(f"--hidden_size {args.hidden_size}: {heads} heads must divide it into "
+                            "even parts; pass a multiple of 64, or an even number below 128")
     return args
+
+
+def check_out(out: str, source: str):
+    """Raise a UserError, before a model is loaded, if a folder cannot be made there."""
+    path = pathlib.Path(out).absolute()
+    if os.path.lexists(path):
+        raise UserError(f"--out {out}: exists already; choose another folder")
+    if path.resolve().is_relative_to(pathlib.Path(source).resolve()):
+        raise UserError(f"--out {out}: is inside {source}, which it is made from; choose a folder "
+                        "outside of it")
+    existing = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: no folder can be made in {existing}; choose another place")
+
+
+def check_room(out: str, parameters: int):
+    """Raise a UserError if the disk has no room for a float32 model of so many parameters."""
+    path = pathlib.Path(out).absolute()
+    existing = next(parent for parent in path.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if 4 * parameters > free:
+        raise UserError(f"--out {out}: a model of {parameters:,} parameters takes "
+                        f"{4 * parameters / 2**30:,.1f} GB, and {existing} has {free / 2**30:,.1f} "
+                        "GB free; lower --hidden_size or --layers")
 
 
 def main(argv: list[str]):
@@ -254,6 +308,9 @@ def main(argv: list[str]):
         merge_command(args)
         return
     tokenizer = load_tokenizer(args.tokenizer)
+    with torch.device("meta"):
+        described = new_model(tokenizer, args.hidden_size, args.layers)
+    check_room(args.out, described.num_parameters())
     model = new_model(tokenizer, args.hidden_size, args.layers, args.seed)
     save_model(model, tokenizer, args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")

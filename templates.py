@@ -16,15 +16,14 @@ Three properties make such a row trainable, and `text_of_messages` checks each r
 A row without the first or the last is dropped. If the template writes only the end of the prompt
 otherwise, such as a generation prompt that opens <think>, the row is kept, counted and named.
 """
-import functools
 import json
 import re
-import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
 from errors import UserError
 from limits import run_limited
+from loading import leaves_out, loses
 
 # What can happen to the text of a row that is kept, and the words of the report.
 TEXT_NOTES = {
@@ -295,47 +294,3 @@ def refuse_unwritable(texts: list[RowText], tokenizer) -> list[RowText]:
             text = RowText("", text.answers, [""] * len(text.wholes), NO_TOKEN)
         checked.append(text)
     return checked
-
-
-@functools.lru_cache(maxsize=4)
-def leaves_out(tokenizer) -> bool:
-    """Return whether a tokenizer leaves out text that it has no token for. It does if it has
-    neither an unknown token nor a token for each byte, which letters of many scripts show."""
-    if not tokenizer.is_fast:  # such a tokenizer has an unknown token
-        return False
-    codes = [*range(0x21, 0x7f), *range(0x80, 0x500, 3), *range(0x800, 0x30000, 0x800)]
-    letters = [chr(code) for code in codes]  # their UTF-8 has every byte that UTF-8 can have
-    letters = [letter for letter in letters if unicodedata.category(letter)[0] in "LNPS"]
-    return any(loses(tokenizer, letter) for letter in letters)
-
-
-def loses(tokenizer, text: str) -> bool:
-    """Return whether the token ids of a text lack one of its characters.
-
-    White space may be lost, and what the tokenizer's own rules remove from each text, such as
-    accents.
-    """
-    try:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    except Exception:  # some tokenizers raise an error for a word without a token
-        return True
-    ids = encoding["input_ids"]
-    if "\ufffd" in tokenizer.decode(ids) and "\ufffd" not in text:  # some bytes of a character
-        return True
-    covered = bytearray(len(text))
-    for start, end in encoding["offset_mapping"]:
-        covered[start:end] = b"\1" * (end - start)
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    for character, has_token in zip(text, covered):
-        kept = normalizer.normalize_str(character) if normalizer else character
-        if not has_token and kept.strip():
-            return True
-    return False
-
-
-def text_with_tokens(tokenizer) -> str:
-    """Return a short text that the tokenizer has tokens for: "a", if it has one for it."""
-    if not leaves_out(tokenizer) or not loses(tokenizer, "a"):
-        return "a"
-    words = sorted(tokenizer.get_vocab())
-    return next((word for word in words if word.isalnum()), "a")

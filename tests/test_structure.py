@@ -19,7 +19,7 @@ ALLOWED_IMPORTS = {
     "registry": {"errors"},
     "losses": {"registry"},
     "limits": {"errors"},
-    "templates": {"errors", "limits"},
+    "templates": {"errors", "limits", "loading"},
     "loading": {"errors"},
     "data": {"errors", "loading", "templates"},
     "parallel": {"errors"},
