@@ -93,6 +93,9 @@ def check_positions(args: Namespace, name: str, model: PreTrainedModel):
     """Raise a UserError if a row could be longer than the model."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if positions < 0:
+        raise UserError(f"{name}: max_position_embeddings in its config.json is {positions}, and "
+                        "must be above 0")
     if args.max_length > positions:
         raise UserError(f"--max_length {args.max_length}: {name} has {positions} positions; "
                         f"pass {positions} or less")

