@@ -335,8 +335,8 @@ def check_sizes(name: str, config: PretrainedConfig, headers: dict) -> None:
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if layers > len(headers):  # to build them takes long, even without values
-        raise UserError(f"{name}: config.json describes a model of {layers:,} layers, and the files "
-                        f"hold {len(headers):,} tensors{COMPARE}")
+        raise UserError(f"{name}: config.json describes a model of {layers:,} layers, and the "
+                        f"files hold {len(headers):,} tensors{COMPARE}")
     stored = sum(torch.Size(header.shape).numel() for header in headers.values())
     model = build_on_meta(name, config, torch.float32)
     described = sum(parameter.numel() for parameter in model.parameters())

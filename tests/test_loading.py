@@ -16,7 +16,7 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from steps import SIZES
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -360,10 +360,10 @@ def add_token(folder, special):
 
 def add_bos_of_post_processor(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
-    pieces = [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pieces = [{"SpecialToken": {"id": "<eos>", "type_id": 0}}]
+    pieces += [{"Sequence": {"id": part, "type_id": 0}} for part in "AB"]
     content["post_processor"] = {
-        "type": "TemplateProcessing", "single": pieces, "pair": pieces + [
-            {"Sequence": {"id": "B", "type_id": 0}}],
+        "type": "TemplateProcessing", "single": pieces[:2], "pair": pieces,
         "special_tokens": {"<eos>": {"id": "<eos>", "ids": [777], "tokens": ["<eos>"]}}}
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
@@ -389,7 +389,6 @@ def no_unknown_token(kind):
             [("<eos>", 0.0), ("<pad>", 0.0), ("t", -1.0), ("h", -1.0), ("e", -1.0), (" ", -1.0)])),
     }[kind]()
     if kind == "words":
-        from tokenizers import pre_tokenizers
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")

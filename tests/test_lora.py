@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 import data
 import model as models
+import reach
 import reference as references
 import train
 from checkpoint import saved_flags
@@ -69,7 +70,7 @@ KINDS = {
 def adapted_model(tokenizer, settings=KINDS["lora"], kind="llama"):
     """A tiny model with an adapter, "policy", that changes the logits."""
     model = tiny_model(kind, tokenizer).eval()
-    models.turn_off_dropout(model)
+    reach.turn_off_dropout(model)
     add_adapter(model, "policy", target_modules(model, None), settings)
     randomize_adapter(model, "policy")
     return model
@@ -421,13 +422,13 @@ def test_an_adapter_gives_equal_logits_here_and_in_peft_whichever_of_them_saved_
     ours = adapted_model(tokenizer, KINDS[kind], base)
     save_adapter(ours, tokenizer, tmp_path / "ours", "somewhere")
     plain = tiny_model(base, tokenizer).eval()
-    models.turn_off_dropout(plain)
+    reach.turn_off_dropout(plain)
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
     assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
 
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = tiny_model(base, tokenizer).eval()
-    models.turn_off_dropout(loaded)
+    reach.turn_off_dropout(loaded)
     load_adapter(loaded, tmp_path / "theirs")
     assert torch.allclose(logits(loaded), logits(ours), atol=1e-6)
     our_tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
@@ -513,7 +514,7 @@ def test_a_model_folder_as_adapter_and_an_adapter_folder_as_model_raise_errors(
 def test_a_merged_model_has_plain_layers_and_the_logits_of_the_adapted_model(
         tokenizer, kind, base, four_bits):
     model = tiny_model(base, tokenizer).eval()
-    models.turn_off_dropout(model)
+    reach.turn_off_dropout(model)
     plain_names = set(model.state_dict())
     if four_bits:
         quantize(model)
