@@ -36,7 +36,6 @@ from errors import (  # first, see errors.py
     printable,
     reading,
     run_script,
-    stop_hub_retries,
 )
 import argparse
 import contextlib
@@ -55,7 +54,6 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import torch
-import transformers
 
 import layouts
 import shorten
@@ -63,6 +61,7 @@ import sources
 import templates
 import unread
 from layouts import examples
+from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
 from shorten import shorten_texts
 from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
@@ -183,8 +182,9 @@ def special_ids(tokenizer):
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model could not learn to stop: "
                         "set eos_token in its tokenizer_config.json")
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
+    text = text_with_tokens(tokenizer)
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with_special = tokenizer(text, add_special_tokens=True)["input_ids"]
     starts = range(len(with_special))
     front = next(i for i in starts if with_special[i:i + len(plain)] == plain)
     return with_special[:front], [tokenizer.eos_token_id]
@@ -261,8 +261,15 @@ def tokenize(batch, tokenizer, sides, limits, ordered=True):
     bos, eos = special_ids(tokenizer)
     special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
-    texts = [text_of_row(batch, i, tokenizer, sides, special) for i in range(count)]
+    def text_of(i):
+        return text_of_row(batch, i, tokenizer, sides, special)
+
+    if any(batch["chat"]):
+        texts = templates.texts_of_rows(text_of, count, batch["id"])
+    else:
+        texts = [text_of(i) for i in range(count)]
     texts = shorten_texts(texts, limits.max_length, tokenizer)
+    texts = templates.refuse_unwritable(texts, tokenizer)
 
     # One call for the prompts and one for each side: a call encodes its texts in parallel.
     def encode(strings):
@@ -807,11 +814,7 @@ def check_template(path: str | None, accounts: list[dict]):
 
 
 def load_report_tokenizer(args):
-    if not os.path.isdir(args.model):
-        stop_hub_retries()
-    with reading(f"--model {args.model}: no tokenizer there"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model)
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
     return tokenizer

@@ -131,10 +131,12 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
 
 
 def library_reason(error: BaseException, most: int = 300) -> str:
-    """Return the first line of an exception's message, with its type where the message alone, such
-    as the key of a KeyError, explains nothing."""
+    """Return the first line of an exception's message, and the second one after a colon, with its
+    type where the message alone, such as the key of a KeyError, explains nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else ""
+    if reason.endswith(":"):
+        reason = " ".join(lines[:2])
     if len(reason.split()) < 3:
         reason = f"{type(error).__name__} {reason}".strip()
     if len(reason) > most:

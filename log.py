@@ -17,8 +17,8 @@ from checkpoint import METRICS_FILE, write_flags
 from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
-from model import frozen_line, router_loss_line
 from parallel import Ranks, crowded_line, shard
+from reach import frozen_line, router_loss_line
 from world import brief
 
 

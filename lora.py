@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from errors import UserError, nearest
-from files import RUN_FILE, moved_into, read_run_file
+from errors import UserError, nearest, reading
+from files import RUN_FILE, moved_into, read_json, read_run_file
+from limits import run_limited
 
 # --- Low-rank updates -----------------------------------------------------------------------------
 
@@ -169,7 +169,15 @@ def target_modules(model, target: str | None) -> list:
                 "--lora_target: the experts of this model are not linear layers and cannot be "
                 "adapted; name the layers to adapt, such as q_proj,k_proj,v_proj,o_proj")
         return names
-    # A regular expression that matches a whole name, else names separated by commas.
+    # A pattern such as (a+)+b may take years on one name.
+    choose = functools.partial(chosen_layers, model, names)
+    chosen, = run_limited(choose, [target], [f"--lora_target {target}: this pattern"])
+    return [name for name in names if name in chosen]
+
+
+def chosen_layers(model, names: list, target: str) -> set:
+    """Return the layers of --lora_target: a regular expression that matches whole names, else names
+    separated by commas."""
     parts = [part.strip() for part in target.split(",")]
     if matching_layers(names, target):
         parts = [target]
@@ -184,7 +192,7 @@ def target_modules(model, target: str | None) -> list:
         chosen.update(layers)
     if not chosen:
         refuse_target(model, target, names)
-    return [name for name in names if name in chosen]
+    return chosen
 
 
 def matching_layers(names, part):
@@ -406,30 +414,61 @@ def check_adapter_config(folder, config):
 def read_adapter(folder) -> tuple:
     """Read an adapter -> LoraSettings, {layer: {key: tensor}}, name of the base model."""
     folder = pathlib.Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: no usable adapter here: adapter_config.json and adapter_model.safetensors "
-            f"are needed ({error})") from error
-
+    check_files(folder)
+    config = read_json(folder / "adapter_config.json", "; copy it again")
     check_adapter_config(folder, config)
+    settings = read_settings(folder / "adapter_config.json", config)
+    with reading(f"{folder / 'adapter_model.safetensors'}: is damaged", "; copy it again"):
+        tensors = load_file(folder / "adapter_model.safetensors")
 
     layers = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
             raise UserError(f"{folder}: the tensor {key} is no part of a LoRA")
+        if match[2] == "lora_A.weight" and tensor.shape[:1] != (settings.rank,):
+            raise UserError(f"{folder}: adapter_config.json says r = {settings.rank}, but {key} is "
+                            f"{tuple(tensor.shape)}, (r, in)")
         layers.setdefault(match[1], {})[match[2]] = tensor
-    settings = LoraSettings(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-    )
+    if not layers:
+        raise UserError(f"{folder}: adapter_model.safetensors has no tensor; copy it again")
     return settings, layers, config.get("base_model_name_or_path")
+
+
+def check_files(folder: pathlib.Path):
+    """Raise a UserError if a folder lacks a file of an adapter, or has a pickle in its place."""
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if (folder / file).is_file():
+            continue
+        missing = f"{folder}: no usable adapter here: it has no {file}"
+        if file.endswith("json") or not (folder / "adapter_model.bin").exists():
+            raise UserError(f"{missing}; pass a folder saved by train.py or PEFT")
+        raise UserError(
+            f"{missing}; pickled weights (adapter_model.bin) are not read, because a pickle can "
+            "run any program. Where you trust it, convert it in Python: peft.AutoPeftModelFor"
+            f"CausalLM.from_pretrained({str(folder)!r}).save_pretrained({folder.name + '-safe'!r})")
+
+
+def read_settings(path: pathlib.Path, config: dict) -> LoraSettings:
+    """Check the types and ranges of the entries that decide what an adapter computes."""
+    def number(key, default, kinds, wanted, is_right):
+        value = config.get(key, default)
+        if type(value) not in kinds or not is_right(value):
+            raise UserError(f"{path}: {key} is {value!r}, and must be {wanted}")
+        return value
+
+    flag = {"kinds": (bool, type(None)), "wanted": "true or false", "is_right": lambda value: True}
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, type(None))):
+        raise UserError(f"{path}: base_model_name_or_path is {base!r}, and must be a text")
+    return LoraSettings(
+        rank=number("r", None, (int,), "a whole number above 0", lambda r: r > 0),
+        alpha=number("lora_alpha", None, (int, float), "a number above 0 (with 0 the adapter "
+                     "changes nothing)", lambda alpha: 0 < alpha < float("inf")),
+        dropout=number("lora_dropout", 0.0, (int, float), "in [0, 1)", lambda p: 0 <= p < 1),
+        rslora=bool(number("use_rslora", False, **flag)),
+        dora=bool(number("use_dora", False, **flag)),
+    )
 
 
 def load_adapter(model, folder, name: str = "policy", trainable: bool = True):

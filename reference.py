@@ -41,11 +41,12 @@ from checkpoint import without_ties
 from dpo import concatenated_forward, preference_loss
 from errors import UserError
 from files import json_digest, written_aside
+from loading import load_tokenizer
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
 from losses import sides_of
-from model import load_model, load_tokenizer
+from model import load_model
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
 
 # --- The models -----------------------------------------------------------------------------------
@@ -94,6 +95,9 @@ def check_positions(args: Namespace, name: str, model: PreTrainedModel):
     """Raise a UserError if a row could be longer than the model."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if positions < 0:
+        raise UserError(f"{name}: max_position_embeddings in its config.json is {positions}, and "
+                        "must be above 0")
     if args.max_length > positions:
         raise UserError(f"--max_length {args.max_length}: {name} has {positions} positions; "
                         f"pass {positions} or less")

@@ -18,9 +18,12 @@ otherwise, such as a generation prompt that opens <think>, the row is kept, coun
 """
 import json
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from errors import UserError
+from limits import run_limited
+from loading import leaves_out, loses
 
 # What can happen to the text of a row that is kept, and the words of the report.
 TEXT_NOTES = {
@@ -97,15 +100,32 @@ def remove_end(text, ends):
 
 # --- Rows of messages -----------------------------------------------------------------------------
 
+MOST_ADDED = 1_000_000  # characters that a template may add to a row, for tools and instructions
+
+
 def render(messages, tokenizer, where, **options):
     """Write messages as text by the tokenizer's chat template."""
     if not messages:
         return ""
     # A template is a program and raises exceptions of any kind.
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except MemoryError:  # see limits.py
+        raise
     except Exception as error:
         raise UserError(f"{where}: the chat template fails on this row: {error}") from error
+    given = sum(len(message["content"]) for message in messages)
+    if len(text) > MOST_ADDED + 10 * given:
+        raise UserError(f"{where}: the chat template writes {len(text):,} characters for messages "
+                        f"of {given:,}; pass another one by --chat_template FILE")
+    return text
+
+
+def texts_of_rows(text_of_row: Callable, count: int, ids: list[str]) -> list[RowText]:
+    """Return [text_of_row(i) for each i below count], where the rows hold messages. The chat
+    template is a program of the model's folder, so it gets limits."""
+    names = [f"{where}: the chat template" for where in ids]
+    return run_limited(text_of_row, list(range(count)), names)
 
 
 def text_of_messages(prompt: list, answers: list, tokenizer, special: SpecialTokens,
@@ -256,3 +276,21 @@ def name_loss(message, is_in_prompt):
     if "</think>" in message["content"]:
         return "the chat template leaves out the reasoning before </think>"
     return "the chat template leaves out text of an answer"
+
+
+# --- Text that a tokenizer has no token for -------------------------------------------------------
+
+NO_TOKEN = "the tokenizer has no token for some of its text, and no unknown token"
+
+
+def refuse_unwritable(texts: list[RowText], tokenizer) -> list[RowText]:
+    """Give a problem to each row with text that the tokenizer would leave out, or fails on."""
+    if not leaves_out(tokenizer):
+        return texts
+    checked = []
+    for text in texts:
+        strings = [text.prompt, *text.wholes]
+        if not text.problem and any(loses(tokenizer, string) for string in strings):
+            text = RowText("", text.answers, [""] * len(text.wholes), NO_TOKEN)
+        checked.append(text)
+    return checked

@@ -66,6 +66,7 @@ from checkpoint import (
 from dpo import preference_logps, train_sft
 from files import delete_if_abandoned, free_name, json_digest, missing_folders
 from flags import SCHEDULES, parse_args, read_variants
+from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
 from logps import FastLogps
 from lora import (
@@ -80,16 +81,7 @@ from lora import (
     use_adapter,
 )
 from losses import needs_ordered_scores, needs_scores, sides_of, start_state
-from model import (
-    check_vocabulary,
-    compile_blocks,
-    freeze,
-    is_below,
-    load_adapter_tokenizer,
-    load_tokenizer,
-    save_model,
-    unreached_by_text,
-)
+from model import compile_blocks, save_model
 from parallel import (
     Ranks,
     barrier,
@@ -105,6 +97,7 @@ from parallel import (
     whole,
     wrap,
 )
+from reach import freeze, is_below, unreached_by_text
 from reference import (
     cache_reference,
     check_positions,
@@ -118,7 +111,7 @@ from reference import (
     settings_digest,
 )
 from streams import output_is_closed, script_signals_and_streams
-from verify import can_drop_mask, can_pack, find_noise
+from verify import can_drop_mask, can_pack, find_fault
 
 # torch.distributed.checkpoint warns when a single process saves.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -247,7 +240,7 @@ def reason_to_pad(args, models, rows, dtype, ranks):
 
 
 def try_rows(verdict, module, dtype, ranks):
-    """can_pack, can_drop_mask or find_noise on all ranks -> None, or the first rank's reason."""
+    """can_pack, can_drop_mask or find_fault on all ranks -> None, or the first rank's reason."""
     guard = contextlib.nullcontext()
     if isinstance(module, FSDPModule):
         guard = failing_together(module, ranks)
@@ -635,10 +628,13 @@ def load_models(args, home, newest, ranks):
 def settle_attention(args, model, reference, rows, dtype, ranks):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
-    for module in modules:
-        reason = try_rows(find_noise, module, dtype, ranks)
+    names = [f"--model {args.model}"]
+    if reference is not None and args.ref_model:  # any other reference is the same model
+        names.append(f"--ref_model {args.ref_model}")
+    for name, module in zip(names, modules):
+        reason = try_rows(find_fault, module, dtype, ranks)
         if reason is not None:
-            raise UserError(f"--model {args.model}: {reason}")
+            raise UserError(f"{name}: {reason}")
     attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
     if ranks.rank == 0:
         print(line)

@@ -8,6 +8,7 @@ Letters as in packing.py: B pairs, S sides, L tokens of the longest answer, H hi
 import contextlib
 import itertools
 import pathlib
+import random
 import traceback
 from collections.abc import Callable
 from typing import NamedTuple
@@ -84,17 +85,58 @@ def verify(module, compare: Callable) -> str | None:
     return reasons[0] if reasons else None
 
 
-def find_noise(module) -> str | None:
-    """None if a training forward of the model of a logps.FastLogps always gives the same logits,
-    else a sentence that names the module with the noise.
+def find_fault(module) -> str | None:
+    """None if the model of a logps.FastLogps can be trained: its logits depend on no later token,
+    and a training forward gives the same logits each time. Else a sentence.
 
-    The same row is computed several times, each time from another seed of torch's generators.
-    Rounding is measured by two forwards from one seed, because some GPU kernels add in a random
-    order. model.turn_off_noise turns off the noise that is known.
+    One forward of a short row shows both. The gradient of the first logits with respect to the
+    embeddings of later tokens is zero in a causal model, in every dtype; in a bidirectional model
+    with random weights it is a thousandth of that with respect to earlier ones. A forward that
+    leaves the state of every generator of random numbers as it was has no noise.
     """
     model = module.model
-    device = model.device
-    ids = torch.tensor(trial_rows(model)[2], device=device)[None]  # (1, WIDTH)
+    ids = torch.tensor(trial_rows(model)[2][:8], device=model.device)[None]  # (1, 8)
+    leaves = []
+
+    def record(embedding, inputs, output):
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0].clone()  # some models scale the embeddings in place
+
+    hook = model.get_input_embeddings().register_forward_hook(record)
+    before = generator_states(model.device)
+    try:
+        with torch.enable_grad():
+            logits = module(input_ids=ids)  # (1, 8, V)
+    finally:
+        hook.remove()
+    drew_numbers = generator_states(model.device) != before
+    first = logits[:, :4].float().square().sum()
+    gradient, = torch.autograd.grad(first, leaves[0])  # (1, 8, H)
+    earlier, later = gradient[0].float().norm(dim=-1).split(4)
+    if later.norm() > 1e-5 * earlier.norm():
+        return ("its logits at a token depend on later tokens, so it is no causal language model "
+                "(but a bidirectional one, such as BERT?); pass a causal one")
+    return find_noise(module, ids) if drew_numbers else None
+
+
+def generator_states(device: torch.device) -> list:
+    """Return the states of the generators of random numbers that a model may use."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return [*(bytes(state.numpy()) for state in states), random.getstate(),
+            str(np.random.get_state())]
+
+
+def find_noise(module, ids: torch.Tensor) -> str | None:
+    """None if a training forward of this row always gives the same logits, else a sentence that
+    names the module with the noise.
+
+    The row is computed several times, each time from another seed of torch's generators. Rounding
+    is measured by two forwards from one seed, because some GPU kernels add in a random order.
+    reach.turn_off_noise turns off the noise that is known.
+    """
+    model = module.model
     # Only the generator of the CPU is restored: every step seeds all of them.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         logits, checksums = seeded_forward(module, ids, 0)  # (1, WIDTH, V)

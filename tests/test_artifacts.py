@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 import data
+import loading
 import lora
 import model as models
 from errors import UserError
@@ -254,7 +255,7 @@ def test_a_base_that_is_quantized_already_is_refused_before_its_weights_are_read
         fit(model=quantized, max_steps=1, **flags)
 
 
-@pytest.mark.skipif(any(map(importlib.util.find_spec, models.FLASH_PACKAGES)),
+@pytest.mark.skipif(any(map(importlib.util.find_spec, loading.FLASH_PACKAGES)),
                     reason="flash attention is installed")
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}], ids=str)
 @pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation"])

@@ -1171,7 +1171,7 @@ def test_the_json_report_counts_the_prompts_that_train_and_eval_share(folder, tm
     "flags, message",
     [
         (["nowhere.jsonl", "--model", "{folder}"], "nowhere.jsonl: no such file"),
-        (["{pairs}", "--model", "/nowhere"], "--model /nowhere: no tokenizer there"),
+        (["{pairs}", "--model", "/nowhere"], "/nowhere: no such model folder"),
         (
             ["{pairs}", "--model", "{folder}", "--columns", "prompt"],
             "--columns prompt: write OURS=THEIRS",

@@ -30,7 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 from transformers.pytorch_utils import Conv1D
 
 import data
+import limits
 import model as models
+import reach
 import reference as references
 import train
 from checkpoint import saved_flags
@@ -67,7 +69,7 @@ KINDS = {
 def adapted_model(tokenizer, settings=KINDS["lora"], kind="llama"):
     """A tiny model with an adapter, "policy", that changes the logits."""
     model = tiny_model(kind, tokenizer).eval()
-    models.turn_off_dropout(model)
+    reach.turn_off_dropout(model)
     add_adapter(model, "policy", target_modules(model, None), settings)
     randomize_adapter(model, "policy")
     return model
@@ -419,13 +421,13 @@ def test_an_adapter_gives_equal_logits_here_and_in_peft_whichever_of_them_saved_
     ours = adapted_model(tokenizer, KINDS[kind], base)
     save_adapter(ours, tokenizer, tmp_path / "ours", "somewhere")
     plain = tiny_model(base, tokenizer).eval()
-    models.turn_off_dropout(plain)
+    reach.turn_off_dropout(plain)
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
     assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
 
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = tiny_model(base, tokenizer).eval()
-    models.turn_off_dropout(loaded)
+    reach.turn_off_dropout(loaded)
     load_adapter(loaded, tmp_path / "theirs")
     assert torch.allclose(logits(loaded), logits(ours), atol=1e-6)
     our_tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
@@ -473,7 +475,7 @@ def add_tensor(tensors):
 
 @pytest.mark.parametrize("change, config, message", [
     (remove, {}, "down_proj.lora_A.weight is missing, but should be \\(4, 64\\)"),
-    (transpose, {}, "down_proj.lora_A.weight is \\(64, 4\\), but should be \\(4, 64\\)"),
+    (transpose, {}, "adapter_config.json says r = 4, but .*lora_A.weight is \\(64, 4\\)"),
     (add_layer, {}, "made for another model: .* no linear layer .*sideways"),
     (add_tensor, {}, "the tensor something is no part of a LoRA"),
     (keep, {"peft_type": "IA3"}, "only LoRA, rsLoRA and DoRA adapters are read"),
@@ -494,6 +496,62 @@ def test_an_adapter_that_does_not_fit_the_model_raises_an_error_that_names_what_
         load_adapter(tiny_model("llama", tokenizer), tmp_path)
 
 
+@pytest.mark.parametrize("entries", [
+    {"r": None}, {"r": "4"}, {"r": -4}, {"r": 4.0}, {"r": True}, {"r": 0}, {"r": 10**12},
+    {"lora_alpha": None}, {"lora_alpha": 0}, {"lora_alpha": -8}, {"lora_alpha": "8"},
+    {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"lora_dropout": 1},
+    {"lora_dropout": -0.1}, {"lora_dropout": "x"}, {"use_rslora": "false"}, {"use_dora": 1},
+    {"base_model_name_or_path": 5},
+], ids=str)
+def test_an_entry_of_adapter_config_json_of_a_wrong_type_or_range_is_named(
+        tokenizer, tmp_path, entries):
+    save_adapter(adapted_model(tokenizer), tokenizer, tmp_path, "somewhere")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    with pytest.raises(UserError, match="adapter_config.json.* (says )?" + [*entries][0]) as error:
+        load_adapter(tiny_model("llama", tokenizer), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "run.json"])
+@pytest.mark.parametrize("content", [
+    b"", b"null", b"[1]", b'{"r": 4, ', "{}".encode("utf-16"), b"\xff\xfe\xfd", b"5"])
+def test_a_damaged_file_of_an_adapter_is_named(tokenizer, tmp_path, file, content):
+    save_adapter(adapted_model(tokenizer), tokenizer, tmp_path, "somewhere", seed=1)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=file):
+        load_adapter(tiny_model("llama", tokenizer), tmp_path)
+
+
+def test_a_pickled_adapter_is_refused_with_the_way_to_convert_it(tokenizer, tmp_path):
+    save_adapter(adapted_model(tokenizer), tokenizer, tmp_path, "somewhere")
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin.*save_pretrained"):
+        load_adapter(tiny_model("llama", tokenizer), tmp_path)
+
+
+HOSTILE = r"([\w.]+)+!"  # takes 2^n steps on a name of n letters
+
+
+@pytest.mark.parametrize("target", [HOSTILE, r".*\.(q|v)_proj", "all-linear", ["q_proj"], None])
+def test_target_modules_of_an_adapter_file_are_never_matched(tokenizer, tmp_path, target):
+    """The tensors name the layers, so the usual patterns of PEFT are read and a hostile one is
+    harmless."""
+    saved = adapted_model(tokenizer)
+    save_adapter(saved, tokenizer, tmp_path, "somewhere")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": target}))
+    model = tiny_model("llama", tokenizer)
+    load_adapter(model, tmp_path)
+    assert lora_layers(model).keys() == lora_layers(saved).keys()
+
+
+def test_a_pattern_of_lora_target_that_never_ends_is_stopped(tokenizer, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 1)
+    with pytest.raises(UserError, match=r"^--lora_target .*this pattern: takes more than 1 sec"):
+        target_modules(tiny_model("llama", tokenizer), HOSTILE)
+
+
 def test_a_model_folder_as_adapter_and_an_adapter_folder_as_model_raise_errors(
         tokenizer, tmp_path, folder):
     with pytest.raises(ValueError, match="no usable adapter here"):
@@ -511,7 +569,7 @@ def test_a_model_folder_as_adapter_and_an_adapter_folder_as_model_raise_errors(
 def test_a_merged_model_has_plain_layers_and_the_logits_of_the_adapted_model(
         tokenizer, kind, base, four_bits):
     model = tiny_model(base, tokenizer).eval()
-    models.turn_off_dropout(model)
+    reach.turn_off_dropout(model)
     plain_names = set(model.state_dict())
     if four_bits:
         quantize(model)

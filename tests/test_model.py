@@ -68,8 +68,7 @@ def test_a_weight_that_is_missing_in_the_file_raises_an_error_instead_of_being_r
     state = load_file(tmp_path / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    message = ("1 weights are not in the files or have another shape, "
-               "such as model.layers.1.mlp.up_proj")
+    message = "1 weights are not in the files, such as model.layers.1.mlp.up_proj"
     with pytest.raises(ValueError, match=message):
         models.load_model(str(tmp_path))
 
@@ -85,7 +84,7 @@ def test_a_damaged_folder_raises_an_error_of_one_line(folder, tokenizer, tmp_pat
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_text(content)
-    with pytest.raises(ValueError, match="no usable ModelForCausalLM in this folder") as error:
+    with pytest.raises(ValueError, match=file) as error:
         models.load_model(str(tmp_path))
     assert "\n" not in str(error.value)
 

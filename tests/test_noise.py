@@ -1,6 +1,6 @@
 """What a model's code adds to a training forward: noise, a router loss, parts without text.
 
-`load_model` turns noise off, `find_noise` names what is left, and what text does not reach is
+`load_model` turns noise off, `find_fault` names what is left, and what text does not reach is
 frozen and gets no adapter.
 """
 import json
@@ -14,10 +14,11 @@ from steps import SIZES
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import model as models
+import reach
 import train
 from errors import UserError
 from logps import FastLogps
-from verify import find_noise
+from verify import find_fault
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Architecture: options of its config that add noise in training mode.
@@ -110,10 +111,10 @@ class RareNoise(torch.nn.Module):
 @pytest.mark.parametrize("kind", [Noise, RareNoise])
 def test_noise_that_is_left_is_named_by_its_module(kind, folder):
     model = models.load_model(folder)
-    assert find_noise(FastLogps(model)) is None
+    assert find_fault(FastLogps(model)) is None
     model.model.layers[1].mlp.down_proj = torch.nn.Sequential(
         model.model.layers[1].mlp.down_proj, kind())
-    assert f"layers.1.mlp.down_proj.1 ({kind.__name__})" in find_noise(FastLogps(model))
+    assert f"layers.1.mlp.down_proj.1 ({kind.__name__})" in find_fault(FastLogps(model))
 
 
 @pytest.mark.parametrize("loss", ["simpo", "sigmoid"])
@@ -149,7 +150,7 @@ def test_a_line_says_that_the_router_loss_of_the_config_is_not_added(name, optio
     config = getattr(transformers, f"{name}Config")(
         **SIZES | options, output_router_logits=asked, router_aux_loss_coef=0.25)
     with torch.device("meta"):
-        line = models.router_loss_line(AutoModelForCausalLM.from_config(config))
+        line = reach.router_loss_line(AutoModelForCausalLM.from_config(config))
     assert bool(line) == asked
     assert not asked or "output_router_logits" in line and "router_aux_loss_coef 0.25" in line
 
@@ -187,15 +188,15 @@ def is_vision(name):
 
 def test_exactly_the_parts_that_see_images_are_found(vision):
     model = models.load_model(vision)
-    parts = models.unreached_by_text(model)
+    parts = reach.unreached_by_text(model)
     for name, _ in model.named_parameters():
-        assert models.is_below(name, parts) == is_vision(name), name
+        assert reach.is_below(name, parts) == is_vision(name), name
     assert len(parts) == 2  # the tower and the projector, each as a whole
 
 
 @pytest.mark.parametrize("four_bits", [False, True])
 def test_a_text_model_is_reached_whole(folder, four_bits):
-    assert models.unreached_by_text(models.load_model(folder, four_bits=four_bits)) == []
+    assert reach.unreached_by_text(models.load_model(folder, four_bits=four_bits)) == []
 
 
 def test_experts_that_a_short_text_does_not_choose_are_not_frozen():
@@ -211,8 +212,8 @@ def test_experts_that_a_short_text_does_not_choose_are_not_frozen():
             return self.experts[0](hidden)
 
     block = Block()
-    reached = models.graph_leaves(block(torch.ones(1, 4)).grad_fn)
-    assert models.unreached_below(block, "", reached) == ["image_gate"]
+    reached = reach.graph_leaves(block(torch.ones(1, 4)).grad_fn)
+    assert reach.unreached_below(block, "", reached) == ["image_gate"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -262,7 +263,7 @@ def test_a_stopped_run_on_a_model_with_a_vision_tower_resumes_bit_for_bit(fit, v
 
 def test_a_part_is_frozen_whole_and_counted(folder):
     model = models.load_model(folder)
-    models.freeze(model, ["model.layers.0.mlp"])
+    reach.freeze(model, ["model.layers.0.mlp"])
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
     assert model.model.layers[1].mlp.up_proj.weight.requires_grad
-    assert f"{3 * 32 * 64:,} parameters of model.layers.0.mlp" in models.frozen_line(model)
+    assert f"{3 * 32 * 64:,} parameters of model.layers.0.mlp" in reach.frozen_line(model)

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 
 import pytest
 from conftest import make_tokenizer, write_jsonl
 from tokenizers import AddedToken, processors
 
+import limits
 from data import Limits, describe, load_tokens
 from errors import UserError
 
@@ -390,3 +392,58 @@ def test_answers_that_share_nothing_have_no_prompt_even_behind_bos(read):
     rows = [{"chosen": "Q: a b", "rejected": "Q: a c"}, {"chosen": "Blue", "rejected": "Red"}]
     report = read(rows, add_bos=True)[-1]
     assert "1 of 2 rows kept, 1 dropped (no prompt: " in report
+
+
+# --- Templates that do not end --------------------------------------------------------------------
+
+def when(condition, program):
+    """Make a template that runs a program for some rows only."""
+    return "{% if " + condition + " %}" + program + "{% endif %}" + PLAIN
+
+
+LAST = "messages[0]['content'] == 'last'"
+SLOW = {
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+    "a power": "{{ (10**(10**9)) % 7 }}",
+    "a macro that calls itself twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}"),
+}
+LARGE = {
+    "a long text": "{{ 'x' * 10**10 }}",
+    "a text doubled": (
+        "{% set n = namespace(t='x' * 100) %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}"
+        "{% endfor %}{{ n.t }}"),
+    "a long list": "{{ ([0] * 10**10)|length }}",
+    "a format": "{{ '%10000000000d' % 1 }}",
+    "a wide line": "{{ 'x'.center(10**10) }}",
+}
+FAILING = {
+    "a long range": "{% for i in range(10**12) %}{% endfor %}",
+    "a macro without an end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "ten million characters": "{{ 'x' * 10**7 }}",
+    "attributes of Python": "{{ ''.__class__.__mro__ }}",
+}
+
+
+def two_rows():
+    row = {"chosen": [{"role": "assistant", "content": "good"}],
+           "rejected": [{"role": "assistant", "content": "bad"}]}
+    return [row | {"prompt": [{"role": "user", "content": text}]} for text in ("first", "last")]
+
+
+@pytest.mark.parametrize("name", [*SLOW, *LARGE, *FAILING])
+def test_a_template_that_loops_or_eats_memory_is_stopped_and_its_row_is_named(
+        read, name, monkeypatch):
+    """Only the second row runs the program, so a trial of the template on one row would miss it."""
+    monkeypatch.setattr(limits, "SECONDS", 2)
+    program = (SLOW | LARGE | FAILING)[name]
+    with pytest.raises(UserError, match="row 2.*chat template") as error:
+        read(two_rows(), when(LAST, program))
+    assert "row 1" not in str(error.value)
+
+
+def test_rows_of_messages_are_the_same_with_and_without_a_child_process(read, monkeypatch):
+    inside = read(two_rows(), CHATML)
+    monkeypatch.delattr(os, "fork")
+    assert read(two_rows(), CHATML, name="again.jsonl")[:3] == inside[:3]
