@@ -1111,6 +1111,9 @@ def test_the_spread_of_alpha_dpo_does_not_start_from_rounding():
     start = start_state(alpha_dpo)
     assert update_gap(start, step_means([0.0, 0.0]), beta=1.0) == start
     assert update_gap(start, step_means([1e-6, -1e-6]), beta=1.0) == start
+    below_0 = {"rewards/margins": 0.1, "rewards/margins_squared": 0.1 ** 2 - 1e-17}
+    assert below_0["rewards/margins_squared"] < 0.1 ** 2
+    assert update_gap(start, below_0, beta=1.0) == start
     later = update_gap(start, step_means([0.1, -0.1]), beta=1.0)
     assert later["gap_std"] == pytest.approx(0.1) and later["gap_steps"] == 1
 
