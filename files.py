@@ -323,7 +323,7 @@ def read_json(path: str | pathlib.Path, advice: str = "") -> dict:
     advice      the end of the error: what to do
     """
     with reading(f"{path}: cannot be read", advice):
-        content = json.loads(pathlib.Path(path).read_bytes())  # UTF-8, UTF-16 or UTF-32
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
         raise UserError(f"{path}: must have a JSON object in braces, not {content!r:.40}{advice}")
     return content

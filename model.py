@@ -243,7 +243,7 @@ def merge_command(args):
 
 def check_outside(out: str, source: str):
     """Raise a UserError if the new folder would be inside the folder that it is made from."""
-    if pathlib.Path(out).resolve().is_relative_to(pathlib.Path(source).resolve()):
+    if pathlib.Path(source).resolve() in pathlib.Path(out).resolve().parents:
         raise UserError(f"--out {out}: is inside {source}, which it is made from; choose a folder "
                         "outside of it")
 
