@@ -50,6 +50,7 @@ from files import (
     read_list,
     read_run_file,
     remove_folders,
+    temporary_folder,
     write_list,
     write_text,
     written_aside,
@@ -196,23 +197,22 @@ def delete_old_checkpoints(folder: pathlib.Path, keep: int) -> None:
 
 
 def delete_checkpoint(folder: pathlib.Path) -> None:
-    """Delete the files of a checkpoint that its state.json names, then its empty folders.
+    """Delete a checkpoint, unless it has a file that its state.json does not name: a user put it
+    there, or changed state.json. Then a line says that the checkpoint is kept.
 
-    A file that a user put there stays, and so does a checkpoint whose state.json was changed.
-    state.json goes last: until then a resumed run can finish.
+    It is moved into a temporary folder first, so that a kill leaves no half of a checkpoint.
     """
-    written = read_state(folder).get("files")
-    if written is None:
+    written = read_state(folder).get("files", {}).keys() | {"state.json"}
+    added = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_dir() and name not in written and path.name not in SYSTEM_FILES:
+            added.append(name)
+    if added:
+        print(f"{folder} is kept, because it has files that this run did not write: {added[0]}")
         return
-    paths = sorted(folder.rglob("*"), reverse=True)  # files before their folders
-    for path in paths:
-        is_written = str(path.relative_to(folder)) in written or path.name in SYSTEM_FILES
-        if is_written and not path.is_dir():
-            path.unlink()
-    (folder / "state.json").unlink(missing_ok=True)
-    for path in [*paths, folder]:
-        with contextlib.suppress(OSError):  # a file, or not empty
-            path.rmdir()
+    with temporary_folder(folder.parent) as aside:
+        os.replace(folder, aside / folder.name)
 
 
 def has_flags(folder: pathlib.Path) -> bool:

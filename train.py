@@ -53,6 +53,7 @@ from batches import (
 from checkpoint import (
     FREE_ON_RESUME,
     claim,
+    delete_old_checkpoints,
     explained_write_errors,
     gather_tensors,
     is_complete,
@@ -838,6 +839,8 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
 
         log.bar.close()
         save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
+        if ranks.rank == 0:  # a kill may have come before this
+            delete_old_checkpoints(folder, run.keep)
         say(f"saved in {folder}" + (world.sum_up(splits["world"]) if home else ""))
     return False
 

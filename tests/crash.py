@@ -160,10 +160,8 @@ def content_of(path):
 def compare(whole, folder):
     """-> what is wrong in the folder of a run that was broken and resumed."""
     expected, found = tree(whole), tree(folder)
-    # A kill inside a write leaves a folder of this name, one inside a rotation an old checkpoint
-    # without some of its files, which a resumed run recognizes by its hashes.
-    leftovers = {name for name in found.keys() - expected.keys()
-                 if files.PARTIAL in name or name.startswith("out/checkpoint-")}
+    # A kill inside a write leaves a folder of this name.
+    leftovers = {name for name in found.keys() - expected.keys() if files.PARTIAL in name}
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{name} is too much" for name in found.keys() - expected.keys() - leftovers]
     wrong += [f"{name} differs" for name in expected.keys() & found.keys()

@@ -273,7 +273,7 @@ def edit_tokenizer(folder, **entries):
     lambda folder: edit(folder / "tokenizer_config.json", eos_token=5),
     lambda folder: edit(folder / "tokenizer_config.json", tokenizer_class=5),
     lambda folder: edit(folder / "tokenizer_config.json", auto_map=5),
-], ids=str)
+])
 def test_a_broken_tokenizer_is_refused_in_one_line(copy, break_it):
     break_it(copy)
     assert "tokenizer" in refusal(copy)

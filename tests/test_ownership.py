@@ -285,10 +285,18 @@ def test_a_checkpoint_from_elsewhere_stays_where_the_next_one_of_the_run_would_b
     assert not differences(whole, again)
 
 
-def test_a_file_that_the_user_put_into_a_checkpoint_stays_when_it_is_deleted(stopped, tmp_path):
+def test_a_checkpoint_with_a_file_of_the_user_is_kept_and_a_line_says_so(stopped, capsys):
     (stopped / "checkpoint-2" / "notes.txt").write_text("my notes")
-    (stopped / "checkpoint-2" / "optimizer" / ".DS_Store").write_text("")
-    (stopped / "checkpoint-2" / "lost+found").mkdir()
+    (stopped / "checkpoint-4" / "optimizer" / ".DS_Store").write_text("")
+    (stopped / "checkpoint-4" / "lost+found").mkdir()
+    before = content(stopped / "checkpoint-2")
+    assert not resume(stopped, "--keep_checkpoints=1", "--save_every=1")
+    assert content(stopped / "checkpoint-2") == before
+    assert "this run did not write: notes.txt" in capsys.readouterr().out
+    assert not (stopped / "checkpoint-4").exists()
+
+
+def test_a_state_json_that_names_files_elsewhere_deletes_none_of_them(stopped, tmp_path):
     outside = tmp_path / "outside.txt"
     outside.write_text("mine")
     path = stopped / "checkpoint-2" / "state.json"
@@ -297,8 +305,6 @@ def test_a_file_that_the_user_put_into_a_checkpoint_stays_when_it_is_deleted(sto
     del state["digest"]
     path.write_text(json.dumps(state | {"digest": files.json_digest(state)}))
     assert not resume(stopped, "--keep_checkpoints=1", "--save_every=1")
-    assert content(stopped / "checkpoint-2") == {"notes.txt": b"my notes"}
-    assert not (stopped / "checkpoint-4").exists()
     assert outside.read_text() == "mine"
 
 

@@ -155,7 +155,8 @@ def test_a_config_json_that_is_no_object_with_flags_is_refused_in_one_line(kille
 
 
 @pytest.mark.parametrize("change", ["gone", "utf-8-sig", "without flags"])
-def test_without_a_config_json_or_with_a_byte_order_mark_the_run_ends_the_same(whole, killed, change):
+def test_without_a_config_json_or_with_a_byte_order_mark_the_run_ends_the_same(
+        whole, killed, change):
     path = killed / "config.json"
     text = path.read_text()
     if change == "gone":
