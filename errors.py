@@ -124,10 +124,19 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{what}: {library_reason(error)}{advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, torch or a GPU had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return re.search("can't allocate memory|[Ss]ize calculation overflowed", str(error)) is not None
 
 
 def library_reason(error: BaseException, most: int = 300) -> str:

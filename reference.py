@@ -41,7 +41,7 @@ from checkpoint import without_ties
 from dpo import concatenated_forward, preference_loss
 from errors import UserError
 from files import json_digest, written_aside
-from loading import load_tokenizer
+from loading import has_vocabulary, last_token, load_tokenizer
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
@@ -111,14 +111,14 @@ def check_reference(args: Namespace, model: PreTrainedModel, tokenizer: Any) -> 
     """
     name = f"--ref_model {args.ref_model}"
     words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise UserError(f"{name}: has {words} embeddings, but the tokenizer of the policy has "
-                        f"{len(tokenizer)} tokens; pass a reference with the policy's vocabulary")
+    token, number = last_token(tokenizer)
+    if number >= words:
+        raise UserError(f"{name}: has {words} embeddings, but the tokenizer of the policy has the "
+                        f"id {number} for {token!r}; pass a reference with the policy's vocabulary")
     check_positions(args, name, model)
-    try:
-        own = load_tokenizer(args.ref_model)
-    except UserError:
+    if not has_vocabulary(args.ref_model):
         return f"{name}: has no tokenizer; its vocabulary is taken to be that of the policy"
+    own = load_tokenizer(args.ref_model)
     difference = first_difference(tokenizer.get_vocab(), own.get_vocab())
     if difference:
         raise UserError(f"{name}: has another vocabulary than the policy ({difference}), and would "
@@ -398,7 +398,7 @@ def write_cache(path, key, tables):
 
 
 def read_cache(path, key):
-    """Read {split: (rows, 2) log-probs}, or None if there is no file, or a damaged one, which is
+    """Read {split: (rows, S) log-probs}, or None if there is no file, or a damaged one, which is
     computed again."""
     if not path.exists():
         return None
