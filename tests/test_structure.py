@@ -53,7 +53,7 @@ ALLOWED_IMPORTS = {
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["bench"] = {
-    "checkpoint", "data", "errors", "model", "parallel", "ranges", "train",
+    "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "train",
 }
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}
