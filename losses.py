@@ -254,8 +254,8 @@ def ipo(
                arXiv:2310.12036v2, eq. 17
                Its τ is our β.
     Formula    L = (h̄ − 1/(2τ))²,        h̄ = (w − w°)/n_w − (l − l°)/n_l
-    Gradient   ∂L/∂w = 2 (h̄ − 1/(2τ)) / n_w. It grows with the error, and is against y_w beyond the
-               target; the gradient of DPO never is.
+    Gradient   ∂L/∂w = 2 (h̄ − 1/(2τ)) / n_w, ∂L/∂l = −2 (h̄ − 1/(2τ)) / n_l. It grows with the
+               error, and is against y_w beyond the target; the gradient of DPO never is.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0. β sets the target alone and
                does not scale h̄.
     Elsewhere  The paper prints the summed log-ratio and says nothing of averages. Its authors, when
@@ -557,9 +557,10 @@ def kto_pair(
                arXiv:2402.01306v4, eq. 8 (eq. 7 in v1), λ = 1 on both sides
     Formula    L = ½ [1 − σ(β(a − z_l))] + ½ [1 − σ(β(z_w − b))],
                z_w = max(0, mean a), z_l = max(0, mean b)
-    Gradient   ∂L/∂w = −(β/2) σ(u) σ(−u) at u = β(a − z_l), and the mirror image for l. It is
-               largest at u = 0 and vanishes for answers that are very good or very bad. z has no
-               gradient: the paper says not to back-propagate through it.
+    Gradient   ∂L/∂w = −(β/2) σ(u) σ(−u) at u = β(a − z_l), ∂L/∂l = (β/2) σ(v) σ(−v) at
+               v = β(z_w − b). It is largest at u = 0 and v = 0, and vanishes for answers that are
+               very good or very bad. z has no gradient: the paper says not to back-propagate
+               through it.
     Args       four (B,) log-probs; beta > 0
     Elsewhere  The paper estimates z from mismatched prompts and answers. Pairs have none, so the
                mean of the OTHER side takes its place, as in TRL 0.7.5 to 0.9.4, where this loss
@@ -722,10 +723,10 @@ def chipo(
                arXiv:2407.13399, Algorithm 1
     Formula    L = −log σ(clip(β [φ(u_w) − φ(u_l)], ±2R)),
                φ(u) = u + log u, u_w = eᵃ, u_l = eᵇ
-    Gradient   the gradient of DPO, at β[φ(u_w) − φ(u_l)], times the slope of φ: (1 + eᵃ) for w and
-               (1 + eᵇ) for l. Near π_ref it is DPO with 2β, and there is little to gain from
-               raising an answer far that π_ref finds improbable. Exactly 0 where the clip is
-               active.
+    Gradient   with z = β [φ(u_w) − φ(u_l)]: ∂L/∂w = −β σ(−z) (1 + eᵃ) while |z| < 2R, exactly 0
+               beyond; ∂L/∂l = β σ(−z) (1 + eᵇ) while |z| < 2R, exactly 0 beyond. Near π_ref it is
+               DPO with 2β. At the optimum a large reward raises π/π_ref in proportion to it, and
+               not exponentially as in DPO.
     Args       four (B,) log-probs; beta > 0 (paper 0.05 and 0.005); chipo_r_max > 0, R in the
                formula: the largest true reward. None: no clip.
     Elsewhere  Copies that clip each side separately, or clamp β·u, are another loss. `capped_exp`
@@ -1031,8 +1032,9 @@ def alphapo(
 
     Paper      AlphaPO: Reward Shape Matters for LLM Alignment, arXiv:2501.03884
     Formula    L = −log σ(β(s(w̄) − s(l̄)) − γ),        s(x) = (1 − e^(−αx))/α
-    Gradient   the gradient of SimPO at this margin, times s′(x) = e^(−αx): with α > 0 improbable
-               answers are moved more, with α < 0 less.
+    Gradient   with z = β(s(w̄) − s(l̄)) − γ: ∂L/∂w = −β σ(−z) e^(−αw̄) / n_w,
+               ∂L/∂l = β σ(−z) e^(−αl̄) / n_l. With α > 0 improbable answers are moved more than by
+               SimPO, with α < 0 less.
     Args       two (B,) log-probs, two (B,) lengths >= 1; beta > 0 (2.5); gamma finite (0.1);
                alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. TRL's
                documentation quotes the three values from the paper.
@@ -1135,7 +1137,8 @@ def slic(
     Paper      SLiC-HF: Sequence Likelihood Calibration with Human Feedback, arXiv:2305.10425,
                as RSO (arXiv:2309.06657) quotes it
     Formula    L = max(0, δ − w + l) − λ log π(y_ref|x)
-    Gradient   ∂L/∂w = −1, ∂L/∂l = 1 while w − l < δ, 0 beyond; and a constant −λ on y_ref.
+    Gradient   ∂L/∂w = −1 while w − l < δ, 0 beyond; ∂L/∂l = 1 while w − l < δ, 0 beyond; and −λ on
+               y_ref, which is added to ∂L/∂w where y_ref is y_w.
     Args       two (B,) log-probs; policy_target_logps (B,), log π(y_ref|x) of the supervised
                target. If it is left out, y_ref is the chosen answer, as with the paper's
                best-ranked candidate. slic_delta >= 0 in nats (1); slic_lambda >= 0
