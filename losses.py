@@ -5,7 +5,7 @@ Where DPO comes from (arXiv:2305.18290v3, with the paper's equation numbers):
     eq. 3   max_π  E_x E_{y∼π(·|x)} [r(x, y)] − β KL(π(·|x) ‖ π_ref(·|x))
             The goal: answers of high reward r from a policy π that stays close to π_ref.
     eq. 4   π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x),   Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)
-            The optimum. Z(x) is a sum over all answers, so it cannot be computed.
+            The optimum. Z(x) is a sum over all answers, too many to compute it for text.
     eq. 5   r(x, y) = β log(π*(y|x) / π_ref(y|x)) + β log Z(x)
             Eq. 4 solved for r: the reward in terms of the policy that is optimal for it.
     eq. 6   p(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x, y_l)) = σ(βh)
@@ -30,8 +30,9 @@ Symbols, the same in every docstring (B pairs; x a prompt, y_w its chosen, y_l i
                                           the margin of averages
     n̄         mean of n_w                 over the pairs of an optimizer step, so that the mean of
                                           −w/n̄ is the negative log-likelihood per chosen token
-    β         beta                        a larger β keeps π closer to π_ref; in a loss without
-                                          reference it is only the scale of the log-probs
+    β         beta                        a larger β keeps π closer to π_ref; without a reference,
+                                          and in `alpha_dpo`, it is the scale of the log-probs
+                                          (in `orpo` the weight of the preference term)
     ε         label_smoothing             the share of labels believed to be flipped
     σ, sp     sigmoid, softplus           sp(x) = log(1 + eˣ) = −log σ(−x), numerically stable at
                                           any x; log(sigmoid(x)) is not
@@ -45,8 +46,9 @@ Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, 
     LOSSES["sigmoid"] is sigmoid              # look it up by its name
     find("sigmoid:0.8,bco_pair:0.2,sft:1")    # make a weighted sum, as --loss takes it
 
-Conventions. All tensors are (B,), and so is the result: one loss per pair. A loss does not reduce,
-log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
+Conventions. All tensors are (B,), and so is the result: one loss per pair, except that `aot` and
+`aot_unpaired` give one per quantile, and `dr_dpo` gives every pair the loss of the batch. A loss does
+not average over pairs, log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
 lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
 signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
 of train.py, and a positional argument with a default is optional for the caller: `delta`,
@@ -61,7 +63,7 @@ that names the parameter. Properties that the signature cannot express are tags 
              f-divergence score, which is known up to such a constant, may replace the log-ratio
              (f_divergence_score)
     average  the margin, or each of the two rewards, is an average per token
-    batch    the loss of a pair depends on the other pairs of the batch
+    batch    the loss of a pair depends on the other pairs of the batch, by more than n̄
 
 To copy a function into another project, leave out its `@loss` line, and copy `capped_exp` too if
 the body calls it. The copy needs only torch, and does not check ranges. The lines that compute a, b
@@ -453,9 +455,10 @@ def rpo_fwd_kl(
 
 # --------------------------------------------------------------------------------------------------
 # Reward losses: functions of the two log-ratios a and b (or of the implicit rewards r_w = βa and
-# r_l = βb), not of their difference alone. They say what the probability of each answer should do,
-# relative to π_ref. So most of them keep the chosen answer probable where a margin loss would let
-# its probability fall.
+# r_l = βb), not of their difference alone. Most of them say what the probability of each answer
+# should do, relative to π_ref, and keep the chosen answer probable where a margin loss would let its
+# probability fall. Not so `apo_down`, which lowers both, nor `dpo_shift` and `chipo`, which still
+# compare the two answers, so that both may fall.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0")
@@ -744,9 +747,10 @@ def chipo(
 
 
 # --------------------------------------------------------------------------------------------------
-# Distribution losses: the sorted margins of a whole batch against the sorted margins of the
-# reference. The policy must be better than π_ref at every quantile, not at every pair. losses[k]
-# belongs to the k-th quantile, so a weight of a pair must not multiply it.
+# Distribution losses: two sorted lists of a whole batch are compared, the policy's margins with the
+# reference's (`aot`), or the log-ratios of chosen with those of rejected answers (`aot_unpaired`).
+# The first must be larger at every quantile, not in every pair. losses[k] belongs to the k-th
+# quantile, so a weight of a pair must not multiply it.
 # --------------------------------------------------------------------------------------------------
 
 @loss("batch", beta="> 0", label_smoothing="[0, 0.5)")
@@ -954,9 +958,9 @@ def dr_dpo(
 
 
 # --------------------------------------------------------------------------------------------------
-# Reference-free losses: no second model. A likelihood term, or the scale of the reward, limits how
-# far the policy moves. An averaged likelihood is an average over the tokens of the batch, −w/n̄,
-# as in `sft`.
+# Reference-free losses: no second model. Nothing but a likelihood term, or the shape and scale of the
+# loss, limits how far the policy moves. An averaged likelihood is an average over the tokens of the
+# batch, −w/n̄, as in `sft`.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0", cpo_alpha=">= 0", label_smoothing="[0, 0.5)")
