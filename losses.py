@@ -47,13 +47,13 @@ Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, 
     find("sigmoid:0.8,bco_pair:0.2,sft:1")    # make a weighted sum, as --loss takes it
 
 Conventions. All tensors are (B,), and so is the result: one loss per pair, except that `aot` and
-`aot_unpaired` give one per quantile, and `dr_dpo` gives every pair the loss of the batch. A loss does
-not average over pairs, log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
-lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
-signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
-of train.py, and a positional argument with a default is optional for the caller: `delta`,
-`gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the whole optimizer step. The first
-three are state: the function that `@loss` names as `update` makes them for the next step.
+`aot_unpaired` give one per quantile, and `dr_dpo` gives every pair the loss of the batch. No other
+loss reduces, none logs or stores anything or changes it in place. A loss that averages over tokens
+divides by the lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other
+files read the signature: a `ref_*` argument makes the reference model run, a keyword-only argument
+becomes a flag of train.py, and a positional argument with a default is optional for the caller:
+`delta`, `gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the whole optimizer step. The
+first three are state: the function that `@loss` names as `update` makes them for the next step.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -227,12 +227,12 @@ def discopop(
                L′(z) = −(1−m) σ(−z) − m e^(−z) + m(1−m)/τ [e^(−z) − sp(−z)]. The loss is not
                convex: with τ = 0.05 it has a local minimum at z = −0.119 and a maximum at
                z = 0.072. Where π = π_ref, L′(0) = +0.784: it pushes AGAINST y_w. A single pair
-               ends in that minimum, ranked wrongly; only a pair that others move beyond the
-               maximum is pushed on.
+               that starts there ends in the minimum, with h < 0; only a pair that others move
+               beyond the maximum is pushed on.
     Args       four (B,) log-probs; beta > 0 (paper 0.05); discopop_tau > 0 (paper 0.05), the width
                of the blend
     Elsewhere  TRL and the authors multiply e^(−z) by m, which in fp32 is inf · 0 = NaN once
-               z < −88. Here the product is one exponential. For τ > 1 its true value is
+               z < −88. Here the product is one exponential. For τ > 1 its true value grows as
                e^(|z|(1−1/τ)), which `capped_exp` extends linearly beyond its cap.
     """
     a = policy_chosen_logps - ref_chosen_logps
@@ -261,7 +261,8 @@ def ipo(
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0. β sets the target alone and
                does not scale h̄.
     Elsewhere  The paper prints the summed log-ratio and says nothing of averages. Its authors, when
-               asked, said that averages are meant, as huggingface.co/blog/pref-tuning reports.
+               asked, said that averages are meant: huggingface.co/blog/pref-tuning and a comment
+               in TRL's code report it.
                TRL >= 0.7.11, LLaMA-Factory and we average; the DPO authors' repository, OpenRLHF
                and TRL <= 0.7.10 sum. For the summed form pass lengths of one. HALOs counts the
                tokens whose log-ratio is not 0, which gives 0/0 before the first step.
@@ -308,8 +309,10 @@ def rdpo(
     Gradient   ∂L/∂w = −β σ(−(βh + α (n_w − n_l))) = −∂L/∂l: pairs whose chosen answer is the longer
                one get a smaller gradient.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0; rdpo_alpha >= 0, per token
-    Elsewhere  We found no code of the authors. The sign agrees with SimPO's Tables 3 and 7; one
-               survey prints a minus, against its own derivation. SamPO's code calls α lenN.
+               (0.005 to 0.05 in the scripts named below)
+    Elsewhere  The sign is that of github.com/orangese/dpo-length-experiments, whose scripts run in
+               the first author's folders, and of SimPO's Tables 3 and 7. One survey prints a
+               minus, against its own derivation. SamPO's code calls α lenN.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -332,8 +335,8 @@ def odpo(
                of each answer (checked on CPU tensors). Their scale matters: c times the scores are
                α log c more offset. beta > 0; odpo_alpha >= 0 (authors' code 1, sentiment task 0.5;
                0 is DPO)
-    Elsewhere  Functions of the scores other than the log are possible, and α can be
-               outside of them: turbo-alignment takes Δ itself.
+    Elsewhere  The authors' code can also take the log of the ratio of the two scores.
+               turbo-alignment takes Δ itself.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -413,7 +416,8 @@ def rpo_bwd_kl(
     Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), in units of
                log-odds after rpo_eta; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1)
     Elsewhere  NeMo-Aligner's rpo_bwd_kl. cDPO (`sigmoid`) with ε = σ(−g) for each pair has the same
-               gradient; its loss is larger by the entropy of the labels. As η grows it becomes DPO.
+               gradient; its loss is larger by the entropy of the labels. As η grows it becomes DPO
+               where s_w > s_l.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -456,9 +460,9 @@ def rpo_fwd_kl(
 # --------------------------------------------------------------------------------------------------
 # Reward losses: functions of the two log-ratios a and b (or of the implicit rewards r_w = βa and
 # r_l = βb), not of their difference alone. Most of them say what the probability of each answer
-# should do, relative to π_ref, and keep the chosen answer probable where a margin loss would let its
-# probability fall. Not so `apo_down`, which lowers both, nor `dpo_shift` and `chipo`, which still
-# compare the two answers, so that both may fall.
+# should do, relative to π_ref, and keep the chosen answer probable where a margin loss would let
+# its probability fall. Not so `apo_down`, which lowers both, nor `dpo_shift` and `chipo`, which
+# still compare the two answers, so that both may fall.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0")
@@ -958,9 +962,9 @@ def dr_dpo(
 
 
 # --------------------------------------------------------------------------------------------------
-# Reference-free losses: no second model. Nothing but a likelihood term, or the shape and scale of the
-# loss, limits how far the policy moves. An averaged likelihood is an average over the tokens of the
-# batch, −w/n̄, as in `sft`.
+# Reference-free losses: no second model. Nothing but a likelihood term, or the shape and scale of
+# the loss, limits how far the policy moves. An averaged likelihood is an average over the tokens of
+# the batch, −w/n̄, as in `sft`.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0", cpo_alpha=">= 0", label_smoothing="[0, 0.5)")
