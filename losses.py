@@ -477,7 +477,8 @@ def nca_pair(
     Gradient   ∂L/∂w = −β (1 − (3/2) σ(r_w)), ∂L/∂l = (β/2) σ(r_l): the gradient of each answer
                depends on its own reward alone. The minimum in r_w is finite, log 2, so
                the likelihood of y_w does not fall without bound.
-    Args       four (B,) log-probs; beta > 0 (0.1 or 0.01 in the paper's experiments)
+    Args       four (B,) log-probs; beta > 0 (authors' README 0.01; 0.1 for UltraInteract in the
+               paper's appendix C, by reading notes)
     Elsewhere  The same in the authors' code and TRL. `bco_pair` with delta = 0 counts y_w as no
                part of the noise and y_l as all of it.
     """
@@ -538,13 +539,14 @@ def sppo_hard(
 
     Paper      Self-Play Preference Optimization for Language Model Alignment, arXiv:2405.00675v5,
                Sec. 4.5, eq. 4.12
-               Here P(y_w wins) = 1 and P(y_l wins) = 0. Its η is our 1/β. The targets are shares of
-               the equilibrium of a two-player game.
+               Here P(y_w wins) = 1 and P(y_l wins) = 0. Its η is our 1/β. The targets η (P − ½) are
+               those of one step of multiplicative weights towards the Nash equilibrium of a
+               two-player game; π_ref is the policy before this step.
     Formula    L = (a − η/2)² + (b + η/2)²
     Gradient   ∂L/∂w = 2 (a − η/2), ∂L/∂l = 2 (b + η/2): each log-ratio has a target of its own, so
                neither can drift.
     Args       four (B,) log-probs; beta > 0 (paper η = 1000, that is 0.001, with the win rates of a
-               judge in place of 1 and 0)
+               preference model, PairRM, in place of 1 and 0)
     Elsewhere  TRL is the same, with 0.1 as its default. The authors' code halves the sum and has
                soft win rates.
     """
@@ -569,11 +571,11 @@ def kto_pair(
                very good or very bad. z has no gradient: the paper says not to back-propagate
                through it.
     Args       four (B,) log-probs; beta > 0
-    Elsewhere  The paper estimates z from mismatched prompts and answers. Pairs have none, so the
-               mean of the OTHER side takes its place, as in TRL 0.7.5 to 0.9.4, where this loss
-               comes from. Those versions back-propagate through z (twice the gradient, for one pair
-               with a, b > 0) and return 2B terms. Ours is half the sum of a pair's two terms, so
-               the mean is the same.
+    Elsewhere  The paper estimates z from mismatched prompts and answers. The log-probs of pairs
+               contain none, so the mean of the OTHER side takes its place, as in TRL 0.7.5 to
+               0.9.4, where this loss comes from. Those versions back-propagate through z (twice
+               the gradient, for one pair with a, b > 0) and return 2B terms. Ours is half the sum
+               of a pair's two terms, so the mean is the same.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -658,7 +660,7 @@ def dpo_shift(
                arXiv:2502.07599
     Formula    L = −log σ(β (a − λb))
     Gradient   with u = β (a − λb): ∂L/∂w = −β σ(−u), ∂L/∂l = λβ σ(−u). A token that both answers
-               share is pushed up by their difference; DPO does not move it.
+               begin with is pushed up by the difference, (1 − λ) β σ(−u); DPO does not move it.
     Args       four (B,) log-probs; beta > 0 (authors' recipes 0.01); shift_lambda in [0, 1]
                (authors' recipes 0.7; 1 is DPO)
     Elsewhere  The authors' code can also change λ linearly during training. λ multiplies the
@@ -705,8 +707,9 @@ def cal_dpo(
     Paper      Cal-DPO: Calibrated Direct Preference Optimization for Language Model Alignment,
                arXiv:2412.14516
     Formula    L = −log σ(h) + c [ (a − 1/(2β))² + (b + 1/(2β))² ]
-    Gradient   ∂L/∂w = −σ(−h) + 2c (a − 1/(2β)), ∂L/∂l = σ(−h) + 2c (b + 1/(2β)): the squares soon
-               dominate, and keep y_w from falling.
+    Gradient   ∂L/∂w = −σ(−h) + 2c (a − 1/(2β)), ∂L/∂l = σ(−h) + 2c (b + 1/(2β)). At π_ref the
+               square has c/β of the gradient of w and DPO 1/2, so with the defaults the squares
+               dominate from the start. They keep y_w from falling.
     Args       four (B,) log-probs; beta > 0, which sets the targets and does NOT scale h;
                cal_dpo_weight >= 0, c in the formula (paper 1)
     Elsewhere  The authors' code has c = 0.5 and averages the squares over the batch before it adds
@@ -726,13 +729,13 @@ def chipo(
 ):
     """χPO: DPO regularized by χ² as well as KL, so answers rare under π_ref stay rare.
 
-    Paper      Correcting the Mythos of KL-Regularization: χ²-Preference Optimization,
-               arXiv:2407.13399, Algorithm 1
+    Paper      Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
+               via Chi-Squared Preference Optimization, arXiv:2407.13399, Algorithm 1
     Formula    L = −log σ(clip(β [φ(u_w) − φ(u_l)], ±2R)),
                φ(u) = u + log u, u_w = eᵃ, u_l = eᵇ
     Gradient   with z = β [φ(u_w) − φ(u_l)]: ∂L/∂w = −β σ(−z) (1 + eᵃ) while |z| < 2R, exactly 0
                beyond; ∂L/∂l = β σ(−z) (1 + eᵇ) while |z| < 2R, exactly 0 beyond. Near π_ref it is
-               DPO with 2β. At the optimum a large reward raises π/π_ref in proportion to it, and
+               DPO with 2β. At the optimum π/π_ref grows about linearly with a large reward, and
                not exponentially as in DPO.
     Args       four (B,) log-probs; beta > 0 (paper 0.05 and 0.005); chipo_r_max > 0, R in the
                formula: the largest true reward. None: no clip.
@@ -767,8 +770,9 @@ def aot(
     Paper      Distributional Preference Alignment of LLMs via Optimal Transport, arXiv:2406.05882
     Formula    L_k = −(1−ε) log σ(β(u_k − v_k)) − ε log σ(−β(u_k − v_k)),
                u = sort(w − l), v = sort(w° − l°)
-    Gradient   the gradient of DPO, but at the margin u_k − v_k: each pair is compared with the
-               reference's pair of the same rank.
+    Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε), for w of the pair of rank k, and its negative
+               for l: the gradient of cDPO, but at the margin u_k − v_k. Each pair is compared with
+               the reference's pair of the same rank.
     Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). The result
                is in sorted order, not in the order of the pairs. A batch of one pair is DPO: the
                quantiles are only as fine as the batch is large.
@@ -794,8 +798,9 @@ def aot_unpaired(
     Paper      Distributional Preference Alignment of LLMs via Optimal Transport, arXiv:2406.05882
     Formula    L_k = −(1−ε) log σ(β(u_k − v_k)) − ε log σ(−β(u_k − v_k)),
                u = sort(a), v = sort(b)
-    Gradient   the gradient of DPO, but at the margin u_k − v_k: a good and a bad answer of the same
-               rank are compared, whatever their prompts.
+    Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε) = −∂L_k/∂v_k: the gradient of cDPO, but at the
+               margin u_k − v_k. A good and a bad answer of the same rank are compared, whatever
+               their prompts.
     Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). It does not
                matter which rejected answer came with which chosen one. The result is in sorted
                order.
@@ -825,7 +830,7 @@ def hypo(
 ):
     """HyPO: DPO without a reference in the pairs whose order the reference has wrong.
 
-    There DPO is satisfied as soon as the policy is less wrong than the reference.
+    There the gradient of DPO shrinks as soon as the policy is less wrong than the reference.
 
     Paper      Mitigating Mismatch within Reference-based Preference Optimization, arXiv:2602.11902
     Formula    L = −log σ(β [(w − l) − max(0, w° − l°)])
@@ -833,7 +838,8 @@ def hypo(
                where w° >= l°, and larger where w° < l°.
     Args       four (B,) log-probs; beta > 0 (the default is DPO's). At π = π_ref the loss is above
                log 2 in the pairs whose order the reference has wrong.
-    Elsewhere  The authors published no code that we found; the formula is that of the abstract. The
+    Elsewhere  The authors published no code that we found; the formula is that of the abstract.
+               Reading notes mention a threshold other than 0 and a smooth maximum as options. The
                name also belongs to other methods.
     """
     policy_margin = policy_chosen_logps - policy_rejected_logps
@@ -850,8 +856,8 @@ def update_gap(state: dict, means: dict, beta: float, decay: float = 0.9) -> dic
 
     The authors' code starts its averages from zero, so that they are a tenth of the truth at first.
     Here the first ten steps count equally, and later steps make an exponential average. A spread
-    below 1e-4 nats per token is rounding, at π = π_ref, and the spread of `alpha_dpo` starts after
-    it.
+    below 1e-4 nats per token is taken for the rounding at π = π_ref: such a step changes no average
+    of `alpha_dpo`.
     """
     margin = means["rewards/margins"]
     now = {"gap_mean": margin / beta}
@@ -883,10 +889,11 @@ def beta_dpo(
     Args       four (B,) log-probs; gap_mean, a number: M, which `update_gap` computes; keep (B,):
                1 for the pairs that the mean is over (default all); beta > 0 (authors' code 0.1);
                beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO)
-    Elsewhere  The paper also drops pairs: of each batch it draws 80 %, the more probable the nearer
-               h is to M. For that pass `keep` and average the losses of these pairs; train.py keeps
-               all pairs. The authors' code updates M before it is used, and in evaluation too; here
-               M is of the steps before. Its weights are 0/0 at π = π_ref, where it fails.
+    Elsewhere  The paper also drops pairs: of each batch it draws some, 80 % in the authors' README,
+               and a pair is the more probable the nearer h is to M. For that pass `keep` and
+               average the losses of these pairs; train.py keeps all pairs. The authors' code fails
+               at π = π_ref, where the probabilities are 0/0. It updates M before it is used, and in
+               evaluation too; here M is of the steps before.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -983,7 +990,7 @@ def cpo(
                (paper 0.1); cpo_alpha >= 0 (the paper has no such weight: 1); label_smoothing
                in [0, 0.5)
     Elsewhere  The paper sums the likelihood over the answer. TRL and ALMA average it over the
-               tokens of the batch, and so do we, because α = 1 is only balanced there. TRL's CPO
+               tokens of the batch, and so do we: α is then a weight per token. TRL's CPO
                with loss_type hinge or ipo is --loss hinge,sft or ipo,sft with --reference_free.
     """
     if mean_chosen_length is None:
@@ -1003,7 +1010,7 @@ def simpo(
 ):
     """SimPO: the reward is the average log-prob of a token, and must win by a target margin γ.
 
-    This reward is the quantity by which generation ranks answers.
+    The paper's reason: generation approximately maximizes this average.
 
     Paper      SimPO: Simple Preference Optimization with a Reference-Free Reward, arXiv:2405.14734,
                eq. 6 (reward eq. 4)
@@ -1047,7 +1054,8 @@ def alphapo(
                alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. TRL's
                documentation quotes the three values from the paper.
     Elsewhere  TRL computes exp(logp)^(−α). Its AlphaPO does this with averages, where it is
-               finite; with the same option, its losses on sums are NaN for long answers. Here it is
+               finite; with loss_type sigmoid or hinge its option alpha acts on sums, and the loss
+               is NaN in fp32 once both answers are below −104 nats, if not before. Here it is
                one expm1, which `capped_exp` extends linearly beyond the cap.
     """
     average_w = policy_chosen_logps / chosen_lengths      # w̄
@@ -1201,7 +1209,8 @@ def npo(policy_rejected_logps, ref_rejected_logps, *, beta=0.1):
                beta > 0 (authors' code 0.1). At π = π_ref the loss is (2/β) log 2, 13.86 at β = 0.1.
     Elsewhere  The factor 2/β belongs to the loss. --loss npo reads no `chosen`. A retain term is a
                part of a sum: --loss npo,sft keeps `chosen` probable, an answer to the same prompt.
-               SimNPO (arXiv:2410.07163) is this loss on averages with a reference of zeros.
+               SimNPO (arXiv:2410.07163) at γ = 0 is this loss on averages with a reference of
+               zeros.
     """
     b = policy_rejected_logps - ref_rejected_logps
     return 2 / beta * F.softplus(beta * b)
@@ -1222,16 +1231,16 @@ def f_divergence_score(
                reverse_kl  a, which is DPO           js     log(2u/(1+u))
                forward_kl  1 − 1/u: alpha at α = 1   alpha  (1 − u^(−α))/α
     Gradient   s′(a) is 1 for reverse_kl, 1 − σ(a) for js, e^(−αa) for alpha, e^(−a) for forward_kl.
-               js stops pushing answers that have risen; the last two push hardest where the
+               js pushes answers ever less as they rise; the last two push hardest where the
                probability fell. s(0) = 0 for all, so a loss has its usual value at π = π_ref; s′(0)
                is ½ for js, else 1.
     Args       logratio (B,), w − w° or l − l°; alpha in (0, 1], read by "alpha" alone. Pass the
                scores to a loss as log-probs, with zeros as the reference's. Valid with margin
                losses of sums, because f′ is known up to a constant per prompt.
-    Elsewhere  The paper's α is in (0, 1), and TRL <= 0.28 had 1 as its default. TRL >= 0.29 gives
-               the same option the value 1 − α. Its forward_kl is NaN in fp32 once both answers fell
-               by 88 nats, and its old cap made the gradient 0. Ours is extended linearly beyond the
-               cap.
+    Elsewhere  The authors' code wants α in (0, 1), and TRL <= 0.28 had 1 as its default. TRL from
+               0.29 on gives the same option the value 1 − α. Its forward_kl is NaN in fp32 once
+               both answers fell by 88 nats, and its old cap made the gradient 0. Ours is extended
+               linearly beyond the cap.
     """
     if f_divergence not in ("reverse_kl", "forward_kl", "js", "alpha"):
         raise ValueError("f_divergence must be reverse_kl, forward_kl, js or alpha, "
@@ -1271,17 +1280,18 @@ def capped_exp(x, minus_one=False):
 #   ASFT         arXiv:2409.10571  likelihood, and a logistic loss on the log-odds of each answer on
 #                                  its own: `orpo`
 #   AuxDPO       arXiv:2510.20413  DPO with a trained offset for each answer: `score_margin`
-#   BDPO         arXiv:2506.12725  DPO with a mixture of π and π_ref for the rejected answer:
-#                                  `dpo_shift`
+#   BDPO         arXiv:2506.12725  DPO with a mixture of π and π_ref for the rejected answer, by the
+#                                  author's web page: `dpo_shift`
 #   CPL          arXiv:2310.13639  `dpo_shift` with a reference of zeros
 #   γ-PO         arXiv:2506.03690  SimPO or DPO with a target margin of each pair that follows from
-#                                  the margins of earlier pairs: `alpha_dpo`
+#                                  the margins of the batch and of earlier pairs: `alpha_dpo`
 #   Mallows-DPO  arXiv:2405.14953  DPO whose margin is scaled by how much preferences about the
 #                                  prompt are dispersed: `sigmoid`
 #   RPO          arXiv:2405.16436  DPO and a likelihood: --loss sigmoid,sft. The authors' code sums
 #                                  the likelihood over the answer, and its weight contains β
-#   SimNPO       arXiv:2410.07163  `npo` on averages with a reference of zeros
-#   SquaredPO    arXiv:2602.06788  f-DPO with the score a e^(−a): `f_divergence_score`
+#   SimNPO       arXiv:2410.07163  `npo` on averages with a reference of zeros, and a margin γ
+#   SquaredPO    arXiv:2602.06788  f-DPO with the score a e^(−a), by a reading note of the paper:
+#                                  `f_divergence_score`
 #   TPO          arXiv:2405.16681  DPO without a reference, and the likelihood of a third, best
 #                                  answer: `slic` with policy_target_logps
 #
@@ -1294,7 +1304,8 @@ def capped_exp(x, minus_one=False):
 #   BCO          arXiv:2404.04656  on single answers, good or bad: `bco_pair`
 #   EXO          arXiv:2402.00856  on lists: `exo_pair`
 #   InfoNCA, NCA arXiv:2402.05369  on lists with scores: `sigmoid`, `nca_pair`
-#   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by rank: `sigmoid`
+#   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by labels and ranks:
+#                                  `sigmoid`
 #   S-DPO        arXiv:2406.09215  DPO of one chosen against several rejected answers: `sigmoid`
 # --------------------------------------------------------------------------------------------------
 
