@@ -569,7 +569,8 @@ def kto_pair(
     Gradient   ∂L/∂w = −(β/2) σ(u) σ(−u) at u = β(a − z_l), ∂L/∂l = (β/2) σ(v) σ(−v) at
                v = β(z_w − b). It is largest at u = 0 and v = 0, and vanishes for answers that are
                very good or very bad. z has no gradient: the paper says not to back-propagate
-               through it.
+               through it. Contradictory labels of a pair drive h ever further to the side of the
+               majority only while z stays at 0; where z rises with h, h settles.
     Args       four (B,) log-probs; beta > 0
     Elsewhere  The paper estimates z from mismatched prompts and answers. The log-probs of pairs
                contain none, so the mean of the OTHER side takes its place, as in TRL 0.7.5 to
@@ -888,7 +889,7 @@ def beta_dpo(
                whose mean is 5 nats above M has 4 β at α = 0.6.
     Args       four (B,) log-probs; gap_mean, a number: M, which `update_gap` computes; keep (B,):
                1 for the pairs that the mean is over (default all); beta > 0 (authors' code 0.1);
-               beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO)
+               beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO if β >= 0.001)
     Elsewhere  The paper also drops pairs: of each batch it draws some, 80 % in the authors' README,
                and a pair is the more probable the nearer h is to M. For that pass `keep` and
                average the losses of these pairs; train.py keeps all pairs. The authors' code fails

@@ -327,7 +327,7 @@ HYPER = {
     "sppo_hard": dict(beta=0.1),
     "dpop": dict(beta=0.1, dpop_lambda=3.0),
     "cal_dpo": dict(cal_dpo_weight=0.7),
-    "chipo": dict(chipo_r_max=0.1),
+    "chipo": dict(chipo_r_max=0.2),
     "aot": dict(beta=0.1, label_smoothing=0.1),
     "aot_unpaired": dict(beta=0.1, label_smoothing=0.1),
     "cpo": dict(cpo_alpha=0.5, label_smoothing=0.1),
