@@ -5,7 +5,7 @@ Where DPO comes from (arXiv:2305.18290v3, with the paper's equation numbers):
     eq. 3   max_π  E_x E_{y∼π(·|x)} [r(x, y)] − β KL(π(·|x) ‖ π_ref(·|x))
             The goal: answers of high reward r from a policy π that stays close to π_ref.
     eq. 4   π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x),   Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)
-            The optimum. Z(x) is a sum over all answers, too many to compute it for text.
+            The optimum. Z(x) is a sum over all answers, far too many for a language model.
     eq. 5   r(x, y) = β log(π*(y|x) / π_ref(y|x)) + β log Z(x)
             Eq. 4 solved for r: the reward in terms of the policy that is optimal for it.
     eq. 6   p(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x, y_l)) = σ(βh)
@@ -48,12 +48,13 @@ Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, 
 
 Conventions. All tensors are (B,), and so is the result: one loss per pair, except that `aot` and
 `aot_unpaired` give one per quantile, and `dr_dpo` gives every pair the loss of the batch. No other
-loss reduces, none logs or stores anything or changes it in place. A loss that averages over tokens
-divides by the lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other
-files read the signature: a `ref_*` argument makes the reference model run, a keyword-only argument
-becomes a flag of train.py, and a positional argument with a default is optional for the caller:
-`delta`, `gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the whole optimizer step. The
-first three are state: the function that `@loss` names as `update` makes them for the next step.
+loss reduces. None logs or stores anything, or changes a tensor in place. A loss that averages over
+tokens divides by the lengths in its own body. Tensors come first, hyper-parameters are
+keyword-only. Other files read the signature: a `ref_*` argument makes the reference model run, a
+keyword-only argument becomes a flag of train.py, and a positional argument with a default is
+optional for the caller: `delta`, `gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the
+whole optimizer step. The first three are state: the function that `@loss` names as `update` makes
+them for the next step.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -1049,8 +1050,8 @@ def alphapo(
     Paper      AlphaPO: Reward Shape Matters for LLM Alignment, arXiv:2501.03884
     Formula    L = −log σ(β(s(w̄) − s(l̄)) − γ),        s(x) = (1 − e^(−αx))/α
     Gradient   with z = β(s(w̄) − s(l̄)) − γ: ∂L/∂w = −β σ(−z) e^(−αw̄) / n_w,
-               ∂L/∂l = β σ(−z) e^(−αl̄) / n_l. With α > 0 improbable answers are moved more than by
-               SimPO, with α < 0 less.
+               ∂L/∂l = β σ(−z) e^(−αl̄) / n_l. With α > 0 the gradient is the larger, the less
+               probable an answer is; with α < 0 the smaller.
     Args       two (B,) log-probs, two (B,) lengths >= 1; beta > 0 (2.5); gamma finite (0.1);
                alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. TRL's
                documentation quotes the three values from the paper.
