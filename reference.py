@@ -293,17 +293,12 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
 
 # --- The cache ------------------------------------------------------------------------------------
 
-def cache_key(args, fixed_model, splits, dtype):
-    """Hash all inputs of the cached log-probs: weights and configs, token ids, dtype, ld_alpha,
-    --quantize."""
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(f"{fixed_model} {dtype} {args.ld_alpha} {args.quantize}".encode())
-    for rows in splits:
-        names = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
-        columns = rows.select_columns([name for name in names if name in rows.column_names])
-        for batch in columns.iter(1000):
-            digest.update(json.dumps(batch).encode())
-    return digest.hexdigest()
+def cache_key(args, fixed_model, splits, task):
+    """Hash all inputs of the cached log-probs: weights and configs, rows, the answers that the loss
+    reads, dtype, ld_alpha, --quantize."""
+    inputs = [fixed_model, task.dtype, args.ld_alpha, args.quantize, sides_of(task.loss)]
+    inputs += [data.digest(rows) for rows in splits]
+    return hashlib.blake2b(str(inputs).encode(), digest_size=12).hexdigest()
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
@@ -337,7 +332,7 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_m
     The log-probs are read from a file. If the file does not exist, or not as it was written, all
     ranks compute it together.
     """
-    key = cache_key(args, fixed_model, splits, task.dtype) if ranks.rank == 0 else None
+    key = cache_key(args, fixed_model, splits, task) if ranks.rank == 0 else None
     key = broadcast(key, ranks)
     path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
     named = dict(zip(("train", "eval"), splits))
