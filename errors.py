@@ -183,12 +183,14 @@ def stop_hub_retries() -> None:
 
 
 def run_script(main: Callable[[list[str]], None]):
-    """Call main(arguments). A UserError becomes one line on stderr and exit status 2; Ctrl-C one
-    word and exit status 130."""
+    """Call main(arguments). A UserError, or an error of the disk such as no space left, becomes one
+    line on stderr and exit status 2; Ctrl-C one word and exit status 130."""
     with script_signals_and_streams():
         try:
             main(arguments())
-        except UserError as error:
+        except BrokenPipeError:  # see script_signals_and_streams
+            raise
+        except (UserError, OSError) as error:
             report(str(error))
             sys.exit(2)
         except KeyboardInterrupt:
