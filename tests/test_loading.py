@@ -65,7 +65,6 @@ class Words(PreTrainedTokenizerFast):
     pass
 """
 OWN = {
-    "config": ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}),
     "config and model": ("config.json", {"model_type": "own", "auto_map": {
         "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}),
     "tokenizer": ("tokenizer_config.json", {

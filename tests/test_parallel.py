@@ -185,6 +185,9 @@ for sharded_loss in ("sigmoid", "aot", "simpo", "sft"):
     SHARDED |= {
         f"{sharded_loss}, full": (sharded_loss, {}),
         f"{sharded_loss}, LoRA": (sharded_loss, {"lora_rank": 4}),
+    }
+for sharded_loss in ("sigmoid", "aot"):  # once and twice through the model in a step
+    SHARDED |= {
         f"{sharded_loss}, full, checkpointing": (
             sharded_loss, {"gradient_checkpointing": True}),
         f"{sharded_loss}, LoRA, checkpointing": (
