@@ -101,7 +101,7 @@ REFUSED = {
     "resume": "there is no run in",
     "parallel": "one process alone has nothing to share",
     "strict": "chosen equals rejected",
-    "ignore_columns": "no row has such a column",
+    "ignore_columns": "no row has an unread column",
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -442,9 +443,25 @@ def compute_a_power(item):
 def test_what_takes_too_long_or_too_much_is_stopped_and_named(function, words, monkeypatch):
     assert run_limited(function, ["a", "b"], ["first", "second"]) == ["A", "B"]
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"second: takes more than {words}"):
-        run_limited(function, ["a", "bad", "c"], ["first", "second", "third"])
+    with pytest.raises(UserError, match=f"^second used more than {words}") as error:
+        run_limited(function, ["a", "bad", "c"], ["first", "second", "third"], "; advice")
+    assert str(error.value).endswith(" and was stopped; advice")
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_process_that_a_signal_ends_is_not_said_to_take_too_long(number):
+    def end(item):
+        os.kill(os.getpid(), number)
+
+    message = f"^first: the process that ran it ended by signal {number:d}"
+    with pytest.raises(UserError, match=message):
+        run_limited(end, ["a"], ["first"])
+
+
+def test_a_child_process_that_exits_is_named_with_its_status():
+    with pytest.raises(UserError, match="^first: the process that ran it ended with status 3$"):
+        run_limited(os._exit, [3], ["first"])
 
 
 def test_an_error_of_the_user_passes_and_a_bug_shows_where_it_is():
