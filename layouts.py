@@ -228,8 +228,8 @@ def split_messages(dialogues):
 def split_row(prompt, answers: dict, where: str):
     """Separate prompt and answers, which may come in any of the formats.
 
-    answers are {field: answer}. prompt is None where they contain it. Returns prompt and answers, all of them text or
-    all of them lists of messages.
+    answers are {field: answer}. prompt is None where they contain it. Returns prompt and answers,
+    all of them text or all of them lists of messages.
     """
     texts = list(answers.values())
     if isinstance(prompt, list) or any(isinstance(text, list) for text in texts):

@@ -145,6 +145,55 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(copy, file, le
         assert file in line and "save_pretrained" in line
 
 
+def test_a_hub_model_without_safetensors_may_be_offline_or_pickled(copy, monkeypatch):
+    """Nobody has seen a pickle, so the message names none."""
+    config = transformers.AutoConfig.from_pretrained(copy)
+    monkeypatch.setattr(loading, "cached_file", lambda *names, **options: None)
+    with pytest.raises(UserError) as error:
+        loading.weight_files("org/model", config)
+    assert "org/model: has no model.safetensors or" in str(error.value)
+    assert "in the cache or on the Hub; if the network is off, download it" in str(error.value)
+    assert "pytorch_model.bin" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({}, "has no weight_map with the file of each tensor; copy it from the model again"),
+    ({"weight_map": {"a": "../x.safetensors"}},
+     "its files name ../x.safetensors; a weight file must be in the model's folder"),
+])
+def test_an_index_that_names_no_file_of_the_folder_is_refused(copy, content, message):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps(content))
+    assert message in refusal(copy)
+
+
+class RepositoryNotFoundError(Exception):
+    """A stand-in: the class of huggingface_hub needs a response of a server."""
+
+
+class GatedRepoError(RepositoryNotFoundError):
+    pass
+
+
+@pytest.mark.parametrize("cause, beginning", [
+    (RepositoryNotFoundError(), "org/model: not found locally or on the Hub (the reason is here)"),
+    (GatedRepoError(), "org/model: cannot be loaded from the Hub or its cache: the reason is here"),
+    (None, "org/model: cannot be loaded from the Hub or its cache: the reason is here"),
+])
+def test_only_a_name_that_does_not_exist_is_said_to_be_not_found(monkeypatch, cause, beginning):
+    def from_pretrained(name, **options):
+        raise OSError("the reason is here") from cause
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError) as error:
+        loading.load_config("org/model")
+    assert str(error.value) == beginning
+
+
+def test_a_file_in_place_of_a_model_folder_is_called_a_file(copy):
+    assert "config.json: is a file; pass the folder" in refusal(copy / "config.json")
+
+
 def test_a_damaged_safetensors_file_never_falls_back_to_a_pickle(copy):
     marker = str(copy.parent / "code_ran")
     torch.save({"weight": Bomb(marker)}, copy / "pytorch_model.bin")
@@ -376,7 +425,7 @@ def add_bos_of_post_processor(folder):
 def test_an_id_beyond_the_embedding_is_named_before_training(copy, change, number):
     change(copy)
     line = refusal(copy)
-    assert f"id {number} for" in line and "not a pair" in line
+    assert f"id {number} for" in line and "do not belong together" in line
 
 
 def no_unknown_token(kind):
