@@ -98,7 +98,7 @@ CHANGES = {
     "ld_alpha": ({}, 0.5),
 }
 REFUSED = {
-    "resume": "there is no run in",
+    "resume": "--output_dir out does not exist",
     "parallel": "one process alone has nothing to share",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
