@@ -42,7 +42,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import data
 import train
 from checkpoint import saved_flags
-from model import load_model, load_tokenizer
+from loading import load_tokenizer
+from model import load_model
 from parallel import init_distributed
 from ranges import whole_number
 

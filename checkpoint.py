@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from errors import UserError
 from files import (
+    LOCK,
     RUN_FILE,
     SYSTEM_FILES,
     abandon,
@@ -81,6 +82,8 @@ def explained_write_errors(folder: pathlib.Path, ranks: Ranks):
         cause = error
         if isinstance(error, dcp.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, (OSError, SafetensorError)):  # a bug
+                raise
         path = getattr(cause, "filename", None)
         if isinstance(path, str) and not pathlib.Path(path).resolve().is_relative_to(
                 folder.resolve()):
@@ -182,7 +185,7 @@ def is_complete(folder: str | pathlib.Path) -> bool:
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Complete checkpoints, oldest first, those that this run did not write before all others.
+    """Complete checkpoints, oldest first. Those that a user put here come before the run's own.
 
     A run that finds a name taken writes checkpoint-5-2. Only its list of files tells this one from
     a copy that a user made.
@@ -286,7 +289,7 @@ def take_folder(folder: pathlib.Path, resume: bool, stack: contextlib.ExitStack)
             reason = reason_against_new_run(folder)
         if reason is not None:
             return reason
-        stack.enter_context(lock_file(folder / ".lock"))
+        stack.enter_context(lock_file(folder / LOCK))
         stack.enter_context(after_error(abandon, folder))
         if not resume:
             reason = reason_against_new_run(folder)
@@ -310,7 +313,7 @@ def begin_list(folder: pathlib.Path) -> None:
     """
     written = read_list(folder)
     if written is None:
-        written = {RUN_FILE, "config.json", "metrics.jsonl"}
+        written = {RUN_FILE, "config.json", METRICS_FILE}
     write_list(folder, {name for name in written if os.path.lexists(folder / name)})
 
 

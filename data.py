@@ -56,6 +56,7 @@ import pyarrow.compute
 import torch
 
 import layouts
+import loading
 import shorten
 import sources
 import templates
@@ -70,10 +71,10 @@ from unread import check_ignored, count_unread
 # The label of a token that is not scored.
 IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
-SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes())
-for module in (layouts, shorten, sources, templates, unread):
-    SOURCE.update(pathlib.Path(module.__file__).read_bytes())
-SOURCE = SOURCE.hexdigest()
+CODE = [pathlib.Path(__file__)]
+CODE += [pathlib.Path(file.__file__) for file in (
+    layouts, loading, shorten, sources, templates, unread)]
+SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
 # --- Rows of text, cached -------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from transformers import get_scheduler
 
 import data
 import world
+from loading import load_tokenizer
 from losses import LOSSES, hyperparameters, needs_reference, sides_of, tensor_arguments
-from model import load_model, load_tokenizer
+from model import load_model
 from ranges import real_number, whole_number
 
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers

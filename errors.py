@@ -124,10 +124,19 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{what}: {library_reason(error)}{advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, torch or a GPU had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return re.search("can't allocate memory|[Ss]ize calculation overflowed", str(error)) is not None
 
 
 def library_reason(error: BaseException, most: int = 300) -> str:
@@ -196,12 +205,14 @@ def stop_hub_retries() -> None:
 
 
 def run_script(main: Callable[[list[str]], None]):
-    """Call main(arguments). A UserError becomes one line on stderr and exit status 2; Ctrl-C one
-    word and exit status 130."""
+    """Call main(arguments). A UserError, or an error of the disk such as no space left, becomes one
+    line on stderr and exit status 2; Ctrl-C one word and exit status 130."""
     with script_signals_and_streams():
         try:
             main(arguments())
-        except UserError as error:
+        except BrokenPipeError:  # see script_signals_and_streams
+            raise
+        except (UserError, OSError) as error:
             report(str(error))
             sys.exit(2)
         except KeyboardInterrupt:

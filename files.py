@@ -2,7 +2,7 @@
 
 A rename is atomic, so a reader, or a run that is resumed after a kill, finds the old file or the
 new one and never half a file. Files are flushed to disk before the rename, and get the permissions
-of the umask. Every temporary name is in a folder of its own, *{PARTIAL}xxxxxxxx, in the folder of
+of the umask. Every temporary name is in a folder of its own, *.partial-xxxxxxxx, in the folder of
 the target: a rename works only within one file system. The temporary folder is deleted on an
 exception. After a kill it is still there: see `delete_partial`.
 
@@ -11,9 +11,9 @@ exception. After a kill it is still there: see `delete_partial`.
     with moved_into(folder, last="config.json") as aside:    # files of a folder that has others
         (aside / "config.json").write_text("{}")
 
-The folder of a run has a list, {LIST}, of the names that the run wrote into it. A name is listed
-before the file is there. The run replaces and deletes only what is listed. Another file that has a
-name which the run needs is renamed, and a line says so.
+The folder of a run has a list, .written.json, of the names that the run wrote into it. A name is
+listed before the file is there. The run replaces and deletes only what is listed. Another file that
+has a name which the run needs is renamed, and a line says so.
 """
 import contextlib
 import errno

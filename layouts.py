@@ -314,7 +314,7 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
             score_names = [f"{side}_score" for side in sides] if scored else []
             others = [theirs.get(name, name) for name in ("id", *score_names)]
             read = {*names.values(), *others}
-            dialogue = row_of_file.get(names["chosen"])
+            dialogue = row_of_file.get(names["chosen" if "chosen" in fields else "rejected"])
             needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
             unread = list_unread(row_of_file, names, read, ignored, needs_prompt, where)
         if "split" in unread and "split" not in ignored:

@@ -5,7 +5,8 @@ A folder is data that somebody else wrote. No code of it runs, and it is checked
     code        `load_pretrained` never allows classes of the folder, and weights are safetensors:
                 reading a pickle can run any program
     sizes       config.json must describe the model whose numbers the files hold (`check_sizes`)
-    tokens      every id of the tokenizer must have an embedding (`check_vocabulary`)
+    tokens      every id of the tokenizer must have an embedding (`check_vocabulary`), and every
+                character a token (`leaves_out`, `loses`)
 
 Whatever transformers raises about a file becomes one line that names the file.
 """
@@ -144,8 +145,7 @@ def check_attention(name, attention):
 
 def load_tokenizer(name: str) -> Any:
     """Load a tokenizer. Without a vocabulary, transformers would make an empty one."""
-    folder = pathlib.Path(name)
-    if folder.is_dir() and not any(any(folder.glob(file)) for file in VOCABULARY_FILES):
+    if not has_vocabulary(name):
         raise UserError(f"{name}: has no tokenizer.json, nor another file with the vocabulary of a "
                         "tokenizer; copy the tokenizer of the model into the folder")
     tokenizer = load_pretrained(AutoTokenizer, name)
@@ -153,6 +153,12 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"{name}: chat_template in tokenizer_config.json must be a string, and is "
                         f"{tokenizer.chat_template!r}")
     return tokenizer
+
+
+def has_vocabulary(name: str) -> bool:
+    """Return False for a folder without a tokenizer."""
+    folder = pathlib.Path(name)
+    return not folder.is_dir() or any(any(folder.glob(file)) for file in VOCABULARY_FILES)
 
 
 def load_adapter_tokenizer(adapter: str, base: str) -> Any:

@@ -5,7 +5,7 @@ Where DPO comes from (arXiv:2305.18290v3, with the paper's equation numbers):
     eq. 3   max_π  E_x E_{y∼π(·|x)} [r(x, y)] − β KL(π(·|x) ‖ π_ref(·|x))
             The goal: answers of high reward r from a policy π that stays close to π_ref.
     eq. 4   π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x),   Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)
-            The optimum. Z(x) is a sum over all answers, so it cannot be computed.
+            The optimum. Z(x) is a sum over all answers, far too many for a language model.
     eq. 5   r(x, y) = β log(π*(y|x) / π_ref(y|x)) + β log Z(x)
             Eq. 4 solved for r: the reward in terms of the policy that is optimal for it.
     eq. 6   p(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x, y_l)) = σ(βh)
@@ -30,8 +30,9 @@ Symbols, the same in every docstring (B pairs; x a prompt, y_w its chosen, y_l i
                                           the margin of averages
     n̄         mean of n_w                 over the pairs of an optimizer step, so that the mean of
                                           −w/n̄ is the negative log-likelihood per chosen token
-    β         beta                        a larger β keeps π closer to π_ref; in a loss without
-                                          reference it is only the scale of the log-probs
+    β         beta                        a larger β keeps π closer to π_ref; without a reference,
+                                          and in `alpha_dpo`, it is the scale of the log-probs
+                                          (in `orpo` the weight of the preference term)
     ε         label_smoothing             the share of labels believed to be flipped
     σ, sp     sigmoid, softplus           sp(x) = log(1 + eˣ) = −log σ(−x), numerically stable at
                                           any x; log(sigmoid(x)) is not
@@ -45,13 +46,15 @@ Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, 
     LOSSES["sigmoid"] is sigmoid              # look it up by its name
     find("sigmoid:0.8,bco_pair:0.2,sft:1")    # make a weighted sum, as --loss takes it
 
-Conventions. All tensors are (B,), and so is the result: one loss per pair. A loss does not reduce,
-log or store anything, and changes nothing in place. A loss that averages over tokens divides by the
-lengths in its own body. Tensors come first, hyper-parameters are keyword-only. Other files read the
-signature: a `ref_*` argument makes the reference model run, a keyword-only argument becomes a flag
-of train.py, and a positional argument with a default is optional for the caller: `delta`,
-`gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the whole optimizer step. The first
-three are state: the function that `@loss` names as `update` makes them for the next step.
+Conventions. All tensors are (B,), and so is the result: one loss per pair, except that `aot` and
+`aot_unpaired` give one per quantile, and `dr_dpo` gives every pair the loss of the batch. No other
+loss reduces. None logs or stores anything, or changes a tensor in place. A loss that averages over
+tokens divides by the lengths in its own body. Tensors come first, hyper-parameters are
+keyword-only. Other files read the signature: a `ref_*` argument makes the reference model run, a
+keyword-only argument becomes a flag of train.py, and a positional argument with a default is
+optional for the caller: `delta`, `gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the
+whole optimizer step. The first three are state: the function that `@loss` names as `update` makes
+them for the next step.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -61,7 +64,7 @@ that names the parameter. Properties that the signature cannot express are tags 
              f-divergence score, which is known up to such a constant, may replace the log-ratio
              (f_divergence_score)
     average  the margin, or each of the two rewards, is an average per token
-    batch    the loss of a pair depends on the other pairs of the batch
+    batch    the loss of a pair depends on the other pairs of the batch, by more than n̄
 
 To copy a function into another project, leave out its `@loss` line, and copy `capped_exp` too if
 the body calls it. The copy needs only torch, and does not check ranges. The lines that compute a, b
@@ -225,12 +228,12 @@ def discopop(
                L′(z) = −(1−m) σ(−z) − m e^(−z) + m(1−m)/τ [e^(−z) − sp(−z)]. The loss is not
                convex: with τ = 0.05 it has a local minimum at z = −0.119 and a maximum at
                z = 0.072. Where π = π_ref, L′(0) = +0.784: it pushes AGAINST y_w. A single pair
-               ends in that minimum, ranked wrongly; only a pair that others move beyond the
-               maximum is pushed on.
+               that starts there ends in the minimum, with h < 0; only a pair that others move
+               beyond the maximum is pushed on.
     Args       four (B,) log-probs; beta > 0 (paper 0.05); discopop_tau > 0 (paper 0.05), the width
                of the blend
     Elsewhere  TRL and the authors multiply e^(−z) by m, which in fp32 is inf · 0 = NaN once
-               z < −88. Here the product is one exponential. For τ > 1 its true value is
+               z < −88. Here the product is one exponential. For τ > 1 its true value grows as
                e^(|z|(1−1/τ)), which `capped_exp` extends linearly beyond its cap.
     """
     a = policy_chosen_logps - ref_chosen_logps
@@ -254,12 +257,13 @@ def ipo(
                arXiv:2310.12036v2, eq. 17
                Its τ is our β.
     Formula    L = (h̄ − 1/(2τ))²,        h̄ = (w − w°)/n_w − (l − l°)/n_l
-    Gradient   ∂L/∂w = 2 (h̄ − 1/(2τ)) / n_w. It grows with the error, and is against y_w beyond the
-               target; the gradient of DPO never is.
+    Gradient   ∂L/∂w = 2 (h̄ − 1/(2τ)) / n_w, ∂L/∂l = −2 (h̄ − 1/(2τ)) / n_l. It grows with the
+               error, and is against y_w beyond the target; the gradient of DPO never is.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0. β sets the target alone and
                does not scale h̄.
     Elsewhere  The paper prints the summed log-ratio and says nothing of averages. Its authors, when
-               asked, said that averages are meant, as huggingface.co/blog/pref-tuning reports.
+               asked, said that averages are meant: huggingface.co/blog/pref-tuning and a comment
+               in TRL's code report it.
                TRL >= 0.7.11, LLaMA-Factory and we average; the DPO authors' repository, OpenRLHF
                and TRL <= 0.7.10 sum. For the summed form pass lengths of one. HALOs counts the
                tokens whose log-ratio is not 0, which gives 0/0 before the first step.
@@ -306,8 +310,10 @@ def rdpo(
     Gradient   ∂L/∂w = −β σ(−(βh + α (n_w − n_l))) = −∂L/∂l: pairs whose chosen answer is the longer
                one get a smaller gradient.
     Args       four (B,) log-probs, two (B,) lengths >= 1; beta > 0; rdpo_alpha >= 0, per token
-    Elsewhere  We found no code of the authors. The sign agrees with SimPO's Tables 3 and 7; one
-               survey prints a minus, against its own derivation. SamPO's code calls α lenN.
+               (0.005 to 0.05 in the scripts named below)
+    Elsewhere  The sign is that of github.com/orangese/dpo-length-experiments, whose scripts run in
+               the first author's folders, and of SimPO's Tables 3 and 7. One survey prints a
+               minus, against its own derivation. SamPO's code calls α lenN.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -330,8 +336,8 @@ def odpo(
                of each answer (checked on CPU tensors). Their scale matters: c times the scores are
                α log c more offset. beta > 0; odpo_alpha >= 0 (authors' code 1, sentiment task 0.5;
                0 is DPO)
-    Elsewhere  Functions of the scores other than the log are possible, and α can be
-               outside of them: turbo-alignment takes Δ itself.
+    Elsewhere  The authors' code can also take the log of the ratio of the two scores.
+               turbo-alignment takes Δ itself.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -411,7 +417,8 @@ def rpo_bwd_kl(
     Args       four (B,) log-probs; chosen_scores and rejected_scores, both (B,), in units of
                log-odds after rpo_eta; beta > 0 (NeMo-Aligner 0.2); rpo_eta >= 0 (NeMo-Aligner 1)
     Elsewhere  NeMo-Aligner's rpo_bwd_kl. cDPO (`sigmoid`) with ε = σ(−g) for each pair has the same
-               gradient; its loss is larger by the entropy of the labels. As η grows it becomes DPO.
+               gradient; its loss is larger by the entropy of the labels. As η grows it becomes DPO
+               where s_w > s_l.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -453,9 +460,10 @@ def rpo_fwd_kl(
 
 # --------------------------------------------------------------------------------------------------
 # Reward losses: functions of the two log-ratios a and b (or of the implicit rewards r_w = βa and
-# r_l = βb), not of their difference alone. They say what the probability of each answer should do,
-# relative to π_ref. So most of them keep the chosen answer probable where a margin loss would let
-# its probability fall.
+# r_l = βb), not of their difference alone. Most of them say what the probability of each answer
+# should do, relative to π_ref, and keep the chosen answer probable where a margin loss would let
+# its probability fall. Not so `apo_down`, which lowers both, nor `dpo_shift` and `chipo`, which
+# still compare the two answers, so that both may fall.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0")
@@ -470,7 +478,8 @@ def nca_pair(
     Gradient   ∂L/∂w = −β (1 − (3/2) σ(r_w)), ∂L/∂l = (β/2) σ(r_l): the gradient of each answer
                depends on its own reward alone. The minimum in r_w is finite, log 2, so
                the likelihood of y_w does not fall without bound.
-    Args       four (B,) log-probs; beta > 0 (0.1 or 0.01 in the paper's experiments)
+    Args       four (B,) log-probs; beta > 0 (authors' README 0.01; 0.1 for UltraInteract in the
+               paper's appendix C, by reading notes)
     Elsewhere  The same in the authors' code and TRL. `bco_pair` with delta = 0 counts y_w as no
                part of the noise and y_l as all of it.
     """
@@ -531,13 +540,14 @@ def sppo_hard(
 
     Paper      Self-Play Preference Optimization for Language Model Alignment, arXiv:2405.00675v5,
                Sec. 4.5, eq. 4.12
-               Here P(y_w wins) = 1 and P(y_l wins) = 0. Its η is our 1/β. The targets are shares of
-               the equilibrium of a two-player game.
+               Here P(y_w wins) = 1 and P(y_l wins) = 0. Its η is our 1/β. The targets η (P − ½) are
+               those of one step of multiplicative weights towards the Nash equilibrium of a
+               two-player game; π_ref is the policy before this step.
     Formula    L = (a − η/2)² + (b + η/2)²
     Gradient   ∂L/∂w = 2 (a − η/2), ∂L/∂l = 2 (b + η/2): each log-ratio has a target of its own, so
                neither can drift.
     Args       four (B,) log-probs; beta > 0 (paper η = 1000, that is 0.001, with the win rates of a
-               judge in place of 1 and 0)
+               preference model, PairRM, in place of 1 and 0)
     Elsewhere  TRL is the same, with 0.1 as its default. The authors' code halves the sum and has
                soft win rates.
     """
@@ -557,15 +567,17 @@ def kto_pair(
                arXiv:2402.01306v4, eq. 8 (eq. 7 in v1), λ = 1 on both sides
     Formula    L = ½ [1 − σ(β(a − z_l))] + ½ [1 − σ(β(z_w − b))],
                z_w = max(0, mean a), z_l = max(0, mean b)
-    Gradient   ∂L/∂w = −(β/2) σ(u) σ(−u) at u = β(a − z_l), and the mirror image for l. It is
-               largest at u = 0 and vanishes for answers that are very good or very bad. z has no
-               gradient: the paper says not to back-propagate through it.
+    Gradient   ∂L/∂w = −(β/2) σ(u) σ(−u) at u = β(a − z_l), ∂L/∂l = (β/2) σ(v) σ(−v) at
+               v = β(z_w − b). It is largest at u = 0 and v = 0, and vanishes for answers that are
+               very good or very bad. z has no gradient: the paper says not to back-propagate
+               through it. Contradictory labels of a pair drive h ever further to the side of the
+               majority only while z stays at 0; where z rises with h, h settles.
     Args       four (B,) log-probs; beta > 0
-    Elsewhere  The paper estimates z from mismatched prompts and answers. Pairs have none, so the
-               mean of the OTHER side takes its place, as in TRL 0.7.5 to 0.9.4, where this loss
-               comes from. Those versions back-propagate through z (twice the gradient, for one pair
-               with a, b > 0) and return 2B terms. Ours is half the sum of a pair's two terms, so
-               the mean is the same.
+    Elsewhere  The paper estimates z from mismatched prompts and answers. The log-probs of pairs
+               contain none, so the mean of the OTHER side takes its place, as in TRL 0.7.5 to
+               0.9.4, where this loss comes from. Those versions back-propagate through z (twice
+               the gradient, for one pair with a, b > 0) and return 2B terms. Ours is half the sum
+               of a pair's two terms, so the mean is the same.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -650,7 +662,7 @@ def dpo_shift(
                arXiv:2502.07599
     Formula    L = −log σ(β (a − λb))
     Gradient   with u = β (a − λb): ∂L/∂w = −β σ(−u), ∂L/∂l = λβ σ(−u). A token that both answers
-               share is pushed up by their difference; DPO does not move it.
+               begin with is pushed up by the difference, (1 − λ) β σ(−u); DPO does not move it.
     Args       four (B,) log-probs; beta > 0 (authors' recipes 0.01); shift_lambda in [0, 1]
                (authors' recipes 0.7; 1 is DPO)
     Elsewhere  The authors' code can also change λ linearly during training. λ multiplies the
@@ -697,8 +709,9 @@ def cal_dpo(
     Paper      Cal-DPO: Calibrated Direct Preference Optimization for Language Model Alignment,
                arXiv:2412.14516
     Formula    L = −log σ(h) + c [ (a − 1/(2β))² + (b + 1/(2β))² ]
-    Gradient   ∂L/∂w = −σ(−h) + 2c (a − 1/(2β)), ∂L/∂l = σ(−h) + 2c (b + 1/(2β)): the squares soon
-               dominate, and keep y_w from falling.
+    Gradient   ∂L/∂w = −σ(−h) + 2c (a − 1/(2β)), ∂L/∂l = σ(−h) + 2c (b + 1/(2β)). At π_ref the
+               square has c/β of the gradient of w and DPO 1/2, so with the defaults the squares
+               dominate from the start. They keep y_w from falling.
     Args       four (B,) log-probs; beta > 0, which sets the targets and does NOT scale h;
                cal_dpo_weight >= 0, c in the formula (paper 1)
     Elsewhere  The authors' code has c = 0.5 and averages the squares over the batch before it adds
@@ -718,14 +731,14 @@ def chipo(
 ):
     """χPO: DPO regularized by χ² as well as KL, so answers rare under π_ref stay rare.
 
-    Paper      Correcting the Mythos of KL-Regularization: χ²-Preference Optimization,
-               arXiv:2407.13399, Algorithm 1
+    Paper      Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
+               via Chi-Squared Preference Optimization, arXiv:2407.13399, Algorithm 1
     Formula    L = −log σ(clip(β [φ(u_w) − φ(u_l)], ±2R)),
                φ(u) = u + log u, u_w = eᵃ, u_l = eᵇ
-    Gradient   the gradient of DPO, at β[φ(u_w) − φ(u_l)], times the slope of φ: (1 + eᵃ) for w and
-               (1 + eᵇ) for l. Near π_ref it is DPO with 2β, and there is little to gain from
-               raising an answer far that π_ref finds improbable. Exactly 0 where the clip is
-               active.
+    Gradient   with z = β [φ(u_w) − φ(u_l)]: ∂L/∂w = −β σ(−z) (1 + eᵃ) while |z| < 2R, exactly 0
+               beyond; ∂L/∂l = β σ(−z) (1 + eᵇ) while |z| < 2R, exactly 0 beyond. Near π_ref it is
+               DPO with 2β. At the optimum π/π_ref grows about linearly with a large reward, and
+               not exponentially as in DPO.
     Args       four (B,) log-probs; beta > 0 (paper 0.05 and 0.005); chipo_r_max > 0, R in the
                formula: the largest true reward. None: no clip.
     Elsewhere  Copies that clip each side separately, or clamp β·u, are another loss. `capped_exp`
@@ -743,9 +756,10 @@ def chipo(
 
 
 # --------------------------------------------------------------------------------------------------
-# Distribution losses: the sorted margins of a whole batch against the sorted margins of the
-# reference. The policy must be better than π_ref at every quantile, not at every pair. losses[k]
-# belongs to the k-th quantile, so a weight of a pair must not multiply it.
+# Distribution losses: two sorted lists of a whole batch are compared, the policy's margins with the
+# reference's (`aot`), or the log-ratios of chosen with those of rejected answers (`aot_unpaired`).
+# The first must be larger at every quantile, not in every pair. losses[k] belongs to the k-th
+# quantile, so a weight of a pair must not multiply it.
 # --------------------------------------------------------------------------------------------------
 
 @loss("batch", beta="> 0", label_smoothing="[0, 0.5)")
@@ -758,8 +772,9 @@ def aot(
     Paper      Distributional Preference Alignment of LLMs via Optimal Transport, arXiv:2406.05882
     Formula    L_k = −(1−ε) log σ(β(u_k − v_k)) − ε log σ(−β(u_k − v_k)),
                u = sort(w − l), v = sort(w° − l°)
-    Gradient   the gradient of DPO, but at the margin u_k − v_k: each pair is compared with the
-               reference's pair of the same rank.
+    Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε), for w of the pair of rank k, and its negative
+               for l: the gradient of cDPO, but at the margin u_k − v_k. Each pair is compared with
+               the reference's pair of the same rank.
     Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). The result
                is in sorted order, not in the order of the pairs. A batch of one pair is DPO: the
                quantiles are only as fine as the batch is large.
@@ -785,8 +800,9 @@ def aot_unpaired(
     Paper      Distributional Preference Alignment of LLMs via Optimal Transport, arXiv:2406.05882
     Formula    L_k = −(1−ε) log σ(β(u_k − v_k)) − ε log σ(−β(u_k − v_k)),
                u = sort(a), v = sort(b)
-    Gradient   the gradient of DPO, but at the margin u_k − v_k: a good and a bad answer of the same
-               rank are compared, whatever their prompts.
+    Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε) = −∂L_k/∂v_k: the gradient of cDPO, but at the
+               margin u_k − v_k. A good and a bad answer of the same rank are compared, whatever
+               their prompts.
     Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). It does not
                matter which rejected answer came with which chosen one. The result is in sorted
                order.
@@ -816,7 +832,7 @@ def hypo(
 ):
     """HyPO: DPO without a reference in the pairs whose order the reference has wrong.
 
-    There DPO is satisfied as soon as the policy is less wrong than the reference.
+    There the gradient of DPO shrinks as soon as the policy is less wrong than the reference.
 
     Paper      Mitigating Mismatch within Reference-based Preference Optimization, arXiv:2602.11902
     Formula    L = −log σ(β [(w − l) − max(0, w° − l°)])
@@ -824,7 +840,8 @@ def hypo(
                where w° >= l°, and larger where w° < l°.
     Args       four (B,) log-probs; beta > 0 (the default is DPO's). At π = π_ref the loss is above
                log 2 in the pairs whose order the reference has wrong.
-    Elsewhere  The authors published no code that we found; the formula is that of the abstract. The
+    Elsewhere  The authors published no code that we found; the formula is that of the abstract.
+               Reading notes mention a threshold other than 0 and a smooth maximum as options. The
                name also belongs to other methods.
     """
     policy_margin = policy_chosen_logps - policy_rejected_logps
@@ -841,8 +858,8 @@ def update_gap(state: dict, means: dict, beta: float, decay: float = 0.9) -> dic
 
     The authors' code starts its averages from zero, so that they are a tenth of the truth at first.
     Here the first ten steps count equally, and later steps make an exponential average. A spread
-    below 1e-4 nats per token is rounding, at π = π_ref, and the spread of `alpha_dpo` starts after
-    it.
+    below 1e-4 nats per token is taken for the rounding at π = π_ref: such a step changes no average
+    of `alpha_dpo`.
     """
     margin = means["rewards/margins"]
     now = {"gap_mean": margin / beta}
@@ -873,11 +890,12 @@ def beta_dpo(
                whose mean is 5 nats above M has 4 β at α = 0.6.
     Args       four (B,) log-probs; gap_mean, a number: M, which `update_gap` computes; keep (B,):
                1 for the pairs that the mean is over (default all); beta > 0 (authors' code 0.1);
-               beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO)
-    Elsewhere  The paper also drops pairs: of each batch it draws 80 %, the more probable the nearer
-               h is to M. For that pass `keep` and average the losses of these pairs; train.py keeps
-               all pairs. The authors' code updates M before it is used, and in evaluation too; here
-               M is of the steps before. Its weights are 0/0 at π = π_ref, where it fails.
+               beta_dpo_a >= 0, α in the formula (authors' README 0.6; 0 is DPO if β >= 0.001)
+    Elsewhere  The paper also drops pairs: of each batch it draws some, 80 % in the authors' README,
+               and a pair is the more probable the nearer h is to M. For that pass `keep` and
+               average the losses of these pairs; train.py keeps all pairs. The authors' code fails
+               at π = π_ref, where the probabilities are 0/0. It updates M before it is used, and in
+               evaluation too; here M is of the steps before.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -953,9 +971,9 @@ def dr_dpo(
 
 
 # --------------------------------------------------------------------------------------------------
-# Reference-free losses: no second model. A likelihood term, or the scale of the reward, limits how
-# far the policy moves. An averaged likelihood is an average over the tokens of the batch, −w/n̄,
-# as in `sft`.
+# Reference-free losses: no second model. Nothing but a likelihood term, or the shape and scale of
+# the loss, limits how far the policy moves. An averaged likelihood is an average over the tokens of
+# the batch, −w/n̄, as in `sft`.
 # --------------------------------------------------------------------------------------------------
 
 @loss(beta="> 0", cpo_alpha=">= 0", label_smoothing="[0, 0.5)")
@@ -974,7 +992,7 @@ def cpo(
                (paper 0.1); cpo_alpha >= 0 (the paper has no such weight: 1); label_smoothing
                in [0, 0.5)
     Elsewhere  The paper sums the likelihood over the answer. TRL and ALMA average it over the
-               tokens of the batch, and so do we, because α = 1 is only balanced there. TRL's CPO
+               tokens of the batch, and so do we: α is then a weight per token. TRL's CPO
                with loss_type hinge or ipo is --loss hinge,sft or ipo,sft with --reference_free.
     """
     if mean_chosen_length is None:
@@ -994,7 +1012,7 @@ def simpo(
 ):
     """SimPO: the reward is the average log-prob of a token, and must win by a target margin γ.
 
-    This reward is the quantity by which generation ranks answers.
+    The paper's reason: generation approximately maximizes this average.
 
     Paper      SimPO: Simple Preference Optimization with a Reference-Free Reward, arXiv:2405.14734,
                eq. 6 (reward eq. 4)
@@ -1031,13 +1049,15 @@ def alphapo(
 
     Paper      AlphaPO: Reward Shape Matters for LLM Alignment, arXiv:2501.03884
     Formula    L = −log σ(β(s(w̄) − s(l̄)) − γ),        s(x) = (1 − e^(−αx))/α
-    Gradient   the gradient of SimPO at this margin, times s′(x) = e^(−αx): with α > 0 improbable
-               answers are moved more, with α < 0 less.
+    Gradient   with z = β(s(w̄) − s(l̄)) − γ: ∂L/∂w = −β σ(−z) e^(−αw̄) / n_w,
+               ∂L/∂l = β σ(−z) e^(−αl̄) / n_l. With α > 0 the gradient is the larger, the less
+               probable an answer is; with α < 0 the smaller.
     Args       two (B,) log-probs, two (B,) lengths >= 1; beta > 0 (2.5); gamma finite (0.1);
                alphapo_alpha != 0 and finite (0.25): as α goes to 0 the loss becomes SimPO. TRL's
                documentation quotes the three values from the paper.
     Elsewhere  TRL computes exp(logp)^(−α). Its AlphaPO does this with averages, where it is
-               finite; with the same option, its losses on sums are NaN for long answers. Here it is
+               finite; with loss_type sigmoid or hinge its option alpha acts on sums, and the loss
+               is NaN in fp32 once both answers are below −104 nats, if not before. Here it is
                one expm1, which `capped_exp` extends linearly beyond the cap.
     """
     average_w = policy_chosen_logps / chosen_lengths      # w̄
@@ -1135,7 +1155,8 @@ def slic(
     Paper      SLiC-HF: Sequence Likelihood Calibration with Human Feedback, arXiv:2305.10425,
                as RSO (arXiv:2309.06657) quotes it
     Formula    L = max(0, δ − w + l) − λ log π(y_ref|x)
-    Gradient   ∂L/∂w = −1, ∂L/∂l = 1 while w − l < δ, 0 beyond; and a constant −λ on y_ref.
+    Gradient   ∂L/∂w = −1 while w − l < δ, 0 beyond; ∂L/∂l = 1 while w − l < δ, 0 beyond; and −λ on
+               y_ref, which is added to ∂L/∂w where y_ref is y_w.
     Args       two (B,) log-probs; policy_target_logps (B,), log π(y_ref|x) of the supervised
                target. If it is left out, y_ref is the chosen answer, as with the paper's
                best-ranked candidate. slic_delta >= 0 in nats (1); slic_lambda >= 0
@@ -1190,7 +1211,8 @@ def npo(policy_rejected_logps, ref_rejected_logps, *, beta=0.1):
                beta > 0 (authors' code 0.1). At π = π_ref the loss is (2/β) log 2, 13.86 at β = 0.1.
     Elsewhere  The factor 2/β belongs to the loss. --loss npo reads no `chosen`. A retain term is a
                part of a sum: --loss npo,sft keeps `chosen` probable, an answer to the same prompt.
-               SimNPO (arXiv:2410.07163) is this loss on averages with a reference of zeros.
+               SimNPO (arXiv:2410.07163) at γ = 0 is this loss on averages with a reference of
+               zeros.
     """
     b = policy_rejected_logps - ref_rejected_logps
     return 2 / beta * F.softplus(beta * b)
@@ -1211,16 +1233,16 @@ def f_divergence_score(
                reverse_kl  a, which is DPO           js     log(2u/(1+u))
                forward_kl  1 − 1/u: alpha at α = 1   alpha  (1 − u^(−α))/α
     Gradient   s′(a) is 1 for reverse_kl, 1 − σ(a) for js, e^(−αa) for alpha, e^(−a) for forward_kl.
-               js stops pushing answers that have risen; the last two push hardest where the
+               js pushes answers ever less as they rise; the last two push hardest where the
                probability fell. s(0) = 0 for all, so a loss has its usual value at π = π_ref; s′(0)
                is ½ for js, else 1.
     Args       logratio (B,), w − w° or l − l°; alpha in (0, 1], read by "alpha" alone. Pass the
                scores to a loss as log-probs, with zeros as the reference's. Valid with margin
                losses of sums, because f′ is known up to a constant per prompt.
-    Elsewhere  The paper's α is in (0, 1), and TRL <= 0.28 had 1 as its default. TRL >= 0.29 gives
-               the same option the value 1 − α. Its forward_kl is NaN in fp32 once both answers fell
-               by 88 nats, and its old cap made the gradient 0. Ours is extended linearly beyond the
-               cap.
+    Elsewhere  The authors' code wants α in (0, 1), and TRL <= 0.28 had 1 as its default. TRL from
+               0.29 on gives the same option the value 1 − α. Its forward_kl is NaN in fp32 once
+               both answers fell by 88 nats, and its old cap made the gradient 0. Ours is extended
+               linearly beyond the cap.
     """
     if f_divergence not in ("reverse_kl", "forward_kl", "js", "alpha"):
         raise ValueError("f_divergence must be reverse_kl, forward_kl, js or alpha, "
@@ -1260,17 +1282,18 @@ def capped_exp(x, minus_one=False):
 #   ASFT         arXiv:2409.10571  likelihood, and a logistic loss on the log-odds of each answer on
 #                                  its own: `orpo`
 #   AuxDPO       arXiv:2510.20413  DPO with a trained offset for each answer: `score_margin`
-#   BDPO         arXiv:2506.12725  DPO with a mixture of π and π_ref for the rejected answer:
-#                                  `dpo_shift`
+#   BDPO         arXiv:2506.12725  DPO with a mixture of π and π_ref for the rejected answer, by the
+#                                  author's web page: `dpo_shift`
 #   CPL          arXiv:2310.13639  `dpo_shift` with a reference of zeros
 #   γ-PO         arXiv:2506.03690  SimPO or DPO with a target margin of each pair that follows from
-#                                  the margins of earlier pairs: `alpha_dpo`
+#                                  the margins of the batch and of earlier pairs: `alpha_dpo`
 #   Mallows-DPO  arXiv:2405.14953  DPO whose margin is scaled by how much preferences about the
 #                                  prompt are dispersed: `sigmoid`
 #   RPO          arXiv:2405.16436  DPO and a likelihood: --loss sigmoid,sft. The authors' code sums
 #                                  the likelihood over the answer, and its weight contains β
-#   SimNPO       arXiv:2410.07163  `npo` on averages with a reference of zeros
-#   SquaredPO    arXiv:2602.06788  f-DPO with the score a e^(−a): `f_divergence_score`
+#   SimNPO       arXiv:2410.07163  `npo` on averages with a reference of zeros, and a margin γ
+#   SquaredPO    arXiv:2602.06788  f-DPO with the score a e^(−a), by a reading note of the paper:
+#                                  `f_divergence_score`
 #   TPO          arXiv:2405.16681  DPO without a reference, and the likelihood of a third, best
 #                                  answer: `slic` with policy_target_logps
 #
@@ -1283,7 +1306,8 @@ def capped_exp(x, minus_one=False):
 #   BCO          arXiv:2404.04656  on single answers, good or bad: `bco_pair`
 #   EXO          arXiv:2402.00856  on lists: `exo_pair`
 #   InfoNCA, NCA arXiv:2402.05369  on lists with scores: `sigmoid`, `nca_pair`
-#   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by rank: `sigmoid`
+#   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by labels and ranks:
+#                                  `sigmoid`
 #   S-DPO        arXiv:2406.09215  DPO of one chosen against several rejected answers: `sigmoid`
 # --------------------------------------------------------------------------------------------------
 

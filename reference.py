@@ -41,7 +41,7 @@ from checkpoint import without_ties
 from dpo import concatenated_forward, preference_loss
 from errors import UserError
 from files import json_digest, written_aside
-from loading import load_tokenizer
+from loading import has_vocabulary, last_token, load_tokenizer
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
@@ -111,14 +111,14 @@ def check_reference(args: Namespace, model: PreTrainedModel, tokenizer: Any) -> 
     """
     name = f"--ref_model {args.ref_model}"
     words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise UserError(f"{name}: has {words} embeddings, but the tokenizer of the policy has "
-                        f"{len(tokenizer)} tokens; pass a reference with the policy's vocabulary")
+    token, number = last_token(tokenizer)
+    if number >= words:
+        raise UserError(f"{name}: has {words} embeddings, but the tokenizer of the policy has the "
+                        f"id {number} for {token!r}; pass a reference with the policy's vocabulary")
     check_positions(args, name, model)
-    try:
-        own = load_tokenizer(args.ref_model)
-    except UserError:
+    if not has_vocabulary(args.ref_model):
         return f"{name}: has no tokenizer; its vocabulary is taken to be that of the policy"
+    own = load_tokenizer(args.ref_model)
     difference = first_difference(tokenizer.get_vocab(), own.get_vocab())
     if difference:
         raise UserError(f"{name}: has another vocabulary than the policy ({difference}), and would "
@@ -293,17 +293,12 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
 
 # --- The cache ------------------------------------------------------------------------------------
 
-def cache_key(args, fixed_model, splits, dtype):
-    """Hash all inputs of the cached log-probs: weights and configs, token ids, dtype, ld_alpha,
-    --quantize."""
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(f"{fixed_model} {dtype} {args.ld_alpha} {args.quantize}".encode())
-    for rows in splits:
-        names = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
-        columns = rows.select_columns([name for name in names if name in rows.column_names])
-        for batch in columns.iter(1000):
-            digest.update(json.dumps(batch).encode())
-    return digest.hexdigest()
+def cache_key(args, fixed_model, splits, task):
+    """Hash all inputs of the cached log-probs: weights and configs, rows, the answers that the loss
+    reads, dtype, ld_alpha, --quantize."""
+    inputs = [fixed_model, task.dtype, args.ld_alpha, args.quantize, sides_of(task.loss)]
+    inputs += [data.digest(rows) for rows in splits]
+    return hashlib.blake2b(str(inputs).encode(), digest_size=12).hexdigest()
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
@@ -337,7 +332,7 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_m
     The log-probs are read from a file. If the file does not exist, or not as it was written, all
     ranks compute it together.
     """
-    key = cache_key(args, fixed_model, splits, task.dtype) if ranks.rank == 0 else None
+    key = cache_key(args, fixed_model, splits, task) if ranks.rank == 0 else None
     key = broadcast(key, ranks)
     path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
     named = dict(zip(("train", "eval"), splits))
@@ -398,7 +393,7 @@ def write_cache(path, key, tables):
 
 
 def read_cache(path, key):
-    """Read {split: (rows, 2) log-probs}, or None if there is no file, or a damaged one, which is
+    """Read {split: (rows, S) log-probs}, or None if there is no file, or a damaged one, which is
     computed again."""
     if not path.exists():
         return None

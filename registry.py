@@ -13,14 +13,20 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable
 
 import torch
 
-from ranges import REAL, describe_range, in_range, read_range
-
 LOSSES = {}  # name: function; losses.py fills it when it is imported
+
+COMPARE = {
+    ">": operator.gt, ">=": operator.ge, "!=": operator.ne,
+    "(": operator.gt, "[": operator.ge, ")": operator.lt, "]": operator.le,
+}
+# A number as a user writes it. Python's float() reads more: "1_0", " 5 ", "٣", "nan".
+REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 # --- @loss ----------------------------------------------------------------------------------------
@@ -93,6 +99,31 @@ def check_above(name, value, bound_name, bound):
     rows on loading."""
     if value.device.type == "cpu" and not (value > bound).all():
         raise ValueError(f"{name} must be above {bound_name} in every pair")
+
+
+def in_range(value: float, text: str) -> bool:
+    """Return whether a number is in the range "> 0", ">= 0", "!= 0", "finite", "[0, 0.5)" or the
+    like. Infinity and NaN are in no range."""
+    compare_low, low, compare_high, high = read_range(text)
+    return math.isfinite(value) and compare_low(value, low) and compare_high(value, high)
+
+
+@functools.cache
+def read_range(text: str) -> tuple[Callable, float, Callable, float]:
+    """-> two comparisons and their bounds: "[0, 0.5)" -> >=, 0.0, <, 0.5."""
+    if text == "finite":
+        return operator.gt, -math.inf, operator.lt, math.inf
+    if text.startswith(("[", "(")):
+        low, high = text[1:-1].split(",")
+        return COMPARE[text[0]], float(low), COMPARE[text[-1]], float(high)
+    sign, bound = text.split()
+    return COMPARE[sign], float(bound), operator.lt, math.inf
+
+
+def describe_range(text: str) -> str:
+    if text.startswith(("[", "(")):
+        return f"in {text}"
+    return text if text == "finite" else f"{text} and finite"
 
 
 # --- Reading the signature of a loss --------------------------------------------------------------
@@ -323,7 +354,8 @@ def curve(function: Callable, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def plot(path):
     """Draw every margin loss of single pairs, and its derivative, against βh. Each loss has a panel
     with its own scale, because the default β of the losses differ by a factor of 100."""
-    from matplotlib.figure import Figure
+    with reading(f"--plot {path}", "; pip install matplotlib"):
+        from matplotlib.figure import Figure
 
     functions = []
     for function in LOSSES.values():
@@ -343,7 +375,8 @@ def plot(path):
         panel.set_title(", ".join([function.__name__, *settings]), fontsize=9)
         panel.set_xlabel("βh̄" if "average" in function.tags else "βh")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    with reading(f"--plot {path}"):
+        figure.savefig(path, dpi=120)
 
 
 def main():
@@ -359,5 +392,4 @@ def print_table(arguments):
     if path is None:
         print("\n".join(table()))
         return
-    with reading(f"--plot {path}"):  # matplotlib is missing, or does not write such files
-        plot(path)
+    plot(path)

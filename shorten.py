@@ -11,6 +11,7 @@ tokens on one side never depend on the other side, at a boundary:
 there makes one, since the model encodes each piece on its own; so does a BPE without a token that
 crosses it, since its merges never cross it. A tokenizer without them gets the whole text.
 """
+import functools
 import json
 import random
 import re
@@ -101,6 +102,7 @@ def encode_plain(tokenizer, strings):
 
 # --- Has a tokenizer boundaries? ------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=4)
 def find_boundaries(tokenizer: Any) -> re.Pattern | None:
     """Return a pattern whose matches are a letter and a separator before a letter, such that the
     tokens before the separator never depend on the text from there on, nor the other way round.

@@ -32,6 +32,7 @@ from errors import (
     reading,
     stop_hub_retries,
 )
+from files import LIST
 
 # --- The readers ----------------------------------------------------------------------------------
 # A text must be read exactly as the file has it, and every row with its number. The CSV and JSON
@@ -388,8 +389,8 @@ def list_folder(path):
 def visible_files(path):
     """Yield (folders above it, file) of the files and links of a folder, without hidden ones and
     those of a run, which may write its output below its data."""
-    locks = [*path.glob("*/.lock"), *path.glob("*/*/.lock")]
-    runs = {lock.parent for lock in locks}
+    lists = [*path.glob(f"*/{LIST}"), *path.glob(f"*/*/{LIST}")]
+    runs = {file.parent for file in lists}
     for depth, pattern in enumerate(("*", "*/*", "*/*/*", "*/*/*/*")):
         for file in sorted(path.glob(pattern)):
             is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)

@@ -14,7 +14,7 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
-from errors import UserError, arguments, report  # first, see errors.py
+from errors import UserError, arguments, is_out_of_memory, report  # first, see errors.py
 import contextlib
 import math
 import os
@@ -177,7 +177,7 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
 
     With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
     for it. `newest` is the checkpoint to resume from, or None. `unreached` names the parts of the
-    model that text does not reach; where it is None, they are tried. They are frozen.
+    model that text does not reach, which are frozen; None: a short forward finds them.
     """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
@@ -595,7 +595,7 @@ def load_trained_tokenizer(args, source):
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Hash the tokenizer, which a run saves with its model. Call it before the first text."""
+    """Hash the tokenizer, which a run saves with its model."""
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return json_digest({"words": words, "special": special, "chat": tokenizer.chat_template})
@@ -647,11 +647,22 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
 
 
 def print_changed_flags(args, saved):
-    """Say which flags a resumed run changes, by the command line or by an edit of config.json."""
+    """Say which flags a resumed run changes."""
     for name in sorted(FREE_ON_RESUME - {"resume", "output_dir"}):
         value = getattr(args, name)
         if value != saved[name]:
             print(f"--{name} {value}: it was {saved[name]} when the checkpoint was written")
+
+
+def count_steps(args, rows, ranks):
+    """-> the steps of the run, and those of its warm-up. A warm-up longer than the run is said."""
+    steps = args.max_steps or args.epochs * math.ceil(rows / args.batch_size)
+    warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
+    if warmup >= steps and ranks.rank == 0:
+        highest = args.lr * (steps - 1) / warmup
+        print(f"--warmup_steps {warmup}: the run has only {steps} steps, so the learning rate "
+              f"reaches {highest:.3g} of --lr {args.lr:g}")
+    return steps, warmup
 
 
 def prepare(args, loss, hyper, home, folder, ranks) -> Run:
@@ -666,21 +677,18 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
     # are from another file, which the error about them names.
-    splits = [rows] if args.eval_dataset else [rows, held_out]
+    rows_digest, held_out_digest = data.digest(rows), data.digest(held_out)
+    if not args.eval_dataset:
+        rows_digest += f"+{held_out_digest}"
     fixed = {
         "tokenizer": tokenizer_hash,
         "weights": weights,
         "settings": settings,
-        "rows": "+".join(data.digest(split) for split in splits),
-        "held_out": data.digest(held_out),
+        "rows": rows_digest,
+        "held_out": held_out_digest,
         "world": world.enumeration_digest(home) if home else None,
     }
-    steps = args.max_steps or args.epochs * math.ceil(len(rows) / args.batch_size)
-    warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
-    if warmup >= steps and ranks.rank == 0:
-        highest = args.lr * (steps - 1) / warmup
-        print(f"--warmup_steps {warmup}: the run has only {steps} steps, so the learning rate "
-              f"reaches {highest:.3g} of --lr {args.lr:g}")
+    steps, warmup = count_steps(args, len(rows), ranks)
 
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
@@ -872,8 +880,7 @@ def explain(error):
     if isinstance(error, (UserError, FloatingPointError, OSError, SafetensorError)):
         return str(error)
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    too_large = re.search("can't allocate memory|[Ss]ize calculation overflowed", first)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or too_large:
+    if is_out_of_memory(error):
         return (f"out of memory ({first}). Options that need less, cheapest first: a lower "
                 "--micro_batch_size, --gradient_checkpointing, --ref cache, a lower --max_length, "
                 "--parallel fsdp, --lora_rank, --quantize nf4")

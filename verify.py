@@ -1,4 +1,5 @@
-"""Does a model support packed rows, and padded rows without a mask? Tried on two short pairs.
+"""Is a model causal and without noise, and does it support packed rows, or padded rows without a
+mask? Tried on short rows.
 
 `can_pack` and `can_drop_mask` compare log-probs and gradients of the run's own model, in the run's
 own dtype, with those of single rows. No list of architectures is needed.

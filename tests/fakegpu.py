@@ -443,6 +443,7 @@ def pretend():
     """Patch what torch asks the driver, or does before an operator is dispatched."""
     torch.cuda._lazy_init = lambda: None  # would load the driver
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast is off
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True  # or autocast refuses bfloat16
     torch.cuda.synchronize = lambda *args: recorder.note("sync", "torch.cuda.synchronize")
     # module.to("cuda") keeps each Parameter object, as on a GPU; else tied weights come apart

@@ -6,9 +6,9 @@
 
 The grammar is that of the pages: a product is written without a sign (βh, 2c (a − η)), a function
 takes what follows it (log σ(z), log[...], mean a), "e" has an exponent (e^(−z), eᵃ), and a value
-may hold under a condition ("−β while βh < 1, 0 beyond"). A name that the page defines, "z = βh" or
-"s(x) = σ(x) σ(−x)" anywhere after "Formula" or "Gradient", is read there. Reading stops at the
-first word or sign that is not part of an expression.
+may hold under a condition ("−β while βh < 1, 0 beyond", "while |z| < 2R"). A name that the page
+defines, "z = βh" or "s(x) = σ(x) σ(−x)" anywhere after "Formula" or "Gradient", is read there.
+Reading stops at the first word or sign that is not part of an expression.
 """
 import inspect
 import operator
@@ -220,6 +220,10 @@ class Reader:
         if token in ("(", "["):
             values = self.until_bracket()
             return values if len(values) > 1 else values[0]
+        if token == "|":
+            value = self.total()
+            self.expect("|")
+            return value.abs()
         if token == "½" or token[0].isdecimal():
             return number(0.5 if token == "½" else float(token))
         if token == "e":

@@ -921,7 +921,8 @@ def tokenizers_of_every_kind():
     return {
         "byte-level": trained(
             models.BPE(),
-            trainers.BpeTrainer,
+            lambda **o: trainers.BpeTrainer(
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **o),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
             decoders.ByteLevel(),
         ),

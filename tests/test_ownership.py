@@ -222,6 +222,7 @@ def test_a_folder_of_new_and_merge_that_cannot_be_made_is_found_first(
 
     monkeypatch.setattr(models, "load_tokenizer", fail)
     monkeypatch.setattr(models, "read_run_file", fail)
+    monkeypatch.setattr(models, "read_adapter", fail)
     source = {"new": "--tokenizer=none", "merge": "--adapter=none"}[command]
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")

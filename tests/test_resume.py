@@ -68,18 +68,18 @@ def edit_json(path, change):
 
 STATE_EDITS = {
     "step": lambda state: state.update(step=2),
-    "another delta": lambda state: state.update(delta=state["delta"] + 1),
+    "another delta": lambda state: state["loss_state"].update(delta=9.0),
     "an earlier place in the schedule": lambda state: state["scheduler"].update(last_epoch=1),
     "another learning rate": lambda state: state["flags"].update(lr=0.5),
     "another seed": lambda state: state["flags"].update(seed=1),
     "no hashes of files": lambda state: state.update(files={}),
     "no hash of one file": lambda state: state["files"].pop("model.safetensors"),
-    "a delta that is not a number": lambda state: state.update(delta=float("nan")),
+    "a delta that is not a number": lambda state: state["loss_state"].update(delta=float("nan")),
     "null": lambda state: {name: None for name in state},
     "a list": lambda state: [1],
     "empty": lambda state: {},
 }
-for key in ("step", "files", "rows", "weights", "scheduler", "delta", "flags", "digest"):
+for key in ("step", "files", "rows", "weights", "scheduler", "loss_state", "flags", "digest"):
     STATE_EDITS[f"without {key}"] = lambda state, key=key: state.pop(key) and None
 
 

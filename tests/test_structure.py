@@ -16,14 +16,14 @@ import registry
 ALLOWED_IMPORTS = {
     "streams": set(),
     "errors": {"streams"},
-    "ranges": set(),
     "files": {"errors"},
-    "registry": {"errors", "ranges"},
+    "registry": {"errors"},
+    "ranges": {"registry"},
     "losses": {"registry"},
     "limits": {"errors"},
     "loading": {"errors", "files"},
     "templates": {"errors", "limits", "loading"},
-    "sources": {"errors"},
+    "sources": {"errors", "files"},
     "unread": {"errors"},
     "layouts": {"errors", "sources", "templates", "unread"},
     "shorten": set(),
@@ -36,7 +36,7 @@ ALLOWED_IMPORTS = {
     "reach": {"errors", "lora"},
     "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
     "world": {"data", "files", "model"},
-    "dpo": {"data", "errors", "losses", "model", "ranges", "world"},
+    "dpo": {"data", "errors", "loading", "losses", "model", "ranges", "world"},
     "packing": {"dpo"},
     "logps": {"dpo", "packing"},
     "verify": {"dpo", "packing"},
@@ -53,7 +53,7 @@ ALLOWED_IMPORTS = {
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["bench"] = {
-    "checkpoint", "data", "errors", "model", "parallel", "ranges", "train",
+    "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "train",
 }
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}

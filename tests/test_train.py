@@ -577,7 +577,8 @@ def test_a_cached_reference_may_differ_by_rounding_in_nats_per_root_of_tokens_an
     path, = (tmp_path / "runs" / "references").iterdir()
     tables = load_file(path)
     assert 30 < tables["train"].abs().min() and tables["train"].abs().max() < 100
-    save_file(tables | {"train": tables["train"] + shift}, path)
+    tables["train"] += shift
+    save_file(tables, path, {"digest": references.tables_digest(path.stem, tables)})
     if stops:
         message = "has other log-probs than the reference gives now for row"
         with pytest.raises(ValueError, match=message):
@@ -799,7 +800,7 @@ def test_resume_needs_a_run(tmp_path):
     (["--loss", "sigmoid:-1,sft"],
      "--loss sigmoid:-1,sft: the weight of sigmoid must be a number > 0, got '-1'"),
     (["--loss", "hinge,sft", "--gamma", "1"],
-     "--gamma is not read by --loss hinge,sft; it is read by simpo, alphapo"),
+     "--gamma is not read by --loss hinge,sft; it is read by alpha_dpo, simpo, alphapo"),
     (["--loss", "simpo", "--reference_free"], "--reference_free: simpo has no reference as it is"),
     (["--loss", "nca_pair", "--f_divergence", "js"],
      "--f_divergence: nca_pair reads more than a margin"),
@@ -865,7 +866,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(fit, tokenizer, tmp_path):
     small = tiny_model("llama", tokenizer)
     small.resize_token_embeddings(100)
     models.save_model(small, tokenizer, tmp_path / "small")
-    with pytest.raises(ValueError, match=r"\d+ tokens in its tokenizer, 100 in its embedding"):
+    with pytest.raises(ValueError, match=r"its embedding has 100 rows"):
         fit(model=tmp_path / "small")
 
 
