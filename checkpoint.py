@@ -71,7 +71,7 @@ FREE_ON_RESUME = {
 # --- The folder of a run --------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def explained_write_errors(folder: pathlib.Path):
+def explained_write_errors(folder: pathlib.Path, ranks: Ranks):
     """Turn a write error, such as a full disk, into one line. files.py deletes partial files. An
     error of a file elsewhere, such as a data set that cannot be read any more, passes."""
     try:
@@ -92,7 +92,14 @@ def explained_write_errors(folder: pathlib.Path):
         remedy = "Make room, then" if full else "When it can be written again"
         raise UserError(
             f"--output_dir {folder}: could not be written ({cause}); what was there before is "
-            f"whole. {remedy}: python train.py --output_dir {folder} --resume") from error
+            f"whole. {remedy}: {how_to_continue(folder, ranks)}") from error
+
+
+def how_to_continue(folder: pathlib.Path, ranks: Ranks) -> str:
+    """Say how to start a run again. Only the user knows how several processes were started."""
+    if ranks.size == 1:
+        return f"python train.py --output_dir {folder} --resume"
+    return f"start it again, by the same launcher, with --output_dir {folder} --resume"
 
 
 def flags_digest(flags: dict) -> str:
@@ -107,14 +114,16 @@ def saved_flags(folder: str | None) -> dict:
     change: an edit of the file would make the run end elsewhere than it would have ended.
     """
     if folder is None:
-        raise UserError("--resume needs the --output_dir of the run to go on with")
+        raise UserError("--resume: give the --output_dir of the run to continue")
+    if not os.path.lexists(folder):
+        raise UserError(f"--resume: --output_dir {folder} does not exist")
     saved = {}  # {file: flags}
-    content = read_run_file(folder)
+    content = read_run_file(folder, repair_flags(folder))
     if "flags" in content:
         path = flags_path(folder)
         if "digest" in content and content["digest"] != flags_digest(content["flags"]):
-            raise UserError(f"{path}: its flags are not those that the run saved; put a good copy "
-                            "in its place, or delete it: --resume reads them from a checkpoint")
+            raise UserError(f"{path}: its flags are not those that the run saved"
+                            f"{repair_flags(folder)}")
         saved[path] = content["flags"]
     for checkpoint in reversed(checkpoints(pathlib.Path(folder))):
         state = read_state(checkpoint)
@@ -125,6 +134,14 @@ def saved_flags(folder: str | None) -> dict:
                         "with the flags of a run, and no checkpoint that has them")
     check_agreement(saved)
     return next(iter(saved.values()))
+
+
+def repair_flags(folder: str) -> str:
+    """Say what to do about a damaged file with the flags of a run. A checkpoint has them too."""
+    if checkpoints(pathlib.Path(folder)):
+        return ("; put a good copy in its place, or delete it: --resume reads the flags from a "
+                "checkpoint")
+    return "; put a good copy in its place, or start again in another --output_dir"
 
 
 def flags_path(folder: str | pathlib.Path) -> pathlib.Path:
@@ -230,9 +247,11 @@ def has_flags(folder: pathlib.Path) -> bool:
 def reason_against_new_run(folder: pathlib.Path) -> str | None:
     """None for an empty folder; else a text about the run or the files that are there."""
     names = others(folder)
+    if has_flags(folder) and is_complete(folder):
+        return " holds a finished run: choose another folder"
     if has_flags(folder):
         what = "holds a run already: continue it with --resume"
-        if not is_complete(folder) and not checkpoints(folder):
+        if not checkpoints(folder):
             what = ("holds a run already, which has no checkpoint yet: start it again from step 0 "
                     "with --resume")
         return f" {what}, or choose another folder"
@@ -279,7 +298,7 @@ def take_folder(folder: pathlib.Path, resume: bool, stack: contextlib.ExitStack)
             begin_list(folder)
         return reason
     except filelock.Timeout:
-        return ": another run is writing there"
+        return ": another run is writing there; wait, or choose another folder"
     except NotImplementedError as error:
         return f": cannot be locked ({error}); choose a folder on another file system"
     except OSError as error:
@@ -559,18 +578,15 @@ class OwnFiles(FileSystem):
         return self.paths
 
 
-# What differs when a resumed run finds other inputs.
+# The inputs that must not change before a run is resumed.
 CHANGED = {
-    "rows": "the data set is not the one that this run began with: its rows, or their order, are "
-            "others",
-    "held_out": "the rows of --eval_dataset are not those that this run began with",
-    "weights": "the reference, or the model below the adapter, has other weights than when this "
-               "run began",
-    "settings": "the reference, or the model below the adapter, has another config.json or "
-                "adapter_config.json than when this run began",
-    "tokenizer": "the tokenizer of the model, or its chat template, is not the one that this run "
-                 "began with",
-    "world": "the files of the embedded world are not those that this run began with",
+    "rows": "the rows of --dataset, their order or their tokens",
+    "held_out": "the rows of --eval_dataset or their tokens",
+    "weights": "the weights of the reference, or of the model below the adapter,",
+    "settings": "config.json or adapter_config.json of the reference, or of the model below the "
+                "adapter,",
+    "tokenizer": "the tokenizer of the model or its chat template",
+    "world": "the files of the embedded world",
 }
 
 
@@ -585,7 +601,8 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     """
     for name, digest in fixed.items():
         if state[name] != digest:
-            raise UserError(f"--resume: {CHANGED[name]}")
+            raise UserError(f"--resume: {CHANGED[name]} changed since the run began; restore the "
+                            "files, or start a new run in another --output_dir")
     reader = HuggingFaceStorageReader(str(folder / "optimizer"))
     reader.fs = OwnFiles([str(folder / name) for name in state["files"]
                           if name.startswith("optimizer/")])

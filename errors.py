@@ -153,6 +153,28 @@ def library_reason(error: BaseException, most: int = 300) -> str:
     return reason
 
 
+# The exceptions of the Hub's clients for a name that does not exist, on the Hub or, without a
+# network, in the cache. A private or gated repository is a GatedRepoError, which has its own name.
+NOT_ON_THE_HUB = {"RepositoryNotFoundError", "LocalEntryNotFoundError", "HFValidationError",
+                  "DatasetNotFoundError", "FileNotFoundError"}
+GATED = "GatedRepoError"
+
+
+def hub_failure(name: str, error: BaseException, advice: str = "") -> str:
+    """Return the line about a model or data set of the Hub that a library cannot load.
+
+    error       what the library raised. Its causes tell a missing name from other failures
+    advice      the end of the line if the name was not found
+    """
+    kinds, cause = set(), error
+    while cause is not None:
+        kinds.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    if kinds & NOT_ON_THE_HUB and GATED not in kinds:
+        return f"{name}: not found locally or on the Hub ({library_reason(error)}){advice}"
+    return f"{name}: cannot be loaded from the Hub or its cache: {library_reason(error)}"
+
+
 def nearest(name: str, existing: Iterable[str]) -> str:
     """Return "; the nearest are A, B" for the end of an error about a name that does not exist, or
     "" if no existing name resembles it."""

@@ -336,16 +336,20 @@ def json_digest(content: dict) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def read_run_file(folder: str | pathlib.Path) -> dict:
+def read_run_file(folder: str | pathlib.Path,
+                  advice: str = "; put a good copy in its place, or delete it") -> dict:
     """Read run.json of a run with an adapter, or the config.json of another run; {} if the folder
-    has neither, as the folder of an adapter made by PEFT."""
+    has neither, as the folder of an adapter made by PEFT.
+
+    advice      the end of an error: what to do
+    """
     for name in (RUN_FILE, "config.json"):
         path = pathlib.Path(folder) / name
         if not os.path.lexists(path):
             continue
-        content = read_json(path, "; put a good copy in its place, or delete it")
+        content = read_json(path, advice)
         if not isinstance(content.get("flags", {}), dict):
             raise UserError(f"{path}: its flags must be a JSON object in braces, not "
-                            f"{content['flags']!r:.40}; put a good copy in its place, or delete it")
+                            f"{content['flags']!r:.40}{advice}")
         return content
     return {}

@@ -67,7 +67,7 @@ def read_field(row, field, where):
     """Read a text, or a list of messages {"role": text, "content": text}."""
     value = row.get(field) if isinstance(row, dict) else None
     if value is None:
-        raise UserError(f"{where}: the field '{field}' is missing")
+        raise UserError(f"{where}: the field '{field}' is missing or null")
     if isinstance(value, str):
         texts = [value]
     elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -78,8 +78,8 @@ def read_field(row, field, where):
     elif isinstance(value, Unreadable):
         raise UserError(f"{where}: the field '{field}' cannot be read: {value.reason}")
     else:
-        raise UserError(f"{where}: the field '{field}' holds {beginning(value)}, which is not "
-                        "text and no list of messages")
+        raise UserError(f"{where}: the field '{field}' holds {beginning(value)}, which is "
+                        "neither text nor a list of messages")
     if not all(map(is_unicode, texts)):
         raise UserError(
             f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
@@ -90,8 +90,11 @@ def read_message(message, field, where):
     """Read the role and the content of a message. `list_unread` checks its other keys."""
     texts = {key: message.get(key) for key in ("role", "content")}
     if not all(isinstance(text, str) for text in texts.values()):
+        advice = ""
+        if "from" in message and "value" in message:  # ShareGPT
+            advice = "; rename from to role and value to content"
         raise UserError(f"{where}: the field '{field}' holds the message {beginning(message, 80)}; "
-                        "a message has a role and a content, both text")
+                        f"a message has a role and a content, both text{advice}")
     return texts
 
 
@@ -123,7 +126,8 @@ def read_score(row, field, where):
         score = math.inf
     if not math.isfinite(score):
         raise UserError(f"{where}: the loss reads the field '{field}', a finite number, "
-                        f"and the row has {beginning(value)}")
+                        f"and the row has {beginning(value)}; rename a column with --columns "
+                        f"{field}=NAME")
     return score
 
 
@@ -221,27 +225,29 @@ def split_messages(dialogues):
     return []
 
 
-def split_row(prompt, answers: list, where: str):
+def split_row(prompt, answers: dict, where: str):
     """Separate prompt and answers, which may come in any of the formats.
 
-    prompt is None where the answers contain it. Returns prompt and answers, all of them text or
-    all of them lists of messages.
+    answers are {field: answer}. prompt is None where they contain it. Returns prompt and answers,
+    all of them text or all of them lists of messages.
     """
-    if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
+    texts = list(answers.values())
+    if isinstance(prompt, list) or any(isinstance(text, list) for text in texts):
         return split_conversation(prompt, answers, where)
     if prompt is not None:
-        return prompt, answers
-    if len(answers) == 1:
+        return prompt, texts
+    if len(texts) == 1:
         raise UserError(f"{where}: one text without a prompt: where its answer begins is unknown; "
                         "give it a prompt")
-    prompt = split_prompt(*answers)
-    return prompt, [answer[len(prompt):] for answer in answers]
+    prompt = split_prompt(*texts)
+    return prompt, [text[len(prompt):] for text in texts]
 
 
-def split_conversation(prompt, answers, where):
+def split_conversation(prompt, answers_by_field, where):
     """Separate prompt and answers, as split_row, where one of them is a list of messages."""
+    answers = list(answers_by_field.values())
     if prompt is None and any(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: one of chosen and rejected is a text, the other a list of "
+        raise UserError(f"{where}: one of chosen and rejected is text, the other a list of "
                         "messages; without a prompt, both must be lists")
     answers = [as_messages("assistant", answer) for answer in answers]
     # Answers that continue the prompt.
@@ -249,13 +255,17 @@ def split_conversation(prompt, answers, where):
         return move_tool_outputs(as_messages("user", prompt), answers)
     # Answers that are whole dialogues and repeat the prompt.
     shared = prompt if isinstance(prompt, list) else split_messages(answers)
-    matches = all(answer[:len(shared)] == shared for answer in answers)
-    if isinstance(prompt, str):
-        contents = [message["content"].strip() for message in shared]
-        matches = matches and prompt.strip() in contents
-    if not matches:
-        raise UserError(
-            f"{where}: the answers begin neither with a turn of the assistant nor with the prompt")
+    contents = [message["content"].strip() for message in shared]
+    has_prompt = not isinstance(prompt, str) or prompt.strip() in contents
+    repeats = [has_prompt and answer[:len(shared)] == shared for answer in answers]
+    for field, answer, is_repeat in zip(answers_by_field, answers, repeats):
+        if not is_repeat and not begins_with(answer, ("assistant", "tool")):
+            raise UserError(
+                f"{where}: {field} begins with the role {answer[0]['role']!r}; an answer begins "
+                "with the role 'assistant', or repeats the messages of the prompt")
+    if not all(repeats):
+        raise UserError(f"{where}: one answer begins with the role 'assistant', the other repeats "
+                        "the messages of the prompt; write both in one form")
     return shared, [answer[len(shared):] for answer in answers]
 
 
@@ -315,10 +325,12 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
                             "--ignore_columns split reads all rows")
         values = {field: read_field(row, field, where) for field in fields}
         prompt = values.pop("prompt", None)
-        prompt, answers = split_row(prompt, list(values.values()), where)
+        prompt, answers = split_row(prompt, values, where)
         is_chat = not isinstance(prompt, str)
         if file_is_chat not in (None, is_chat):
-            raise UserError(f"{where}: some rows of this file are texts, others are messages")
+            form, earlier = ("a list of messages", "text") if is_chat else ("text", "messages")
+            raise UserError(f"{where}: the row is {form}, but earlier rows are {earlier}; write "
+                            "all rows of the file in one form")
         file_is_chat = is_chat
 
         example = {

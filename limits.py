@@ -20,12 +20,12 @@ PATIENCE = 300  # seconds that the parent waits for one item on a busy machine
 MEMORY = 2**30  # bytes, beyond what the process has already
 
 
-def run_limited(function: Callable, items: list, names: list[str]) -> list:
+def run_limited(function: Callable, items: list, names: list[str], advice: str = "") -> list:
     """Return [function(item) for item in items], computed in a child process with limits.
 
     A UserError of the function is raised here. An item that exceeds a limit is a UserError that
-    begins with its name, such as "row 5: the chat template". On Windows, which cannot fork, the
-    function runs in this process and without limits.
+    begins with its name, such as "row 5: the chat template", and ends with `advice`, such as "; use
+    another". On Windows, which cannot fork, the function runs in this process and without limits.
     """
     if not hasattr(os, "fork"):
         return [function(item) for item in items]
@@ -35,14 +35,18 @@ def run_limited(function: Callable, items: list, names: list[str]) -> list:
         receiver.close()
         answer(function, items, sender)
     sender.close()
-    results = []
+    results, status = [], None
     try:
         for name in names:
-            results.append(receive(receiver, name))
+            results.append(receive(receiver, name, advice))
+    except (EOFError, OSError):  # the child has ended, perhaps in the middle of a result
+        _, status = os.waitpid(child, 0)
+        raise UserError(end_of_child(names[len(results)], status, advice)) from None
     finally:
         receiver.close()
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     return results
 
 
@@ -72,24 +76,29 @@ def outcome_of(function, item):
         return "bug", traceback.format_exc()
 
 
-def receive(receiver, name) -> Any:
+def receive(receiver, name, advice) -> Any:
     """Receive the result of one item, or raise."""
-    too_long = UserError(f"{name}: takes more than {SECONDS} seconds, and is stopped; it may never "
-                         "end")
-    try:
-        if not receiver.poll(PATIENCE):
-            raise too_long
-        kind, value = receiver.recv()
-    except EOFError:
-        raise too_long from None
+    if not receiver.poll(PATIENCE):
+        raise UserError(f"{name} gave no result in {PATIENCE} seconds and was stopped{advice}")
+    kind, value = receiver.recv()
     if kind == "user":
         raise UserError(value)
     if kind == "memory":
-        raise UserError(f"{name}: takes more than {MEMORY / 2**30:.0f} GB of memory, and is "
-                        "stopped")
+        raise UserError(f"{name} used more than {MEMORY / 2**30:.0f} GB of memory and was stopped"
+                        f"{advice}")
     if kind == "bug":
         raise RuntimeError(f"in the child process of {name}:\n{value}")
     return value
+
+
+def end_of_child(name, status, advice) -> str:
+    """Say why the child process ended before the result of an item, from its status of waitpid."""
+    code = os.waitstatus_to_exitcode(status)  # negative: a signal
+    if code == -signal.SIGPROF:
+        return (f"{name} used more than {SECONDS} seconds of processor time and was stopped"
+                f"{advice}")
+    how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with status {code}"
+    return f"{name}: the process that ran it ended {how}"
 
 
 def limit_memory():

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from errors import UserError, reading, stop_hub_retries
+from errors import UserError, hub_failure, reading, stop_hub_retries
 from files import read_json
 
 transformers.logging.set_verbosity_error()
@@ -49,7 +49,8 @@ PARTS_OF_FOLDER = {
     AutoTokenizer: "tokenizer.json or another file of the tokenizer",
     AutoModelForCausalLM: "the weights and config.json",
 }
-COMPARE = "; compare config.json with that of the model that the weights are of"
+TAKE_CONFIG = "; take config.json from the model that the weights belong to"
+COPY_FILE = "; copy it from the model again"
 # Files with a vocabulary, of which a tokenizer needs one.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken",
                     "tekken.json", "vocab-*.json", "vocab")
@@ -61,19 +62,18 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def load_pretrained(auto_class: type, name: str, **options) -> Any:
     """Call auto_class.from_pretrained, and raise each failure as a UserError of one sentence."""
     is_local_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    if os.path.isfile(name):
+        raise UserError(f"{name}: is a file; pass the folder that has the model's files")
     if (is_local_path or os.path.isdir(os.path.dirname(name) or "?")) and not os.path.isdir(name):
-        raise UserError(f"{name}: no such model folder")
+        raise UserError(f"{name}: no such model folder; pass an existing folder or a Hub id")
     if not os.path.isdir(name):
         stop_hub_retries()
     for file in JSON_FILES[auto_class]:
         path = pathlib.Path(name, file)
         if path.exists():
-            read_json(path)
-    what = f"{name}: {PARTS_OF_FOLDER[auto_class]} cannot be used"
-    if not os.path.isdir(name):
-        what = f"{name}: not found locally or on the Hub"
+            read_json(path, COPY_FILE)
     try:
-        with reading(what):
+        with reading(f"{name}: {PARTS_OF_FOLDER[auto_class]} cannot be used"):
             return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except UserError as error:
         if "custom code" in str(error.__cause__):
@@ -82,6 +82,8 @@ def load_pretrained(auto_class: type, name: str, **options) -> Any:
                             "has") from error
         if auto_class is AutoTokenizer and os.path.exists(os.path.join(name, "config.json")):
             load_pretrained(AutoConfig, name)  # raises where that is the file at fault
+        if not os.path.isdir(name):
+            raise UserError(hub_failure(name, error.__cause__)) from error
         raise
 
 
@@ -100,7 +102,7 @@ def load_config(name: str) -> PretrainedConfig:
     """
     path = pathlib.Path(name, "config.json")
     if path.exists():
-        check_layers(path, read_json(path))
+        check_layers(path, read_json(path, COPY_FILE))
     config = load_pretrained(AutoConfig, name)
     parts = [config]
     for part in config.sub_configs:
@@ -125,7 +127,7 @@ def check_layers(path, entries):
         if isinstance(value, dict):
             check_layers(path, value)
         elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"{path}: {key} is {value}, and no model has so many")
+            raise UserError(f"{path}: {key} is {value}, and no model has so many{COPY_FILE}")
 
 
 def check_attention(name, attention):
@@ -148,7 +150,7 @@ def load_tokenizer(name: str) -> Any:
                         "tokenizer; copy the tokenizer of the model into the folder")
     tokenizer = load_pretrained(AutoTokenizer, name)
     if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
-        raise UserError(f"{name}: chat_template in tokenizer_config.json must be a text, and is "
+        raise UserError(f"{name}: chat_template in tokenizer_config.json must be a string, and is "
                         f"{tokenizer.chat_template!r}")
     return tokenizer
 
@@ -178,8 +180,9 @@ def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
     token, number = last_token(tokenizer)
     if number >= words:
         raise UserError(f"{name}: its tokenizer has the id {number} for {token!r}, but its "
-                        f"embedding has {words} rows, 0 to {words - 1}: not a pair; pass the "
-                        "tokenizer that the model was trained with")
+                        f"embedding has {words} rows, 0 to {words - 1}: tokenizer and "
+                        "model do not belong together; copy the files of the tokenizer that the "
+                        "model was trained with into the folder")
 
 
 def last_token(tokenizer: Any) -> tuple[str, int]:
@@ -268,8 +271,8 @@ def find_shard(name, index, shard):
 def find_weights(name, file):
     """Return the path of a file of the model, or None."""
     if pathlib.PurePath(file).name != file:
-        raise UserError(f"{name}: {file} is outside of the folder; the names of weights have no "
-                        "slash")
+        raise UserError(f"{name}: its files name {file}; a weight file must be in the model's "
+                        "folder, named without a slash")
     optional = {"_raise_exceptions_for_missing_entries": False,
                 "_raise_exceptions_for_connection_errors": False}
     with reading(f"{name}: {file} cannot be read"):
@@ -278,13 +281,14 @@ def find_weights(name, file):
 
 def read_index(path) -> list:
     """Return the names of the files that an index lists."""
-    weight_map = read_json(pathlib.Path(path)).get("weight_map")
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    for file in files:
+    weight_map = read_json(pathlib.Path(path), COPY_FILE).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{path}: has no weight_map with the file of each tensor{COPY_FILE}")
+    for file in weight_map.values():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise UserError(f"{path}: weight_map must name a .safetensors file for each tensor, "
-                            f"and names {file}")
-    return sorted(set(files))
+                            f"and names {file}{COPY_FILE}")
+    return sorted(set(weight_map.values()))
 
 
 def refuse_pickles(name, candidates):
@@ -293,21 +297,24 @@ def refuse_pickles(name, candidates):
     for pattern in PICKLES:
         pickles += sorted(path.name for path in pathlib.Path(name).glob(pattern))
     missing = f"{name}: has no {' or '.join(candidates)}"
-    if not pickles and os.path.isdir(name):
+    convert = (f"transformers.AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained("
+               f"{os.path.basename(name) + '-safe'!r}), then copy the tokenizer's files")
+    if not os.path.isdir(name):
+        raise UserError(
+            f"{missing} in the cache or on the Hub; if the network is off, download it first; if "
+            f"it has only pickled weights that you trust, convert them in Python: {convert}")
+    if not pickles:
         raise UserError(f"{missing}; copy the weights of the model into the folder")
-    held = ", ".join(pickles[:2]) or "pytorch_model.bin"
     raise UserError(
-        f"{missing}; pickled weights ({held}) are not read, because a pickle can run any program. "
-        "Where you trust it, convert it in Python: transformers.AutoModelForCausalLM"
-        f".from_pretrained({name!r}).save_pretrained({os.path.basename(name) + '-safe'!r}), then "
-        "copy the tokenizer's files")
+        f"{missing}; pickled weights ({', '.join(pickles[:2])}) are not read, because a pickle can "
+        f"run any program. Where you trust it, convert it in Python: {convert}")
 
 
 def read_headers(files: list) -> dict[str, Header]:
     """Return {tensor: Header} of safetensors files, without reading a value."""
     headers = {}
     for path in files:
-        with reading(f"{path}: is damaged", "; copy it again"), safe_open(path, "pt") as file:
+        with reading(f"{path}: cannot be read", COPY_FILE), safe_open(path, "pt") as file:
             for key in file.keys():
                 tensor = file.get_slice(key)
                 headers[key] = Header(tensor.get_dtype(), tuple(tensor.get_shape()))
@@ -332,19 +339,19 @@ def check_sizes(name: str, config: PretrainedConfig, headers: dict) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if layers > len(headers):  # to build them takes long, even without values
         raise UserError(f"{name}: config.json describes a model of {layers:,} layers, and the "
-                        f"files hold {len(headers):,} tensors{COMPARE}")
+                        f"files hold {len(headers):,} tensors{TAKE_CONFIG}")
     stored = sum(torch.Size(header.shape).numel() for header in headers.values())
     model = build_on_meta(name, config, torch.float32)
     described = sum(parameter.numel() for parameter in model.parameters())
     if described > 2 * stored + 10**7:
         raise UserError(f"{name}: config.json describes a model of {described:,} parameters, and "
-                        f"the files hold {stored:,} numbers{COMPARE}")
+                        f"the files hold {stored:,} numbers{TAKE_CONFIG}")
 
 
 def build_on_meta(name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config with shapes and without values."""
     what = f"{name}: no model can be built from config.json"
-    with reading(what, COMPARE), torch.device("meta"):
+    with reading(what, TAKE_CONFIG), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
@@ -356,17 +363,18 @@ def check_loaded(name: str, model: PreTrainedModel, info: dict) -> None:
     """
     for key, stored, described in sorted(info["mismatched_keys"]):
         raise UserError(f"{name}: {key} is {tuple(stored)} in the files, and {tuple(described)} by "
-                        f"config.json{COMPARE}")
+                        f"config.json{TAKE_CONFIG}")
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{name}: {len(missing)} weights are not in the files, such as "
-                        f"{missing[0]}; transformers would initialize them randomly{COMPARE}")
+                        f"{missing[0]}; transformers would initialize them randomly{TAKE_CONFIG}")
     unread = sorted(key for key in info["unexpected_keys"] if not is_buffer(key, model))
     if unread:
         shown = ", ".join(unread[:3])
         raise UserError(
             f"{name}: the files have {len(unread)} tensors that {type(model).__name__} with this "
-            f"config.json has no place for, such as {shown}; transformers would drop them{COMPARE}")
+            f"config.json has no place for, such as {shown}; transformers would drop them"
+            f"{TAKE_CONFIG}")
 
 
 # Masks and frequencies that earlier versions of transformers saved. The model computes them.

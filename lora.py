@@ -171,7 +171,9 @@ def target_modules(model, target: str | None) -> list:
         return names
     # A pattern such as (a+)+b may take years on one name.
     choose = functools.partial(chosen_layers, model, names)
-    chosen, = run_limited(choose, [target], [f"--lora_target {target}: this pattern"])
+    names_of_items = [f"--lora_target {target}: this pattern"]
+    advice = "; name layers, such as q_proj,v_proj"
+    chosen, = run_limited(choose, [target], names_of_items, advice)
     return [name for name in names if name in chosen]
 
 
@@ -460,7 +462,7 @@ def read_settings(path: pathlib.Path, config: dict) -> LoraSettings:
     flag = {"kinds": (bool, type(None)), "wanted": "true or false", "is_right": lambda value: True}
     base = config.get("base_model_name_or_path")
     if not isinstance(base, (str, type(None))):
-        raise UserError(f"{path}: base_model_name_or_path is {base!r}, and must be a text")
+        raise UserError(f"{path}: base_model_name_or_path is {base!r}, and must be a string")
     return LoraSettings(
         rank=number("r", None, (int,), "a whole number above 0", lambda r: r > 0),
         alpha=number("lora_alpha", None, (int, float), "a number above 0 (with 0 the adapter "

@@ -38,7 +38,8 @@ class Ranks(NamedTuple):
 START_SECONDS = 600
 STEP_SECONDS = 7200
 
-ALONE_OR_TORCHRUN = "start all processes by torchrun, or unset RANK and WORLD_SIZE for one alone"
+ALONE_OR_TORCHRUN = (
+    "start all processes with torchrun, or unset RANK and WORLD_SIZE to run one process")
 
 
 def init_distributed() -> Ranks:
@@ -106,12 +107,15 @@ def choose_gpu(size: int) -> torch.device:
     """Return the GPU of this rank, whose number is LOCAL_RANK."""
     local_rank, count = read_variable("LOCAL_RANK"), torch.cuda.device_count()
     if local_rank is None and size > 1:
-        raise UserError(f"LOCAL_RANK is not set, the number of this process's GPU; "
-                        f"{ALONE_OR_TORCHRUN}")
+        raise UserError("LOCAL_RANK is not set: set it to this process's GPU number on its "
+                        "machine, or start with torchrun")
     local_rank = local_rank or 0
     if local_rank >= count:
-        raise UserError(f"LOCAL_RANK={local_rank}: this machine has {count} GPUs; start at most so "
-                        f"many processes on it, as in torchrun --nproc_per_node {count}")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = f" in CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+        raise UserError(f"LOCAL_RANK={local_rank}: this process sees {count} GPUs{limit}; start at "
+                        "most so many processes on this machine, as in torchrun --nproc_per_node "
+                        f"{count}, or let each process see all GPUs")
     return torch.device("cuda", local_rank)
 
 

@@ -109,7 +109,7 @@ def short_forward(model, used: set):
     """Run four tokens -> the logits' node of the autograd graph. `used` gets each called module."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(1, 5, device=device)[None] % model.get_input_embeddings().num_embeddings
-    advice = "; compare config.json with that of the model that the weights are of"
+    advice = "; take config.json from the model that the weights belong to"
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda module, inputs: used.add(module)))

@@ -23,7 +23,15 @@ from typing import NamedTuple
 import datasets
 import pyarrow.parquet
 
-from errors import UserError, library_reason, nearest, printable, reading, stop_hub_retries
+from errors import (
+    UserError,
+    hub_failure,
+    library_reason,
+    nearest,
+    printable,
+    reading,
+    stop_hub_retries,
+)
 from files import LIST
 
 # --- The readers ----------------------------------------------------------------------------------
@@ -67,9 +75,19 @@ def json_line_rows(path):
     """Yield (number, row), numbered as the lines of the file."""
     for number, line in enumerate(lines_of(path), 1):
         if line.strip():
-            with reading(f"{path}, row {number}: not a whole JSON object"):
-                row = JSON.decode(line)
-            yield number, row
+            yield number, decode_row(f"{path}, row {number}", JSON.decode, line)
+
+
+def decode_row(where, decode, *text):
+    """Call decode(*text), and raise each failure as a UserError about the row."""
+    try:
+        advice = "; write one object per line, or one list of all rows in a .json file"
+        with reading(f"{where}: not valid JSON", advice):
+            return decode(*text)
+    except UserError as error:
+        if isinstance(error.__cause__, KeyTwiceError):
+            raise UserError(f"{where}: {error.__cause__}; keep one of them") from error
+        raise
 
 
 def json_rows(path):
@@ -91,14 +109,17 @@ def json_list_rows(path, text):
             after = "]"
             break
         number += 1
-        with reading(f"{path}, row {number}: cannot be read as json"):
-            row, position = JSON.raw_decode(text, position)
+        row, position = decode_row(f"{path}, row {number}", JSON.raw_decode, text, position)
         yield number, row
         position = skip_space(text, position)
         after = text[position:position + 1]
+    if not after:
+        raise UserError(f"{path}: the list ends after row {number} without ']': the file is "
+                        "truncated; copy it again")
     if after != "]" or text[position + 1:].strip():
-        raise UserError(f"{path}: cannot be read as json: after row {number} of the list it has "
-                        f"{text[position:position + 40]!r}")
+        raise UserError(f"{path}: not valid JSON: after row {number} of the list it has "
+                        f"{text[position:position + 40]!r}; write a comma after each row but the "
+                        "last one, and nothing after ']'")
 
 
 def skip_space(text, position):
@@ -115,8 +136,7 @@ def csv_rows(path):
     # strict: an open quote is an error instead of swallowing all rows after it.
     reader = csv.DictReader(lines_without_nul(path), strict=True)
     names = read_csv_header(reader, path)
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: its header names a column twice")
+    check_distinct(f"{path}: the header", names)
     number = 0
     while True:
         number += 1
@@ -129,6 +149,13 @@ def csv_rows(path):
             raise UserError(f"{path}, row {number}: more cells than the header names; "
                             "text with commas must be quoted")
         yield number, row
+
+
+def check_distinct(what, names):
+    """Raise for a name that two columns have."""
+    for name in set(names):
+        if names.count(name) > 1:
+            raise UserError(f"{what} names the column {name!r} twice; rename one")
 
 
 def read_csv_header(reader, path):
@@ -159,8 +186,7 @@ def parquet_rows(path):
         with reading(what_is_read(path)):
             file = pyarrow.parquet.ParquetFile(stream)
             names = file.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise UserError(f"{path}: has two columns of one name")
+        check_distinct(f"{path}: the schema", names)
         yield from table_rows(batches_of_parquet(file, path))
 
 
@@ -462,8 +488,7 @@ def open_dataset(source: Source) -> datasets.Dataset:
         reason = library_reason(error)
         if "Unknown split" in reason:
             raise UserError(f"{source.name}:{split}: {reason}") from error
-        raise UserError(f"{source.name}: not found locally or on the Hub ({reason})"
-                        f"{nearest_file(path)}") from error
+        raise UserError(hub_failure(source.name, error, nearest_file(path))) from error
 
 
 # The last bytes of a file that `datasets` writes: the end of a stream of Arrow.

@@ -125,7 +125,8 @@ def texts_of_rows(text_of_row: Callable, count: int, ids: list[str]) -> list[Row
     """Return [text_of_row(i) for each i below count], where the rows hold messages. The chat
     template is a program of the model's folder, so it gets limits."""
     names = [f"{where}: the chat template" for where in ids]
-    return run_limited(text_of_row, list(range(count)), names)
+    advice = "; pass another one by --chat_template FILE"
+    return run_limited(text_of_row, list(range(count)), names, advice)
 
 
 def text_of_messages(prompt: list, answers: list, tokenizer, special: SpecialTokens,
@@ -203,8 +204,6 @@ def check_roles(prompt, answers):
         for message in answer:
             role = message["role"]
             # The model does not write the turns of other roles, so they must not be scored.
-            if role == "system":
-                return "turns of the user inside an answer"
             if role != "assistant":
                 return f"turns of the {role} inside an answer"
     return ""

@@ -55,6 +55,7 @@ from checkpoint import (
     claim,
     delete_old_checkpoints,
     explained_write_errors,
+    how_to_continue,
     gather_tensors,
     is_complete,
     load_checkpoint,
@@ -805,7 +806,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     say = print if ranks.rank == 0 else lambda text: None
     if args.parallel == "fsdp" and ranks.size == 1:
         raise UserError("--parallel fsdp: one process alone has nothing to share; "
-                        "start several by torchrun")
+                        "start several with torchrun")
     use_deterministic_kernels(args.deterministic)
     run = prepare(args, loss, hyper, home, folder, ranks)
     line = check_first_rows(args, run, ranks)
@@ -814,7 +815,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
 
     state, steps = run.state, run.steps
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
-    with (explained_write_errors(folder), caught_signals(ranks) as stopped,
+    with (explained_write_errors(folder, ranks), caught_signals(ranks) as stopped,
           contextlib.closing(batches)):
         log = Log(folder, run.flags, run.newest, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
@@ -840,8 +841,8 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
                 write_checkpoint(args, run, number, state, ranks)
             if not last and stopping:
                 log.bar.close()
-                say(f"stopped after step {number} of {steps}; to go on: "
-                    f"python train.py --output_dir {folder} --resume")
+                say(f"stopped after step {number} of {steps}; to continue: "
+                    f"{how_to_continue(folder, ranks)}")
                 return True
             since += time.perf_counter() - pause
 

@@ -179,5 +179,5 @@ def check_ignored(ignored: tuple, accounts: list[dict]):
     for name in ignored:
         if name not in existing:
             listed = ", ".join(sorted(existing)) or "none"
-            raise UserError(f"--ignore_columns {name}: no row has such a column or key that is not "
-                            f"read; there are: {listed}{nearest(name, existing)}")
+            raise UserError(f"--ignore_columns {name}: no row has an unread column or message key "
+                            f"of this name; unread are: {listed}{nearest(name, existing)}")

@@ -378,7 +378,7 @@ def test_a_run_whose_data_file_changed_one_token_of_an_answer_is_not_resumed(
     unfinished(out)
     reverse_letters(rows[index], side)
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match="the data set is not the one that this run began with"):
+    with pytest.raises(UserError, match="the rows of --dataset, .* changed since the run began"):
         resume(out)
 
 
@@ -389,7 +389,7 @@ def test_a_run_whose_data_file_changed_a_score_is_not_resumed(fit, tmp_path):
     unfinished(out)
     rows[3]["chosen_score"] = 2.5
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match="the data set is not the one that this run began with"):
+    with pytest.raises(UserError, match="the rows of --dataset, .* changed since the run began"):
         resume(out)
 
 

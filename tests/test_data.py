@@ -365,19 +365,19 @@ def test_real_dialogues_split_where_their_last_answer_begins():
 BAD = {
     "a missing key": (
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
-        "row 2: the field 'rejected' is missing",
+        "row 2: the field 'rejected' is missing or null",
     ),
     "null": (
         '{"prompt": "a", "chosen": null, "rejected": "c"}\n',
-        "row 1: the field 'chosen' is missing",
+        "row 1: the field 'chosen' is missing or null",
     ),
     "a number": (
         '{"prompt": "a", "chosen": "b", "rejected": 7}\n',
-        "row 1: the field 'rejected' holds 7, which is not text",
+        "row 1: the field 'rejected' holds 7, which is neither text nor",
     ),
     "NaN": (
         '{"prompt": NaN, "chosen": "b", "rejected": "c"}\n',
-        "row 1: the field 'prompt' holds NaN, which is not text",
+        "row 1: the field 'prompt' holds NaN, which is neither text nor",
     ),
     "a list": (
         '{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n',
@@ -389,13 +389,18 @@ BAD = {
     ),
     "a line cut in half": (
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "cho',
-        "row 3: not a whole JSON object",
+        "row 3: not valid JSON: Unterminated string",
     ),
+    "a list of several lines": (
+        '[\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n]\n',
+        "or one list of all rows in a .json file",
+    ),
+    "single quotes": ("{'prompt': 'a'}\n", "row 1: not valid JSON: Expecting property name"),
     "other keys": ('{"question": "a", "answer": "b"}\n', "it has 'answer', 'question'"),
     "not an object": ("[1, 2]\n", "it has no fields at all"),
     "an empty file": ("", "there is no row in it"),
     "blank lines": ("\n\n", "there is no row in it"),
-    "too deep": ("[" * 100_000, "row 1: not a whole JSON object"),
+    "too deep": ("[" * 100_000, "row 1: not valid JSON"),
     "half a surrogate in a role": (
         '{"prompt": [{"role": "\\ud83d", "content": "a"}], "chosen": "b", "rejected": "c"}\n',
         "half of a surrogate",
@@ -426,7 +431,7 @@ def test_a_bad_file_is_an_error_that_names_file_row_and_field(load, tmp_path, ki
         ("rows.csv", b"prompt,chosen,rejected\na,b\n", "row 1: the field 'rejected' is missing"),
         ("rows.jsonl", b'{"prompt": "\xff"}\n', "cannot be read as jsonl"),
         ("rows.parquet", b"PAR1 and then nothing", "cannot be read as parquet"),
-        ("rows.json", b"[{]", "cannot be read as json"),
+        ("rows.json", b"[{]", "row 1: not valid JSON"),
         ("rows.json", b" \n[{}]", "needs the fields prompt, chosen, rejected"),
         ("rows.txt", b"hello", "cannot read this kind of file"),
     ],
@@ -698,11 +703,11 @@ def test_a_file_may_not_change_its_format(load, tokenizer):
     with pytest.raises(UserError, match=message):
         load([{"chosen": "a b", "rejected": "a c"}, row()])
     mixed = json.dumps(row()) + "\n" + json.dumps(next(every_format(row())))
-    message = "row 2: some rows of this file are texts, others are messages"
+    message = "row 2: the row is a list of messages, but earlier rows are text"
     with pytest.raises(UserError, match=message):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
     with pytest.raises(UserError, match="row 1: one text without a prompt"):
-        layouts.split_row(None, ["hi"], "row 1")
+        layouts.split_row(None, {"chosen": "hi"}, "row 1")
 
 
 LOOP_LAST = (
@@ -741,7 +746,18 @@ def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_a
 def test_answers_that_begin_with_another_prompt_are_an_error(load, tokenizer, prompt, answer):
     other = answer[:-1] + [turn("assistant", "b")]
     rows = [{"prompt": prompt, "chosen": answer, "rejected": other}]
-    message = "row 1: the answers begin neither with a turn of the assistant nor with the prompt"
+    role = answer[0]["role"]
+    message = f"row 1: chosen begins with the role '{role}'; an answer begins with the role 'assis"
+    with pytest.raises(UserError, match=message):
+        load(rows, tokenizer=chat_tokenizer(tokenizer, CHATML))
+
+
+@pytest.mark.parametrize("other, message", [
+    ([turn("model", "b")], "row 1: rejected begins with the role 'model'; an answer begins with"),
+    ([turn("user", "hi"), turn("assistant", "b")], "row 1: one answer begins with the role"),
+])
+def test_of_two_answers_the_one_in_another_form_is_named(load, tokenizer, other, message):
+    rows = [{"prompt": [turn("user", "hi")], "chosen": [turn("assistant", "a")], "rejected": other}]
     with pytest.raises(UserError, match=message):
         load(rows, tokenizer=chat_tokenizer(tokenizer, CHATML))
 
@@ -772,6 +788,9 @@ def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
     ]
     kept, account = load(rows, tokenizer=chat)
     assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
+    chosen = dialogue("hi", "a") + [turn("system", "be kind")]
+    rows = [{"chosen": chosen, "rejected": dialogue("hi", "b")}, rows[-1]]
+    assert "1 dropped (turns of the system inside an answer: " in load(rows, tokenizer=chat)[1]
 
 
 def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
@@ -792,7 +811,7 @@ def test_an_open_quote_in_a_csv_does_not_swallow_the_rows_after_it(load):
     ):
         with pytest.raises(UserError, match=message):
             load("prompt,chosen,rejected\n" + text, "rows.csv")
-    with pytest.raises(UserError, match="its header names a column twice"):
+    with pytest.raises(UserError, match="header names the column 'chosen' twice; rename one"):
         load("prompt,chosen,chosen,rejected\na,b,b,c\n", "rows.csv")
 
 
@@ -872,9 +891,9 @@ def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tok
 @pytest.mark.parametrize(
     "value, message",
     [
-        ([], "holds \\[\\], which is not text and no list of messages"),
-        ([turn("user", "a"), "b"], "which is not text and no list"),
-        ([{"from": "human", "value": "hi"}], "a message has a role and a content, both text"),
+        ([], "holds \\[\\], which is neither text nor a list of messages"),
+        ([turn("user", "a"), "b"], "which is neither text nor a list"),
+        ([{"from": "human", "value": "hi"}], "both text; rename from to role and value to content"),
         ([turn("user", None)], "a message has a role and a content"),
         ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
         ([turn("user", "\ud83d")], "half of a surrogate pair"),

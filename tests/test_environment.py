@@ -243,7 +243,7 @@ def test_the_first_ctrl_c_saves_and_says_how_to_go_on(long_flags, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert stderr.count("stopping after this step; press Ctrl-C again to quit at once") == 1, stderr
-    assert "to go on: python train.py" in stdout
+    assert "to continue: python train.py" in stdout
     lines = [line for line in stderr.splitlines() if "stopping" in line]
     assert lines[0].startswith("stopping")
 
@@ -426,7 +426,7 @@ def test_without_a_network_the_sentence_about_the_hub_comes_without_retries(
 # --- The environment of several processes ---------------------------------------------------------
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-             "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+             "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture
@@ -489,9 +489,10 @@ def test_several_tasks_of_a_cluster_without_ranks_are_said_to_be_runs_of_their_o
 
 
 @pytest.mark.parametrize("text, count, message", [
-    ("LOCAL_RANK=2", 2, "LOCAL_RANK=2: this machine has 2 GPUs"),
-    ("RANK=2 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=4", 1, "this machine has 1 GPUs"),
-    ("RANK=0 WORLD_SIZE=2", 2, "LOCAL_RANK is not set"),
+    ("LOCAL_RANK=2", 2, "LOCAL_RANK=2: this process sees 2 GPUs;"),
+    ("RANK=2 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=4", 1, "this process sees 1 GPUs;"),
+    ("LOCAL_RANK=1 CUDA_VISIBLE_DEVICES=3", 1, "sees 1 GPUs in CUDA_VISIBLE_DEVICES=3; start at"),
+    ("RANK=0 WORLD_SIZE=2", 2, "LOCAL_RANK is not set: set it to this process's GPU number"),
 ])
 def test_a_local_rank_without_a_gpu_is_one_line(environment, monkeypatch, text, count, message):
     environment(text)
@@ -544,14 +545,25 @@ def test_a_later_step_may_wait_longer_than_the_start():
 ])
 def test_an_error_of_the_output_folder_is_called_what_it_is(tmp_path, error, message):
     with pytest.raises(train.UserError, match=message):
-        with checkpoint.explained_write_errors(tmp_path):
+        with checkpoint.explained_write_errors(tmp_path, ALONE):
             raise error
+
+
+@pytest.mark.parametrize("size, message", [
+    (1, "Make room, then: python train.py --output_dir .* --resume$"),
+    (2, "Make room, then: start it again, by the same launcher, with --output_dir .* --resume$"),
+])
+def test_the_command_to_continue_is_that_of_one_process_or_of_the_launcher(tmp_path, size, message):
+    ranks = parallel.Ranks(0, size, torch.device("cpu"))
+    with pytest.raises(train.UserError, match=message):
+        with checkpoint.explained_write_errors(tmp_path, ranks):
+            raise OSError(28, "No space left on device")
 
 
 def test_an_error_of_another_file_is_not_called_one_of_the_output_folder(tmp_path):
     error = OSError(5, "Input/output error", "/data/pairs.arrow")
     with pytest.raises(OSError) as caught:
-        with checkpoint.explained_write_errors(tmp_path):
+        with checkpoint.explained_write_errors(tmp_path, ALONE):
             raise error
     assert caught.value is error and "/data/pairs.arrow" in train.explain(error)
 

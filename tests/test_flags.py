@@ -98,10 +98,10 @@ CHANGES = {
     "ld_alpha": ({}, 0.5),
 }
 REFUSED = {
-    "resume": "there is no run in",
+    "resume": "--output_dir out does not exist",
     "parallel": "one process alone has nothing to share",
     "strict": "chosen equals rejected",
-    "ignore_columns": "no row has such a column",
+    "ignore_columns": "no row has an unread column",
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -141,6 +142,55 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(copy, file, le
         assert "model.safetensors.index.json" in line and file in line
     else:
         assert file in line and "save_pretrained" in line
+
+
+def test_a_hub_model_without_safetensors_may_be_offline_or_pickled(copy, monkeypatch):
+    """Nobody has seen a pickle, so the message names none."""
+    config = transformers.AutoConfig.from_pretrained(copy)
+    monkeypatch.setattr(loading, "cached_file", lambda *names, **options: None)
+    with pytest.raises(UserError) as error:
+        loading.weight_files("org/model", config)
+    assert "org/model: has no model.safetensors or" in str(error.value)
+    assert "in the cache or on the Hub; if the network is off, download it" in str(error.value)
+    assert "pytorch_model.bin" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({}, "has no weight_map with the file of each tensor; copy it from the model again"),
+    ({"weight_map": {"a": "../x.safetensors"}},
+     "its files name ../x.safetensors; a weight file must be in the model's folder"),
+])
+def test_an_index_that_names_no_file_of_the_folder_is_refused(copy, content, message):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps(content))
+    assert message in refusal(copy)
+
+
+class RepositoryNotFoundError(Exception):
+    """A stand-in: the class of huggingface_hub needs a response of a server."""
+
+
+class GatedRepoError(RepositoryNotFoundError):
+    pass
+
+
+@pytest.mark.parametrize("cause, beginning", [
+    (RepositoryNotFoundError(), "org/model: not found locally or on the Hub (the reason is here)"),
+    (GatedRepoError(), "org/model: cannot be loaded from the Hub or its cache: the reason is here"),
+    (None, "org/model: cannot be loaded from the Hub or its cache: the reason is here"),
+])
+def test_only_a_name_that_does_not_exist_is_said_to_be_not_found(monkeypatch, cause, beginning):
+    def from_pretrained(name, **options):
+        raise OSError("the reason is here") from cause
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError) as error:
+        loading.load_config("org/model")
+    assert str(error.value) == beginning
+
+
+def test_a_file_in_place_of_a_model_folder_is_called_a_file(copy):
+    assert "config.json: is a file; pass the folder" in refusal(copy / "config.json")
 
 
 def test_a_damaged_safetensors_file_never_falls_back_to_a_pickle(copy):
@@ -374,7 +424,7 @@ def add_bos_of_post_processor(folder):
 def test_an_id_beyond_the_embedding_is_named_before_training(copy, change, number):
     change(copy)
     line = refusal(copy)
-    assert f"id {number} for" in line and "not a pair" in line
+    assert f"id {number} for" in line and "do not belong together" in line
 
 
 def no_unknown_token(kind):
@@ -441,9 +491,25 @@ def compute_a_power(item):
 def test_what_takes_too_long_or_too_much_is_stopped_and_named(function, words, monkeypatch):
     assert run_limited(function, ["a", "b"], ["first", "second"]) == ["A", "B"]
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"second: takes more than {words}"):
-        run_limited(function, ["a", "bad", "c"], ["first", "second", "third"])
+    with pytest.raises(UserError, match=f"^second used more than {words}") as error:
+        run_limited(function, ["a", "bad", "c"], ["first", "second", "third"], "; advice")
+    assert str(error.value).endswith(" and was stopped; advice")
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_process_that_a_signal_ends_is_not_said_to_take_too_long(number):
+    def end(item):
+        os.kill(os.getpid(), number)
+
+    message = f"^first: the process that ran it ended by signal {number:d}"
+    with pytest.raises(UserError, match=message):
+        run_limited(end, ["a"], ["first"])
+
+
+def test_a_child_process_that_exits_is_named_with_its_status():
+    with pytest.raises(UserError, match="^first: the process that ran it ended with status 3$"):
+        run_limited(os._exit, [3], ["first"])
 
 
 def test_an_error_of_the_user_passes_and_a_bug_shows_where_it_is():

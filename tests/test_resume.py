@@ -138,6 +138,16 @@ def test_an_edited_flag_in_config_json_is_refused_and_named(killed, name, with_d
         resume(killed)
 
 
+def test_an_edited_config_json_is_not_to_be_deleted_where_no_checkpoint_has_the_flags(killed):
+    edit_json(killed / "config.json", lambda config: config["flags"].update(lr=0.5))
+    with pytest.raises(UserError, match="or delete it: --resume reads the flags from a checkp"):
+        resume(killed)
+    for path in killed.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="in its place, or start again in another --output_dir$"):
+        resume(killed)
+
+
 @pytest.mark.parametrize("name", ["lr", "seed", "model", "beta", "max_steps"])
 def test_a_flag_that_config_json_lacks_is_refused_and_named(killed, name):
     edit_json(killed / "config.json", lambda config: {"flags": {
@@ -349,7 +359,7 @@ def test_held_out_rows_of_eval_dataset_that_were_edited_are_refused(folder, pair
     _, killed = run_in(tmp_path, folder, pairs, eval_dataset=held_out, eval_share=None)
     rows[5]["chosen"] = rows[5]["chosen"][:-1] + "z"
     write_jsonl(tmp_path / "held.jsonl", rows)
-    with pytest.raises(UserError, match="the rows of --eval_dataset are not those"):
+    with pytest.raises(UserError, match="the rows of --eval_dataset .* changed"):
         resume(killed)
 
 
@@ -369,7 +379,7 @@ def test_another_config_under_the_same_weights_is_refused(
     model = copy_model(folder, tmp_path / "model")
     whole, killed = run_in(tmp_path, model, pairs, **flags)
     edit_json(model / "config.json", MODEL_EDITS[edit])
-    with pytest.raises(UserError, match="has another config.json or adapter_config.json"):
+    with pytest.raises(UserError, match="config.json or adapter_config.json of .* changed"):
         resume(killed)
 
 
@@ -377,7 +387,7 @@ def test_a_reference_model_with_another_config_is_refused(folder, pairs, tmp_pat
     model = copy_model(folder, tmp_path / "model")
     _, killed = run_in(tmp_path, folder, pairs, ref_model=model)
     edit_json(model / "config.json", MODEL_EDITS["eps"])
-    with pytest.raises(UserError, match="has another config.json or adapter_config.json"):
+    with pytest.raises(UserError, match="config.json or adapter_config.json of .* changed"):
         resume(killed)
 
 
@@ -397,7 +407,7 @@ def test_other_settings_of_the_adapter_that_is_the_reference_are_refused(
     adapter, _ = fit(loss="sft", lora_rank=4, max_steps=2, out="sft")
     _, killed = run_in(tmp_path, folder, pairs, adapter=adapter)
     edit_json(adapter / "adapter_config.json", lambda config: config.update({name: value}))
-    with pytest.raises(UserError, match="has another config.json or adapter_config.json"):
+    with pytest.raises(UserError, match="config.json or adapter_config.json of .* changed"):
         resume(killed)
 
 
@@ -452,7 +462,8 @@ def test_each_input_that_differs_has_a_sentence_of_its_own(killed, monkeypatch, 
     monkeypatch.setattr(train, "load_checkpoint", load_other)
     with pytest.raises(UserError) as error:
         resume(killed)
-    assert str(error.value) == f"--resume: {checkpoint.CHANGED[name]}"
+    assert str(error.value).startswith(f"--resume: {checkpoint.CHANGED[name]} changed since")
+    assert str(error.value).endswith("or start a new run in another --output_dir")
 
 
 # --- The reference's cache ------------------------------------------------------------------------

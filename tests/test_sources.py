@@ -52,7 +52,7 @@ def row(**more):
 @pytest.mark.parametrize("name, content, where", [
     ("rows.json", f'[{LINE}, {{"prompt": {DIGITS}}}]', "rows.json, row 2: "),
     ("rows.jsonl", f'{LINE}\n{{"prompt": {DIGITS}}}', "rows.jsonl, row 2: "),
-    ("rows.json", f"[{LINE}, {LINE}", "after row 2 of the list it has ''"),
+    ("rows.json", f"[{LINE}, {LINE}", "the list ends after row 2 without ']'"),
     ("rows.json", f"[{LINE} {LINE}]", "after row 1 of the list it has '{"),
     ("rows.json", f"[{LINE}, ]", "rows.json, row 2: "),
     ("rows.json", f"[{LINE}] [{LINE}]", "after row 1 of the list it has '] ["),
@@ -161,7 +161,7 @@ def test_a_column_that_python_cannot_represent_is_an_error_only_where_it_is_read
 def test_two_columns_of_one_name_are_an_error(read):
     arrays = [pyarrow.array(["a"])] * 4
     twice = pyarrow.Table.from_arrays(arrays, names=[*ROW, "chosen"])
-    with pytest.raises(UserError, match="rows.parquet: has two columns of one name"):
+    with pytest.raises(UserError, match="rows.parquet: the schema names the column .chosen. twice"):
         read(twice, "rows.parquet")
 
 

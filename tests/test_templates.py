@@ -335,7 +335,7 @@ def test_messages_as_text_that_cannot_be_parsed_are_an_error_with_row_and_field(
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_one_message_as_text_is_an_error_with_row_and_field(read, write):
     row = {"prompt": "hi", "chosen": write(assistant("yes")), "rejected": write(assistant("no"))}
-    message = "row 1: the field 'chosen' holds .* which is not text and no list of messages"
+    message = "row 1: the field 'chosen' holds .* which is neither text nor a list of messages"
     with pytest.raises(UserError, match=message):
         read([row], CHATML)
 

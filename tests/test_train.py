@@ -753,7 +753,7 @@ def test_a_complete_run_resumes_to_nothing_and_is_not_overwritten(fit, capsys):
     before = weights(out)
     resume(out)
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a finished run: choose another folder"):
         fit(max_steps=2)
     for name, value in weights(out).items():
         assert torch.equal(value, before[name])
@@ -773,16 +773,18 @@ def test_a_resumed_run_may_not_change_its_rows(fit, tmp_path):
     out, _ = fit(dataset=path, max_steps=4, save_every=2, eval_share=0)
     unfinished(out)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(20))
-    message = "--resume: the data set is not the one that this run began with"
+    message = "--resume: the rows of --dataset, their order or their tokens changed since the run"
     with pytest.raises(ValueError, match=message):
         resume(out)
 
 
 def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(ValueError, match="--resume needs the --output_dir"):
+    with pytest.raises(ValueError, match="--resume: give the --output_dir"):
         train.parse_args(["--resume"])
-    with pytest.raises(ValueError, match="there is no run in"):
+    with pytest.raises(ValueError, match="--output_dir .*nothing does not exist"):
         train.parse_args(["--resume", "--output_dir", str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="there is no run in"):
+        train.parse_args(["--resume", "--output_dir", str(tmp_path)])
 
 
 # --- bad input

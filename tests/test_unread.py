@@ -164,10 +164,10 @@ def test_another_message_key_is_listed_with_its_rows(load, chat, key, value):
 def test_a_name_of_ignore_columns_must_be_a_column_or_key_that_is_not_read(load, chat):
     accounts = [load([dialogue(name="x") | {"images": ["a.png"]}], ignored=("images",))]
     data.check_ignored(("images", "name"), accounts)
-    message = "--ignore_columns image: no row has such .* the nearest is images"
+    message = "--ignore_columns image: no row has an unread .* the nearest is images"
     with pytest.raises(UserError, match=message):
         data.check_ignored(("images", "image"), accounts)
-    with pytest.raises(UserError, match="--ignore_columns prompt: no row has such"):
+    with pytest.raises(UserError, match="--ignore_columns prompt: no row has an unread column"):
         data.check_ignored(("prompt",), accounts)
 
 
