@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import limits
 import loading
 import model as models
 from data import Limits, load_tokens
@@ -487,8 +488,9 @@ def compute_a_power(item):
 
 
 @pytest.mark.parametrize("function, words", [
-    (forever, "10 seconds"), (fill_memory, "1 GB"), (compute_a_power, "10 seconds")])
+    (forever, "2 seconds"), (fill_memory, "1 GB"), (compute_a_power, "2 seconds")])
 def test_what_takes_too_long_or_too_much_is_stopped_and_named(function, words, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 2)
     assert run_limited(function, ["a", "b"], ["first", "second"]) == ["A", "B"]
     started = time.monotonic()
     with pytest.raises(UserError, match=f"^second used more than {words}") as error:
