@@ -8,6 +8,8 @@ import enum
 import inspect
 import itertools
 import math
+import pathlib
+import re
 
 import pytest
 import torch
@@ -1844,3 +1846,26 @@ def test_the_drawn_slope_is_the_derivative_of_the_drawn_loss(name):
     value, drawn = registry.curve(LOSSES[name], h)
     between = (value[1:] - value[:-1]) / (h[1:] - h[:-1])
     assert torch.allclose(between, (drawn[1:] + drawn[:-1]) / 2, atol=1e-3)
+
+
+# --- The README -----------------------------------------------------------------------------------
+
+README = (pathlib.Path(__file__).parent / "README.md").read_text()
+
+
+def test_the_readme_names_the_losses_of_each_kind():
+    def named(pattern):
+        return set(re.findall(r"`(\w+)`", re.search(pattern, README, re.DOTALL)[1]))
+
+    def tagged(*tags, without=()):
+        names = set()
+        for name in NAMES:
+            if LOSSES[name].tags.issuperset(tags) and LOSSES[name].tags.isdisjoint(without):
+                names.add(name)
+        return names
+
+    assert named("The margin losses of sums are (.*?);") == tagged("margin", without=["average"])
+    assert named("those of averages are (.*?)\\.") == tagged("margin", "average")
+    assert named("the other losses train on it\\. (.*?) compare the pairs") == tagged("batch")
+    carried = {name for name in NAMES if LOSSES[name].update}
+    assert named("\n\n([^\n]*?) carry moving averages") == carried

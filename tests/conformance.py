@@ -287,7 +287,7 @@ def main():
 `python tests/conformance.py` prints this page ({datetime.date.today()}, torch {torch.__version__},
 CPU), and `tests/test_conformance.py` compares it with new measurements. Each cell is the largest
 difference between our mean loss or its gradient and theirs, over 64 random pairs in float64,
-relative to the largest value. An empty cell: the project does not have this loss. Differences up
+relative to the largest value. An empty cell: not compared. Differences up
 to 1e-6 are rounding, since TRL and Liger compute parts in float32.
 
 The comparison translates what goes in: averages or sums of log-probs, each project's own gamma.
@@ -296,7 +296,7 @@ without their likelihood term.
 
 {table(measure())}
 
-What is not rounding:
+Differences beyond rounding:
 """)
     for (row, project), reason in REASONS.items():
         print(f"- {row}, {project}: {reason}.")
