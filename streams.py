@@ -30,9 +30,14 @@ class OutputError(Exception):
 
 
 class Output(io.TextIOWrapper):
-    """A stream that raises OutputError where it cannot be written."""
+    """A stream that raises OutputError where it cannot be written. On a terminal its text begins
+    below a bar of stderr."""
 
     def write(self, text: str) -> int:
+        bars = sys.stderr
+        if bars is not self and isinstance(bars, Lines) and bars.behind_bar and bars.isatty():
+            if self.isatty():
+                bars.write("\n")
         with explained_output(self.name):
             return super().write(text)
 

@@ -1,6 +1,7 @@
 """The machine around a run: terminals, pipes, signals, other runs in the folder, no network."""
 import ast
 import datetime
+import io
 import json
 import os
 import re
@@ -609,3 +610,18 @@ def test_an_empty_local_rank_is_the_rank(environment, monkeypatch, text, turns):
     monkeypatch.setattr(parallel, "barrier", lambda ranks: passed.append(1))
     ranks = parallel.Ranks(1, 2, torch.device("cpu"))
     assert parallel.in_turn(lambda: len(passed), ranks) == 1 and len(passed) == turns
+
+
+def test_on_a_terminal_text_of_stdout_begins_below_a_bar_of_stderr(monkeypatch):
+    terminal = io.BytesIO()
+    terminal.name = "terminal"
+    for name, kind in (("stdout", streams.Output), ("stderr", streams.Lines)):
+        stream = kind(io.BufferedWriter(terminal), "utf-8", write_through=True)
+        stream.isatty = lambda: True
+        monkeypatch.setattr(sys, name, stream)
+    sys.stderr.write("\r 50%")
+    sys.stderr.flush()
+    print("checkpoint-2 is kept")
+    print("next")
+    sys.stdout.flush()
+    assert terminal.getvalue() == b"\r 50%\ncheckpoint-2 is kept\nnext\n"
