@@ -38,6 +38,7 @@ class Output(io.TextIOWrapper):
         if bars is not self and isinstance(bars, Lines) and bars.behind_bar and bars.isatty():
             if self.isatty():
                 bars.write("\n")
+                bars.flush()
         with explained_output(self.name):
             return super().write(text)
 
