@@ -204,21 +204,20 @@ RISES = {
     "slic": 1.4,
     "sft": 0.7,
 }
-# Four fifths of the rise in a run of 48 steps: whole runs of these were not measured.
 RISES |= {
-    "score_margin": 1.4,
-    "rpo_sq": 0.9,
-    "rpo_bwd_kl": 0.5,
-    "rpo_fwd_kl": 0.9,
-    "dpo_shift": 0.4,
+    "score_margin": 3.0,
+    "rpo_sq": 2.2,
+    "rpo_bwd_kl": 1.7,
+    "rpo_fwd_kl": 2.2,
+    "dpo_shift": 1.4,
     "bpo": 0.05,
-    "hypo": 0.5,
-    "beta_dpo": 0.5,
-    "alpha_dpo": 0.15,
-    "dr_dpo": 0.7,
-    "repo": 0.3,
-    "simper": 1.4,
-    "npo": 0.2,
+    "hypo": 2.2,
+    "beta_dpo": 2.1,
+    "alpha_dpo": 2.1,
+    "dr_dpo": 2.4,
+    "repo": 1.7,
+    "simper": 2.0,
+    "npo": 0.15,
 }
 
 
