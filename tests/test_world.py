@@ -203,8 +203,6 @@ RISES = {
     "orpo": 1.2,
     "slic": 1.4,
     "sft": 0.7,
-}
-RISES |= {
     "score_margin": 3.0,
     "rpo_sq": 2.2,
     "rpo_bwd_kl": 1.7,
