@@ -439,7 +439,7 @@ def test_another_tokenizer_or_chat_template_is_refused(folder, pairs, tmp_path, 
     model = copy_model(folder, tmp_path / "model")
     _, killed = run_in(tmp_path, model, pairs)
     change(model)
-    with pytest.raises(UserError, match="the tokenizer of the model, or its chat template"):
+    with pytest.raises(UserError, match="the tokenizer of the model or its chat template changed"):
         resume(killed)
 
 
