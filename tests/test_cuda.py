@@ -70,7 +70,7 @@ EXTRA = {
     "resumed": "--attention packed --resume",
 }
 # In four micro-batches a step too, besides the two of all cases.
-COUNTED = ["full", "lora", "nf4", "cache", "aot", "sft"]
+COUNTED = ["full", "lora", "cache", "aot"]
 # With packed rows only: what these ways add does not see how rows are laid out.
 ONLY_PACKED = ["dora", "tr-dpo", "recomputed", "bco", "kto", "orpo", "simpo"]
 

@@ -470,7 +470,7 @@ def child_processes(process):
     return children
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_if_one_process_is_killed_the_others_report_it_and_end_within_a_minute(
         folder, pairs, tmp_path, parallel):
     out = tmp_path / "out"

@@ -71,8 +71,6 @@ OWN = {
         "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}),
     "tokenizer": ("tokenizer_config.json", {
         "tokenizer_class": "Words", "auto_map": {"AutoTokenizer": ["own.Words", "own.Words"]}}),
-    "another repository": ("config.json", {"model_type": "own", "auto_map": {
-        "AutoConfig": "evil/repository--own.Config"}}),
 }
 
 
@@ -340,7 +338,12 @@ def test_a_bidirectional_model_is_found_by_its_behavior(name):
     model = AutoModelForCausalLM.from_config(config).eval()
     assert "later tokens" in find_fault(FastLogps(model))
     config.is_decoder = True
-    assert find_fault(FastLogps(AutoModelForCausalLM.from_config(config).eval())) is None
+    model = AutoModelForCausalLM.from_config(config).eval()
+    # Some architectures stay bidirectional in transformers 5.17.
+    ids = torch.arange(1, 9)[None]
+    other = torch.cat([ids[:, :4], ids[:, 4:] + 9], 1)
+    is_causal = torch.allclose(model(ids).logits[:, :4], model(other).logits[:, :4], atol=1e-5)
+    assert (find_fault(FastLogps(model)) is None) == is_causal
 
 
 def test_a_run_on_a_bidirectional_policy_or_reference_names_its_flag(fit, tokenizer, tmp_path):
