@@ -6,7 +6,7 @@
     python bench.py --model M --data pairs.jsonl --start 200000
 
 The first command prints one JSON line. The second prints the ratios to another trainer. The third
-prints the seconds from the start of train.main to the end of its first step, with so many rows: a
+prints the seconds from the start of train.main to the end of its first step with 200,000 rows: a
 first time, and with the cache of the first time. Above START_BOUND it ends with an error.
 
 bench.py runs train.main and reads the clock at the end of each optimizer step, so a step time
@@ -480,7 +480,7 @@ def main(argv):
                         help="run this command in turn with ours; it gets the flags that both have "
                              "and prints the same fields")
     parser.add_argument("--start", type=whole_number(">= 1"), metavar="ROWS",
-                        help="time the start of a run with so many rows instead of its steps")
+                        help="time the start of a run with this many rows, not its steps")
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup}: leaves no step to time; --steps is {args.steps}")

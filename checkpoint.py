@@ -246,15 +246,15 @@ def has_flags(folder: pathlib.Path) -> bool:
 
 def reason_against_new_run(folder: pathlib.Path) -> str | None:
     """None for an empty folder; else a text about the run or the files that are there."""
-    names = others(folder)
-    if has_flags(folder) and is_complete(folder):
-        return " holds a finished run: choose another folder"
     if has_flags(folder):
+        if is_complete(folder):
+            return " holds a finished run: choose another folder"
         what = "holds a run already: continue it with --resume"
         if not checkpoints(folder):
             what = ("holds a run already, which has no checkpoint yet: start it again from step 0 "
                     "with --resume")
         return f" {what}, or choose another folder"
+    names = others(folder)
     if names:
         return (f" holds files that no run wrote, such as {names[0]}: choose a folder that is "
                 "empty or does not exist")
@@ -353,7 +353,7 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
         existing = len(own_checkpoints(folder))
         most = min(keep + 1, existing + max(1, due))
         needed = (most - existing) * size
-        free = shutil.disk_usage(existing_parent(folder)).free
+        free = shutil.disk_usage(folder).free
         if needed > free:
             problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
     problem = first_reason(problem, ranks)
@@ -363,12 +363,6 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
     if problem:
         text += f". There is no room for it: {problem}"
     return keep, text
-
-
-def existing_parent(folder: pathlib.Path) -> pathlib.Path:
-    for path in (folder, *folder.absolute().parents):
-        if path.exists():
-            return path
 
 
 def readable(size: int) -> str:

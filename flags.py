@@ -358,6 +358,8 @@ def parse_args(
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
     fill_defaults(args, loss, world_defaults)
+    # check_args did this for the flags that were given; a default that was just filled in must be
+    # the saved value too.
     check_unchanged(args, saved)
     return args, loss, hyper
 

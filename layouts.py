@@ -316,7 +316,7 @@ def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
             read = {*names.values(), *others}
             dialogue = row_of_file.get(names["chosen" if "chosen" in fields else "rejected"])
             needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
-            unread = list_unread(row_of_file, names, read, ignored, needs_prompt, where)
+            unread = list_unread(row_of_file, names, dialogue, read, ignored, needs_prompt, where)
         if "split" in unread and "split" not in ignored:
             kinds.add(kind_of_split(str(row_of_file["split"])))
         if len(kinds - {None}) > 1:

@@ -249,13 +249,11 @@ def check_outside(out: str, source: str):
 
 
 def check_room(out: str, parameters: int):
-    """Raise a UserError if the disk has no room for a float32 model of so many parameters."""
-    path = pathlib.Path(out).absolute()
-    existing = next(parent for parent in path.parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
+    """Raise a UserError if the disk of a folder has no room for a float32 model of this size."""
+    free = shutil.disk_usage(out).free
     if 4 * parameters > free:
         raise UserError(f"--out {out}: a model of {parameters:,} parameters takes "
-                        f"{4 * parameters / 2**30:,.1f} GB, and {existing} has {free / 2**30:,.1f} "
+                        f"{4 * parameters / 2**30:,.1f} GB, and its disk has {free / 2**30:,.1f} "
                         "GB free; lower --hidden_size or --layers")
 
 

@@ -293,11 +293,11 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
 
 # --- The cache ------------------------------------------------------------------------------------
 
-def cache_key(args, fixed_model, splits, task):
+def cache_key(args, fixed, task):
     """Hash all inputs of the cached log-probs: weights and configs, rows, the answers that the loss
     reads, dtype, ld_alpha, --quantize."""
-    inputs = [fixed_model, task.dtype, args.ld_alpha, args.quantize, sides_of(task.loss)]
-    inputs += [data.digest(rows) for rows in splits]
+    inputs = [fixed[name] for name in ("weights", "settings", "rows", "held_out")]
+    inputs += [task.dtype, args.ld_alpha, args.quantize, sides_of(task.loss)]
     return hashlib.blake2b(str(inputs).encode(), digest_size=12).hexdigest()
 
 
@@ -322,17 +322,17 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
     return torch.stack([table[side] for side in sides], 1).cpu()
 
 
-def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed_model: str,
+def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: dict,
                     tokenizer: Any, task: Task, ranks: Ranks) -> list:
     """Add the columns ref_chosen_logp and ref_rejected_logp to the splits, or the one of them that
     the loss reads.
 
-    fixed_model     a hash of the weights and configs of the reference
+    fixed   hashes of what a run reads: see train.prepare
 
     The log-probs are read from a file. If the file does not exist, or not as it was written, all
     ranks compute it together.
     """
-    key = cache_key(args, fixed_model, splits, task) if ranks.rank == 0 else None
+    key = cache_key(args, fixed, task) if ranks.rank == 0 else None
     key = broadcast(key, ranks)
     path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
     named = dict(zip(("train", "eval"), splits))

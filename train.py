@@ -709,9 +709,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     task = with_spread(task)
     if args.ref == "cache":
         splits = rows, held_out
-        fixed_model = weights + settings
-        rows, held_out = cache_reference(args, reference, splits, fixed_model, tokenizer, task,
-                                         ranks)
+        rows, held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)
         reference = None  # frees its memory
 
     flags = vars(args) | {

@@ -12,6 +12,7 @@ Names are compared by `plain_name`.
 import functools
 import json
 import re
+from typing import Any
 
 from errors import UserError, nearest
 
@@ -107,18 +108,17 @@ def why_it_matters(name, value, context, texts):
     return ""
 
 
-def list_unread(row: dict, fields: dict, read: set, ignored: tuple, needs_prompt: bool,
-                where: str) -> list:
+def list_unread(row: dict, fields: dict, dialogue: Any, read: set, ignored: tuple,
+                needs_prompt: bool, where: str) -> list:
     """List the columns and the message keys that are not read: `source`, `chosen[].name`.
 
     fields          {our name: the file's name} of the prompt and the answers
+    dialogue        the value of the first answer, which may have the prompt inside
     read            the names of all columns that are read
     ignored         the names of --ignore_columns
     needs_prompt    whether the row does not show where its prompt ends
     """
     unread = []
-    answer = "chosen" if "chosen" in fields else "rejected"
-    dialogue = row.get(fields[answer])
     prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
     for name, value in row.items():
         if name in read or (is_blank(value) and name not in ignored):

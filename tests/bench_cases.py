@@ -13,7 +13,8 @@ from tokenizers import ByteLevelBPETokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from layouts import examples
-from model import load_tokenizer, new_model, save_model
+from loading import load_tokenizer
+from model import new_model, save_model
 from sources import Source
 
 # Hidden size and layers; the names say roughly how many weights there are without embeddings.
