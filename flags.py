@@ -34,7 +34,7 @@ from losses import (
     find,
     hyperparameters,
     needs_reference,
-    needs_rejected,
+    sides_of,
     tensor_arguments,
 )
 from ranges import real_number, whole_number
@@ -369,9 +369,10 @@ def fill_defaults(args, loss, world_defaults):
     if not args.tokens_per_micro_batch:
         args.micro_batch_size = args.micro_batch_size or 4
     if not args.lr:
-        args.lr = 5e-7 if needs_rejected(loss) else 1e-5
+        imitates = sides_of(loss) == ("chosen",)  # as sft does
+        args.lr = 1e-5 if imitates else 5e-7
         if args.adapter or args.lora_rank:
-            args.lr = 5e-6 if needs_rejected(loss) else 1e-4
+            args.lr = 1e-4 if imitates else 5e-6
     if not args.max_steps:
         args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
@@ -586,7 +587,7 @@ def check_args(args, saved):
     if args.tokens_per_micro_batch and args.micro_batch_size:
         raise UserError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
                         f"{args.tokens_per_micro_batch}: give one")
-    data.read_limits(args)
+    data.read_flags(args)
     check_output_dir(args)
     if args.eval_share is None:
         return

@@ -15,8 +15,10 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from errors import UserError, nearest, printable
+from registry import Needs
 from sources import JSON, KeyTwiceError, Source, Unreadable, kind_of_split, read_rows
 from templates import begins_with
 from unread import list_unread
@@ -286,7 +288,7 @@ def as_messages(role, value):
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
+def old_examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
              **cache_key) -> Iterator[dict]:
     """Yield {id, chat, has_own_prompt, prompt, chosen, rejected, unread} for every row.
 
@@ -356,3 +358,27 @@ def name_row(row, where):
         return where
     text = beginning(row_id) if isinstance(row_id, (list, dict)) else str(row_id)[:200]
     return f"{where} (id {printable(text)})"
+
+
+class Shape(NamedTuple):
+    layout: str = "auto"
+    pairs: str | None = None
+    unpair: bool = False
+    columns: tuple = ()
+    ignored: tuple = ()
+
+
+LAYOUTS = {"trl": None}
+COLUMNS = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
+
+
+def examples(source, needs, shape, **cache_key):
+    needs, shape = Needs(*needs), Shape(*shape)
+    for row in old_examples(source, needs.answers or ("chosen", "rejected"), needs.scores,
+                            shape.columns, shape.ignored):
+        sides = needs.answers or ("chosen", "rejected")
+        new = {name: row[name] for name in ("id", "chat", "has_own_prompt", "prompt", "unread")}
+        new |= {"answers": [row[side] for side in sides], "ranks": [0, 1][:len(sides)],
+                "scores": [row[f"{side}_score"] for side in sides] if needs.scores else [],
+                "labels": [], "weight": 1.0, "options": "", "notes": [], "problem": ""}
+        yield new

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import data
 from files import delete_partial, folder_aside
 from model import new_model, save_model
+from registry import Needs
 
 THINGS = ("sea", "city", "night", "road", "wind", "house", "winter", "river")
 WORDS = ("cold", "dark", "wild", "calm", "old", "bright", "loud", "wide")
@@ -32,6 +33,7 @@ LENGTH = 3  # words of an answer
 # Standard deviation of the true reward. Of two answers that are one standard deviation apart, the
 # better one wins 88 times in 100.
 STD = 2.0
+ANSWERS = Needs(answers=("chosen",))  # of the rows with one answer
 BETA = 1.0  # weight of the KL divergence in J, unless the beta of the loss sets it
 
 MODEL = {
@@ -230,13 +232,13 @@ def expectation(logps, values):
 @torch.no_grad()
 def answer_logps(policy: Callable, home: pathlib.Path, tokenizer, device) -> torch.Tensor:
     """(X, A) log-probs of all answers under a dpo.SequenceLogps."""
-    every, _ = data.load_tokens(str(home / "every.jsonl"), tokenizer, ("chosen",), data.Limits())
+    every, _ = data.load_tokens(str(home / "every.jsonl"), tokenizer, ANSWERS)
     logps = []
     for i in range(0, len(every), 1024):
         batch = data.pad_rows(every[i:i + 1024], tokenizer.pad_token_id)
         inputs = {}
         for name in ("input_ids", "attention_mask", "labels"):
-            inputs[name] = batch[f"chosen_{name}"].to(device)  # (1024, T)
+            inputs[name] = batch[name][:, 0].to(device)  # (1024, T)
         logps.append(policy(**inputs)[0])
     return torch.cat(logps).view(len(THINGS), -1).cpu()
 
@@ -342,7 +344,7 @@ def write_folder(home, train_sft, device):
     (home / "reference").mkdir()
     write_texts(home)
     tokenizer = make_tokenizer()
-    rows, _ = data.load_tokens(str(home / "sft.jsonl"), tokenizer, ("chosen",), data.Limits())
+    rows, _ = data.load_tokens(str(home / "sft.jsonl"), tokenizer, ANSWERS)
     model = new_model(tokenizer, **MODEL).to(device)
     reference = train_sft(model, rows, tokenizer)
     save_model(model, tokenizer, home / "reference")
