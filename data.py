@@ -693,8 +693,8 @@ def describe_statistics(numbers: dict) -> str:
         lines.append(f"  chosen is the longer answer in {numbers['chosen_longer']:.0%} of the "
                      f"pairs, rejected in {numbers['rejected_longer']:.0%}")
     if "answers_per_row" in numbers:
-        lines.append(f"  {numbers['answers_per_row']:.1f} answers to a prompt; chosen is the best of "
-                     "them here, rejected the worst")
+        lines.append(f"  {numbers['answers_per_row']:.1f} answers to a prompt; chosen is the best "
+                     "of them here, rejected the worst")
     if "desirable" in numbers:
         lines.append(f"  {numbers['desirable']:.0%} of the answers are desirable")
     line = (f"  {numbers['rows_that_share_their_prompt']} rows have a prompt that an earlier row "
