@@ -1323,14 +1323,14 @@ def update_bco_labels(state: dict, means: dict, beta: float) -> dict:
     """The state of `bco` for the next step: δ of BCO's eq. 7, ½ (mean of the rewards of good
     answers + mean of those of bad answers), with a moving average of each mean.
 
-    state   delta, and the two averages under the names rewards/desirable and rewards/undesirable
-    means   over the step: rewards/desirable over its good answers, rewards/undesirable over its bad
-            ones. A step without answers of a label has no such mean, and that average stays.
+    state   delta, and the two averages under the names rewards/chosen and rewards/rejected
+    means   over the step: rewards/chosen over its good answers, rewards/rejected over its bad ones.
+            A step without answers of a label has no such mean, and that average stays.
 
     Where every step has both labels, δ is `update_delta`, as in `bco_pair`.
     """
     averages = {}
-    for name in ("rewards/desirable", "rewards/undesirable"):
+    for name in ("rewards/chosen", "rewards/rejected"):
         average = state.get(name, 0.0)
         averages[name] = update_delta(average, means.get(name, average), means.get(name, average))
     return {"delta": sum(averages.values()) / 2} | averages

@@ -203,40 +203,6 @@ def sides_of(function: Callable) -> tuple[str, ...]:
     return tuple(side for side in ("chosen", "rejected") if f"policy_{side}_logps" in names)
 
 
-def kind_of(function: Callable) -> str:
-    """Return the rows that a loss reads, by its arguments: "labels" are answers with a label each,
-    "lists" are K answers in order, "pairs" are a chosen and a rejected answer, or one of them."""
-    names = tensor_arguments(function)
-    if "labels" in names:
-        return "labels"
-    return "lists" if "mask" in names else "pairs"
-
-
-class Needs(NamedTuple):
-    """Which rows a loss reads."""
-    kind: str = "pairs"  # "pairs", "labels" or "lists"
-    answers: tuple = ("chosen", "rejected")  # of a pair; () for the other kinds
-    scores: bool = False  # a score of each answer
-    ordered_scores: bool = False  # of a pair: the chosen answer has the higher one
-    ranked: bool = False  # of a list: every answer has a place of its own
-
-
-def needs_of(function: Callable) -> Needs:
-    """Return which rows a loss reads."""
-    names, kind = tensor_arguments(function), kind_of(function)
-    if kind == "pairs":
-        return Needs(kind, sides_of(function), "chosen_scores" in names,
-                     needs_ordered_scores(function))
-    scores = "scores" in names
-    ranked = kind == "lists" and not scores and "one_best" not in function.tags
-    return Needs(kind, (), scores, False, ranked)
-
-
-def needs_kl(function: Callable) -> bool:
-    """Return whether a loss reads the KL divergence of a whole step: see answers.Mismatched."""
-    return "kl" in tensor_arguments(function)
-
-
 def needs_rejected(function: Callable) -> bool:
     """Return whether a loss reads the rejected answer of a pair. `sft` does not."""
     return "rejected" in sides_of(function)
