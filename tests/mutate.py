@@ -17,7 +17,9 @@ from _pytest.runner import runtestprotocol
 sys.path.insert(0, ".")  # it runs in the root of the repository
 import losses
 
-HELPERS = [losses.f_divergence_score, losses.update_delta, losses.capped_exp]
+HELPERS = [
+    losses.f_divergence_score, losses.update_delta, losses.update_gap, losses.capped_exp,
+]
 FORMULAS = {f.__name__: inspect.unwrap(f) for f in [*losses.LOSSES.values(), *HELPERS]}
 OPERATIONS = {
     ast.Add: ("({0}) - ({1})", "{0}", "{1}"),
