@@ -56,7 +56,8 @@ optional for the caller: `delta`, `gap_mean`, `gap_std` and `mean_chosen_length`
 whole optimizer step. The first three are state: the function that `@loss` names as `update` makes
 them for the next step.
 
-"Second-hand" marks a fact about a paper that comes from notes about the paper, not from its text.
+"Second-hand" marks a fact about a paper that we read in notes or in the documentation of another
+library, and neither in the paper nor in the authors' code.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -143,8 +144,8 @@ def robust(
     Gradient   ∂L/∂w = −β [ (1−ε) σ(−βh) + ε σ(βh) ] / (1−2ε) = −∂L/∂l. Its size falls to βε/(1−2ε)
                and no further: right pairs always get a gradient, the loss is unbounded below, and a
                negative value is no error.
-    Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (paper 0.1,
-               by TRL's documentation)
+    Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (second-hand:
+               0.1 in the paper)
     Elsewhere  Often confused with cDPO (`sigmoid` with label smoothing), whose βh term has the
                opposite sign: cDPO is cautious where labels may be flipped, robust DPO undoes the
                flips on average. TRL 0.13 returns ±inf at ε = 0.5 and changes the sign beyond; we
@@ -779,7 +780,7 @@ def aot(
     Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε), for w of the pair of rank k, and its negative
                for l: the gradient of cDPO, but at the margin u_k − v_k. Each pair is compared with
                the reference's pair of the same rank.
-    Args       four (B,) log-probs; beta > 0 (paper 0.01, by TRL's documentation); label_smoothing
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.01 in the paper); label_smoothing
                in [0, 0.5). The result is in sorted order, not in the order of the pairs. A batch of
                one pair is DPO: the quantiles are only as fine as the batch is large.
     Elsewhere  The same in TRL. `aot` is the paired form everywhere; the name `aot_pair` belongs to
@@ -807,7 +808,7 @@ def aot_unpaired(
     Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε) = −∂L_k/∂v_k: the gradient of cDPO, but at the
                margin u_k − v_k. A good and a bad answer of the same rank are compared, whatever
                their prompts.
-    Args       four (B,) log-probs; beta > 0 (paper 0.01, by TRL's documentation); label_smoothing
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.01 in the paper); label_smoothing
                in [0, 0.5). It does not matter which rejected answer came with which chosen one.
                The result is in sorted order.
     Elsewhere  `aot_pair` in TRL 0.9.6 to 0.28, although it is the unpaired form. Here the name
