@@ -68,6 +68,9 @@ optional for the caller: `delta`, `gap_mean`, `gap_std`, `mean_chosen_length` an
 of the whole optimizer step. The first three are state: the function that `@loss` names as `update`
 makes them for the next step.
 
+"Second-hand" marks a fact about a paper that we read in notes or in the documentation of another
+library, and neither in the paper nor in the authors' code.
+
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
 
@@ -158,7 +161,8 @@ def robust(
     Gradient   ∂L/∂w = −β [ (1−ε) σ(−βh) + ε σ(βh) ] / (1−2ε) = −∂L/∂l. Its size falls to βε/(1−2ε)
                and no further: right pairs always get a gradient, the loss is unbounded below, and a
                negative value is no error.
-    Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (paper 0.1)
+    Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (second-hand:
+               0.1 in the paper)
     Elsewhere  Often confused with cDPO (`sigmoid` with label smoothing), whose βh term has the
                opposite sign: cDPO is cautious where labels may be flipped, robust DPO undoes the
                flips on average. TRL 0.13 returns ±inf at ε = 0.5 and changes the sign beyond; we
@@ -211,8 +215,8 @@ def exo_pair(
                confident as the labels, and against y_w beyond. It also vanishes for pairs that are
                very wrong, which a mode-seeking divergence ignores; DPO pushes such pairs
                hardest.
-    Args       four (B,) log-probs; beta > 0; label_smoothing in (0, 0.5) (1e-3; at 0 the loss would
-               be +inf)
+    Args       four (B,) log-probs; beta > 0 (authors' scripts 0.5 for dialogue and summaries, 0.1
+               for IMDb); label_smoothing in (0, 0.5) (1e-3 as in TRL; at 0 the loss would be +inf)
     Elsewhere  The authors' code uses unnormalized targets (0, −10) in log space, that is ε = e⁻¹⁰
                without the log(1−ε) term, and never reads its own smoothing flag. TRL 0.9.6 to 0.28
                changes ε = 0 to 1e-3 and stores that value; we refuse 0.
@@ -490,13 +494,13 @@ def nca_pair(
     """NCA: noise contrastive estimation. y_w is data (and half of the noise), y_l is noise.
 
     Paper      Noise Contrastive Alignment of Language Models with Explicit Rewards,
-               arXiv:2402.05369v3, Table 1 (two answers)
+               arXiv:2402.05369; the formula is that of the authors' code for two answers
     Formula    L = −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l)
     Gradient   ∂L/∂w = −β (1 − (3/2) σ(r_w)), ∂L/∂l = (β/2) σ(r_l): the gradient of each answer
                depends on its own reward alone. The minimum in r_w is finite, log 2, so
                the likelihood of y_w does not fall without bound.
-    Args       four (B,) log-probs; beta > 0 (authors' README 0.01; 0.1 for UltraInteract in the
-               paper's appendix C, by reading notes)
+    Args       four (B,) log-probs; beta > 0 (authors' README 0.01; second-hand: 0.1 for
+               UltraInteract in the paper's appendix C)
     Elsewhere  The same in the authors' code and TRL. `bco_pair` with delta = 0 counts y_w as no
                part of the noise and y_l as all of it.
     """
@@ -654,13 +658,14 @@ def dpop(
     """DPO-Positive: DPO with a penalty where the chosen answer is less probable than under π_ref.
 
     Paper      Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive,
-               arXiv:2402.13228, Sec. 4
+               arXiv:2402.13228
     Formula    L = −log σ(β [h − λ max(0, w° − w)])
     Gradient   with u = β [h − λ max(0, −a)]: ∂L/∂l = β σ(−u), ∂L/∂w = −β σ(−u) (1 + λ) while
                w < w°, and −β σ(−u) otherwise, as in DPO.
-    Args       four (B,) log-probs; beta > 0 (paper 0.3); dpop_lambda >= 0 (paper 50; 5 and 500 in
-               an ablation; 0 is DPO)
-    Elsewhere  SamPO's code agrees. turbo-alignment has λ = 0.1 by default.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.3 in the paper); dpop_lambda >= 0
+               (0 is DPO; second-hand: 50 in the paper, 5 and 500 in an ablation)
+    Elsewhere  The authors published no code that we found. SamPO's code has this formula.
+               turbo-alignment has λ = 0.1 by default.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -771,18 +776,18 @@ def chipo(
     """χPO: DPO regularized by χ² as well as KL, so answers rare under π_ref stay rare.
 
     Paper      Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
-               via Chi-Squared Preference Optimization, arXiv:2407.13399, Algorithm 1
+               via Chi-Squared Preference Optimization, arXiv:2407.13399, Algorithm 1 (second-hand)
     Formula    L = −log σ(clip(β [φ(u_w) − φ(u_l)], ±2R)),
                φ(u) = u + log u, u_w = eᵃ, u_l = eᵇ
     Gradient   with z = β [φ(u_w) − φ(u_l)]: ∂L/∂w = −β σ(−z) (1 + eᵃ) while |z| < 2R, exactly 0
                beyond; ∂L/∂l = β σ(−z) (1 + eᵇ) while |z| < 2R, exactly 0 beyond. Near π_ref it is
                DPO with 2β. At the optimum π/π_ref grows about linearly with a large reward, and
                not exponentially as in DPO.
-    Args       four (B,) log-probs; beta > 0 (paper 0.05 and 0.005); chipo_r_max > 0, R in the
-               formula: the largest true reward. None: no clip.
-    Elsewhere  Copies that clip each side separately, or clamp β·u, are another loss. `capped_exp`
-               extends eᵃ linearly beyond the cap (a > 44 in fp32), so that the gradient stays
-               finite and is not lost.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.05 and 0.005 in the paper);
+               chipo_r_max > 0, R in the formula: the largest true reward. None: no clip.
+    Elsewhere  The authors published no code that we found. Copies that clip each side separately,
+               or clamp β·u, are another loss. `capped_exp` extends eᵃ linearly beyond the cap
+               (a > 44 in fp32), so that the gradient stays finite and is not lost.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -814,9 +819,9 @@ def aot(
     Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε), for w of the pair of rank k, and its negative
                for l: the gradient of cDPO, but at the margin u_k − v_k. Each pair is compared with
                the reference's pair of the same rank.
-    Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). The result
-               is in sorted order, not in the order of the pairs. A batch of one pair is DPO: the
-               quantiles are only as fine as the batch is large.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.01 in the paper); label_smoothing
+               in [0, 0.5). The result is in sorted order, not in the order of the pairs. A batch of
+               one pair is DPO: the quantiles are only as fine as the batch is large.
     Elsewhere  The same in TRL. `aot` is the paired form everywhere; the name `aot_pair` belongs to
                the unpaired one.
     """
@@ -842,9 +847,9 @@ def aot_unpaired(
     Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε) = −∂L_k/∂v_k: the gradient of cDPO, but at the
                margin u_k − v_k. A good and a bad answer of the same rank are compared, whatever
                their prompts.
-    Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). It does not
-               matter which rejected answer came with which chosen one. The result is in sorted
-               order.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.01 in the paper); label_smoothing
+               in [0, 0.5). It does not matter which rejected answer came with which chosen one.
+               The result is in sorted order.
     Elsewhere  `aot_pair` in TRL 0.9.6 to 0.28, although it is the unpaired form. Here the name
                `aot_pair` selects this function too.
     """
