@@ -24,8 +24,11 @@ VOCABULARY = 13
 ROWS = {
     "id": ["a", "b", "c"],
     "prompt_ids": [[1, 2, 3], [4], [5, 6]],
-    "chosen_ids": [[7, 8, 0], [9, 10, 11, 12, 0], [1, 0]],
-    "rejected_ids": [[2, 0], [3, 4, 5, 0], [6, 7, 8, 9, 10, 0]],
+    "answer_ids": [
+        [[7, 8, 0], [2, 0]],
+        [[9, 10, 11, 12, 0], [3, 4, 5, 0]],
+        [[1, 0], [6, 7, 8, 9, 10, 0]],
+    ],
 }
 
 
@@ -193,7 +196,7 @@ def test_token_ids_equal_trl_except_that_trl_moves_the_common_start_of_two_answe
     path = SHARED / "data" / f"{name}.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     limits = data.Limits(max_length=4096)
-    rows, _ = data.load_tokens(str(path), tokenizer, ("chosen", "rejected"), limits)
+    rows, _ = data.load_tokens(str(path), tokenizer, limits=limits)
     texts = datasets.Dataset.from_list([json.loads(line) for line in open(path)])
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_end")
     trainer = SimpleNamespace(_tokenizer=tokenizer)
