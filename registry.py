@@ -16,6 +16,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,15 @@ COMPARE = {
 }
 # A number as a user writes it. Python's float() reads more: "1_0", " 5 ", "٣", "nan".
 REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class Needs(NamedTuple):
+    """What a loss asks of the data."""
+    kind: str = "pairs"  # "pairs", "labels" or "lists"
+    answers: tuple = ("chosen", "rejected")  # of pairs: the sides that the loss reads
+    scores: bool = False  # the loss reads a score of each answer
+    ordered_scores: bool = False  # of pairs: the chosen score has to be above the rejected score
+    ranked: bool = False  # of lists: every answer needs a place of its own
 
 
 # --- @loss ----------------------------------------------------------------------------------------
