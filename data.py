@@ -57,13 +57,16 @@ import pyarrow
 import pyarrow.compute
 import torch
 
+import conversations
+import fields
 import layouts
 import loading
+import selection
 import shorten
 import sources
 import templates
 import unread
-from layouts import COLUMNS, LAYOUTS, Shape, examples
+from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
 from registry import Needs, needs_of
@@ -76,7 +79,7 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    layouts, loading, shorten, sources, templates, unread)]
+    conversations, fields, layouts, loading, selection, shorten, sources, templates, unread)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -949,7 +952,7 @@ def read_template_kwargs(text):
 
 def read_columns(text):
     """Read --columns. Returns pairs (our name, the file's name)."""
-    ours = COLUMNS
+    ours = known_names()
     pairs = []
     for part in split_list(text):
         name, _, theirs = [word.strip() for word in part.partition("=")]
