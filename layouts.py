@@ -602,7 +602,7 @@ def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterato
     """
     source, needs, shape = Source(*source), Needs(*needs), Shape(*shape)
     layout = form = file_is_chat = None
-    splits, labels = set(), set()
+    splits = set()
     for where, row_of_file in read_rows(source):
         row = Fields(row_of_file, where, shape.columns, shape.ignored)
         # Every row of a file must have the layout of the first.
@@ -632,11 +632,7 @@ def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterato
         check_one_split(row, splits)
         written = [json.dumps(answer) if is_chat else answer for answer in answers]
         for choice in choose_answers(known, needs, shape, where):
-            labels.update(choice.labels)
             yield make_example(row, known, choice, written, needs, layout) | common
-    if len(labels) == 1:
-        raise UserError(f"{source.name}: every answer has the label {str(labels.pop()).lower()}; a "
-                        "loss of labels needs good and bad answers")
 
 
 def make_example(row, known, choice, written, needs, layout):
