@@ -131,6 +131,7 @@ def remove_end(text, ends):
 
 # --- Rows of messages -----------------------------------------------------------------------------
 
+ASSISTANT = ("assistant",)
 MOST_ADDED = 1_000_000  # characters that a template may add to a row, for instructions
 
 
@@ -193,6 +194,12 @@ def text_of_messages(prompt: list, answers: list, tokenizer, special: SpecialTok
     problem = check_turns(prompt, answers, trained)
     if problem:
         return drop_row(map(join_words, answers), problem)
+    # A finished turn of the assistant that ends the prompt is followed by another one. Templates
+    # may write it otherwise where it is the last, so it is an unscored turn of the answers.
+    if len(prompt) > 1 and begins_with(prompt[-1:], ASSISTANT) and not is_prefill(prompt, answers):
+        answers = [prompt[-1:] + answer for answer in answers]
+        trained = [[False, *are_trained] for are_trained in trained]
+        prompt = prompt[:-1]
 
     write = functools.partial(render, tokenizer=tokenizer, where=where, options=options)
     tools = list_strings(options.get("tools"))
@@ -321,10 +328,8 @@ def write_row(prompt, answers, trained, write, special, tools):
     tools      the texts in the tools of the row
     """
     texts = list(map(join_words, answers))
-    # A prompt that ends with a turn of the assistant is a prefill: the answers continue that turn.
-    follows = all(begins_with(answer, ("assistant",)) for answer in answers)
-    is_prefilled = follows and begins_with(prompt[-1:], ("assistant",))
-    is_prefilled = is_prefilled and not prompt[-1].get("tool_calls")
+    follows = all(begins_with(answer, ASSISTANT) for answer in answers)
+    is_prefilled = is_prefill(prompt, answers)
     dialogues = [prompt + answer for answer in answers]
     served = {"add_generation_prompt": follows}
     if is_prefilled:
@@ -370,6 +375,13 @@ def write_row(prompt, answers, trained, write, special, tools):
 
 def begins_with(messages: list, roles: tuple) -> bool:
     return len(messages) > 0 and messages[0]["role"] in roles
+
+
+def is_prefill(prompt, answers):
+    """Return whether the prompt ends with a turn of the assistant that the answers continue."""
+    if not begins_with(prompt[-1:], ASSISTANT) or prompt[-1].get("tool_calls"):
+        return False
+    return all(begins_with(answer, ASSISTANT) for answer in answers)
 
 
 def continue_turn(prompt, answer):
