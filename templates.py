@@ -475,6 +475,8 @@ def find_turn(dialogue, index, opened, whole, write, special):
     for history in histories:
         prompt_text = opened or write(history, add_generation_prompt=True)
         start = find_start(prompt_text, history, whole, write, special)
+        if start is None and begins_with(history[-1:], ASSISTANT):
+            start = find_next_turn(dialogue, index, prompt_text, whole, write, special)
         if start is None:
             continue
         if index == len(dialogue) - 1:
@@ -485,6 +487,22 @@ def find_turn(dialogue, index, opened, whole, write, special):
             if stop is not None:
                 return start, stop
     return None
+
+
+def find_next_turn(dialogue, index, prompt_text, whole, write, special):
+    """Return where a turn of the assistant begins that follows another one, or None. Some
+    templates write the one before otherwise where it is the last, as Qwen3's does."""
+    opening = prompt_text.removeprefix(write(dialogue[:index])).strip()
+    before = find_turn(dialogue, index - 1, None, whole, write, special)
+    if before is None or not opening:
+        return None
+    between = whole[before[1]:]
+    start = len(whole) - len(between.lstrip())
+    if not whole.startswith(opening, start):
+        return None
+    start += len(opening)
+    # White space at the end of the generation prompt is not scored.
+    return start + len(prompt_text) - len(prompt_text.rstrip())
 
 
 def find_start(prompt_text, prompt, whole, write, special):

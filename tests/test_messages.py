@@ -7,7 +7,6 @@ import pytest
 from conftest import make_tokenizer
 from test_templates import CHATML, PLAIN, assistant, pair, read, system, tool, user  # noqa: F401
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from data import Limits
 from errors import UserError
@@ -146,8 +145,8 @@ TOOLS = [{"type": "function", "function": {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
 
 
-def make(template, tokenizer=None):
-    tokenizer = tokenizer or make_tokenizer()
+def make(template):
+    tokenizer = make_tokenizer()
     for texts, is_special in ((SPECIAL, True), (ORDINARY, False)):
         tokens = [AddedToken(text, special=is_special, normalized=False) for text in texts]
         tokenizer.add_tokens(tokens, special_tokens=is_special)
@@ -605,35 +604,33 @@ def test_a_long_row_with_unscored_turns_is_not_shortened():
 
 # --- A real model's template ----------------------------------------------------------------------
 
-@pytest.fixture
-def smollm2():
-    from conftest import SHARED
-    folder = SHARED.parent / "tmp" / "smollm2"
-    if not folder.exists():
-        pytest.skip("needs a model folder")
-    return AutoTokenizer.from_pretrained(folder)
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
 
 
-def test_the_template_of_smollm2_scores_turns_and_drops_what_it_cannot_write(smollm2):
-    special = read_special_tokens(smollm2)
-
-    def write(prompt, *answers):
-        return text_of_messages(prompt, list(answers), smollm2, special, "row 1")
-
-    text = write([user("count")], TURNS, [assistant("No.")])
+def test_the_template_of_smollm2_scores_turns_and_drops_what_it_cannot_write():
+    text = row_text(SMOLLM2, [user("count")], TURNS, "No.")
     assert scored(text) == ["One.<|im_end|>", "Two.<|im_end|>", "Three.<|im_end|>"]
     prompt = [user("") | {"content": parts("a ", "cat?")}]
-    assert "user\na cat?<|im_end|>" in write(prompt, [assistant("yes")]).prompt
-    assert write([user("a")], WEATHER).problem == (
-        "the chat template leaves out the tool calls of the assistant")
+    assert "user\na cat?<|im_end|>" in row_text(SMOLLM2, prompt, "yes").prompt
     # Calls inside the content are text.
     calls = [assistant('<tool_call>{"name": "f"}</tool_call>'), tool("4"), assistant("Cold.")]
-    assert scored(write([user("a")], calls)) == [
+    assert scored(row_text(SMOLLM2, [user("a")], calls)) == [
         '<tool_call>{"name": "f"}</tool_call><|im_end|>', "Cold.<|im_end|>"]
-    assert write([user("a")], [thinking("x", "y")]).problem == (
-        "the chat template leaves out the reasoning of an answer")
-    assert write([user("say <|im_start|>")], [assistant("y")]).problem == (
-        "text that spells the control token <|im_start|>")
+    reasons = {
+        "tool calls of the assistant": ([user("a")], WEATHER),
+        "reasoning of an answer": ([user("a")], [thinking("x", "y")]),
+    }
+    for reason, (prompt, answer) in reasons.items():
+        problem = row_text(SMOLLM2, prompt, answer).problem
+        assert problem == f"the chat template leaves out the {reason}"
+    text = row_text(SMOLLM2, [user("say <|im_start|>")], "y")
+    assert text.problem == "text that spells the control token <|im_start|>"
 
 
 def test_the_report_counts_rows_whose_messages_cannot_be_trained_on(read):  # noqa: F811
@@ -643,3 +640,12 @@ def test_the_report_counts_rows_whose_messages_cannot_be_trained_on(read):  # no
     assert "1 of 3 rows kept, 2 dropped" in report
     assert "text that spells the control token <|im_end|>" in report
     assert "an answer ends with a turn of the user" in report
+
+
+def test_consecutive_turns_of_the_assistant_are_scored_without_the_header_between_them():
+    for template, end in ((QWEN3, "<|im_end|>"), (CHATML, "<|im_end|>"), (PHI3, "<|im_end|>"),
+                          (LLAMA, "<|eot|>"), (PLAIN, "<eos>"), (DEEPSEEK, "<eos>")):
+        turns = [assistant("One."), assistant("Two."), user("more"), assistant("Three.")]
+        text = row_text(template, [user("count")], turns, "No.")
+        texts = [part.removeprefix("<think>\n\n</think>\n\n") for part in scored(text)]
+        assert texts == [word + end for word in ("One.", "Two.", "Three.")]
