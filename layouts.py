@@ -245,9 +245,9 @@ def read_options(row, known, is_chat):
     if row.adds_nulls:
         options = without_nulls(options)
     if options and not is_chat:
-        raise UserError(f"{row.where}: has tools, which only a chat template writes, and its "
-                        "prompt and answers are text; write them as messages; --ignore_columns "
-                        "tools trains without them")
+        raise UserError(f"{row.where}: the column 'tools' is not read: only a chat template writes "
+                        "tools, and the prompt and the answers are text; write them as messages; "
+                        "--ignore_columns tools trains without it")
     return json.dumps(options) if options else ""
 
 

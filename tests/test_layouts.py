@@ -366,7 +366,7 @@ def test_the_scores_of_a_pair_are_columns_in_every_layout_of_pairs(read, fails):
     (orca("s") | {"system": {"x": "y"}}, "'system' holds {\"x\": \"y\"}, which is not text"),
     ({"input": {"text": "x"}, "preferred_output": "a", "non_preferred_output": "b"},
      "'input.messages' holds null"),
-    (pair("b", "c", prompt="a", tools=[{"name": "f"}]), "has tools, which only a chat template"),
+    (pair("b", "c", prompt="a", tools=[{"name": "f"}]), "only a chat template writes"),
 ])
 def test_bad_input_is_one_line_with_file_and_row(fails, row, message):
     assert fails([row], LABELS if "completion" in row else PAIRS).startswith("row 1: ")
