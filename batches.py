@@ -1,4 +1,4 @@
-"""Rows -> this rank's micro-batches on its device -> the log-probs of every pair.
+"""Rows -> this rank's micro-batches on its device -> the log-probs of every answer.
 
 Training, evaluation and the cache of the reference share these parts:
 
@@ -9,7 +9,8 @@ Training, evaluation and the cache of the reference share these parts:
     logp_gradients  dL/dlogp of all pairs, for a loss that compares pairs
     of_all_pairs    gathers a value of every pair on every rank
 
-For example, 8 pairs on 2 ranks with --micro_batch_size 2: rank 0 gets the pieces of pairs 0-1 and
+A row is a pair here. All of it works the same for rows of other kinds: see answers.py. For example,
+8 pairs on 2 ranks with --micro_batch_size 2: rank 0 gets the pieces of pairs 0-1 and
 2-3, rank 1 those of pairs 4-5 and 6-7.
 """
 import collections
@@ -22,11 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 import data
 import packing
-from dpo import SIDES, concatenated_inputs, preference_logps, preference_loss
+from answers import answers_loss
+from dpo import concatenated_inputs, preference_logps, preference_loss
+from losses import kind_of
 from parallel import Ranks, gather, shard, sum_over_ranks
 from variants import Variants, weighted_preference_loss, with_wpo
 
@@ -66,6 +68,7 @@ class RowFormat(NamedTuple):
     masked: bool = True  # padded rows with an attention mask, see verify.can_drop_mask
     weigh: Callable | None = None  # labels -> weights of the tokens, see variants.Variants
     full_logits: bool = True  # padded rows with few logits may have them computed in full
+    most_answers: int = 0  # K, the same in all batches; 0: of the row that has most
 
 
 def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
@@ -74,14 +77,13 @@ def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
     A padded batch with few logits gets labels, so that dpo.get_batch_logps computes its log-probs
     from full logits. Every other batch gets Targets: see logps.FastLogps.
     """
-    batch = data.ids_and_scores(rows)
+    batch = data.known_of_answers(rows, row_format.most_answers)
     if row_format.packed:
         return batch | {"inputs": packing.pack_rows(rows, row_format.weigh)}
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id  # not scored, and after all tokens that are
-    sides = [side for side in SIDES if f"{side}_ids" in rows]
-    inputs = concatenated_inputs(data.pad_rows(rows, pad), sides)
+    inputs = concatenated_inputs(data.pad_rows(rows, pad))
     if not row_format.masked:
         inputs["attention_mask"] = packing.no_mask()
     logits = inputs["input_ids"].numel() * len(tokenizer)
@@ -133,20 +135,21 @@ def one_ahead(jobs: Iterable, make: Callable, threaded: bool) -> Iterator:
             yield future.result()
 
 
-def load_batches(rows: Dataset, index_lists: Iterable, tokenizer: Any, row_format: RowFormat,
+def load_batches(selections: Iterable, tokenizer: Any, row_format: RowFormat,
                  device: torch.device) -> Iterator[dict]:
-    """The batch of each list of row indices, in order.
+    """The batch of each pair (rows, indices of some of them), in order.
 
     For a GPU a thread reads, collates and pins the next batch during the current computation. On a
     CPU the thread would share the cores with the computation, so there is no thread.
     """
     on_gpu = device.type == "cuda"
 
-    def make(indices):
+    def make(selection):
+        rows, indices = selection
         batch = collate_on_cpu(rows[indices], tokenizer, row_format)
         return map_tensors(torch.Tensor.pin_memory, batch) if on_gpu else batch
 
-    with contextlib.closing(one_ahead(index_lists, make, threaded=on_gpu)) as batches:
+    with contextlib.closing(one_ahead(selections, make, threaded=on_gpu)) as batches:
         for batch in batches:
             yield batch_to_device(batch, device)
 
@@ -158,7 +161,7 @@ class Task(NamedTuple):
     loss: Callable
     hyper: dict
     options: dict  # of dpo.preference_logps
-    preference_loss: Callable  # that of dpo.py; with WPO, one that adds a metric
+    preference_loss: Callable  # that of dpo.py or answers.py; with WPO, one that adds a metric
     score: Callable | None  # of preference_loss
     dtype: str
     autocast: dict  # arguments of torch.autocast
@@ -168,10 +171,10 @@ class Task(NamedTuple):
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
-              packed: bool = False, masked: bool = True) -> Task:
+              packed: bool = False, masked: bool = True, most_answers: int = 0) -> Task:
     """The Task of a loss with its variants."""
     options = {"reference_free": variants.reference_free}
-    loss_and_metrics = preference_loss
+    loss_and_metrics = preference_loss if kind_of(loss) == "pairs" else answers_loss
     if variants.wpo:
         clamp = variants.wpo_clamp
         loss = with_wpo(loss, clamp)
@@ -181,7 +184,7 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     # rounds logits to bf16, and FastLogps computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
     full_logits = not variants.wpo and not rounded
-    row_format = RowFormat(packed, masked, variants.weigh, full_logits)
+    row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers)
     return Task(
         loss=loss,
         hyper=hyper,
@@ -230,19 +233,28 @@ def logp_gradients(task: Task, tensors: dict) -> tuple[dict, dict]:
 @torch.no_grad()
 def of_all_pairs(compute: Callable, batches: Iterable[dict], pieces: Iterable[Piece], count: int,
                  ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Run compute(batch) -> {name: (B,)} on every piece -> {name: (count,)} in fp64, on every rank.
+    """Run compute(batch) -> {name: (B,) or (B, K)} on every piece -> {name: (count,) or (count, K)}
+    in fp64, booleans as booleans, on every rank.
 
     The ranks share the work. Each contributes zeros for the pairs that it does not own, so that
     one all-reduce gathers the values exactly.
     """
-    tables = {}
+    tables, booleans = {}, set()
     for (places, weight), batch in zip(pieces, batches):
         for name, values in compute(batch).items():
             if name not in tables:
-                tables[name] = torch.zeros(count, dtype=torch.float64, device=values.device)
+                shape = (count, *values.shape[1:])
+                tables[name] = torch.zeros(shape, dtype=torch.float64, device=values.device)
+            if values.dtype == torch.bool:
+                booleans.add(name)
             tables[name][places] += weight * values.double()
-    sums = sum_over_ranks(torch.stack(list(tables.values())), ranks)
-    return dict(zip(tables, sums))
+    sums = sum_over_ranks(torch.cat([table.flatten() for table in tables.values()]), ranks)
+    parts = sums.split([table.numel() for table in tables.values()])
+    for name, part in zip(list(tables), parts):
+        tables[name] = part.view(tables[name].shape)
+        if name in booleans:
+            tables[name] = tables[name] > 0
+    return tables
 
 
 def raise_not_finite(number: int, values: dict, seen: list, ranks: Ranks | None = None,

@@ -46,6 +46,7 @@ from loading import load_tokenizer
 from model import load_model
 from parallel import init_distributed
 from ranges import whole_number
+from registry import Needs
 
 SWITCHES = {
     "bf16": "autocast to bfloat16",
@@ -237,9 +238,9 @@ def run_training(args, ranks, lines):
             metrics.append(json.loads(line))
         # The rows that were trained on, from the cache of the run.
         rows, _ = data.load_tokens("rows.jsonl", load_tokenizer(args.model),
-                                   ("chosen", "rejected"), data.Limits(args.max_length))
+                                   Needs(), data.Limits(args.max_length))
         prompt = data.column(rows, "prompt_length")
-        chosen = data.column(rows, "chosen_length")
+        chosen = data.column(rows, "first_length")
         rejected = data.column(rows, "tokens") - prompt - chosen
     lengths = np.stack([prompt, chosen, rejected], 1)
     return TrainedRun(recorder, lengths, flags["attention"], metrics)

@@ -2,19 +2,20 @@
 
     python data.py FILE --model M      # counts, lengths and two rows, as training would see them
 
-A row becomes a prompt and its answers. The scored tokens of an answer run from its first token to
-the token that ends it; the prompt and the padding are never scored. With one token per word:
+A row becomes a prompt and its K answers: two of a pair, the chosen one first; K of a ranking, best
+first; one with a label. The scored tokens of an answer run from its first token to the token that
+ends it; the prompt and the padding are never scored, nor are the turns of a tool or user inside an
+answer. With one token per word:
 
     {"prompt": "a cat", "chosen": " sat", "rejected": " ran"}
     prompt_ids    a cat
-    chosen_ids    sat <eos>
-    rejected_ids  ran <eos>
+    answer_ids    sat <eos>, ran <eos>
 
 These rules hold for every row:
 
-    boundary     prompt, prompt + chosen and prompt + rejected are tokenized whole. The answers
-                 begin at the first token where the three differ, so both answers have the same
-                 prompt even if the tokenizer merges characters across the boundary.
+    boundary     the prompt, and the prompt with each answer, are tokenized whole. The answers begin
+                 at the first token where these texts differ, so all answers have the same prompt
+                 even if the tokenizer merges characters across the boundary.
     BOS          begins a row at most once: if the tokenizer adds one to a text, or if the chat
                  template writes one.
     EOS          ends an answer unless the chat template ended it with another special token. A
@@ -41,6 +42,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -55,15 +57,19 @@ import pyarrow
 import pyarrow.compute
 import torch
 
+import conversations
+import fields
 import layouts
 import loading
+import selection
 import shorten
 import sources
 import templates
 import unread
-from layouts import examples
+from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
+from registry import Needs, needs_of
 from shorten import shorten_texts
 from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
 from unread import check_ignored, count_unread
@@ -73,18 +79,17 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    layouts, loading, shorten, sources, templates, unread)]
+    conversations, fields, layouts, loading, selection, shorten, sources, templates, unread)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
 # --- Rows of text, cached -------------------------------------------------------------------------
 
-def load_text(source, sides, scored=False, columns=(), ignored=()):
+def load_text(source, needs, shape):
     """Load the rows of `examples` as a data set, which `datasets` caches until a file changes."""
     files, _ = find_files(source)
     show_progress(source, files)
-    arguments = {"source": tuple(source), "sides": sides, "scored": scored, "columns": columns,
-                 "ignored": ignored}
+    arguments = {"source": tuple(source), "needs": tuple(needs), "shape": tuple(shape)}
     if next(examples(**arguments), None) is None:
         raise UserError(f"{source.name}: there is no row in it")
     # The state of the data is part of the cache key. A tuple: `datasets` splits lists into shards.
@@ -191,15 +196,16 @@ def special_ids(tokenizer):
     return with_special[:front], [tokenizer.eos_token_id]
 
 
-def tokenize_row(text, prompt, wholes, front, ends, limits):
+def tokenize_row(text, prompt, wholes, front, ends, limits, offsets):
     """Tokenize one row. Returns its columns.
 
     text     RowText
     prompt   the ids of the prompt; wholes: of prompt + answer, for each answer
     front    the ids to put before the row, [BOS] or []
     ends     the ids to put after each answer, [EOS] or []
+    offsets  for each answer the characters of the tokens of its whole, if only a part is scored
     """
-    # The answers begin where the tokens of prompt, prompt + chosen and prompt + rejected differ.
+    # The answers begin where the tokens of the prompt and of the wholes differ.
     start = len(os.path.commonprefix([prompt, *wholes]))
     answers = [whole[start:] for whole in wholes]
     # Add no second BOS and no second EOS where the text has its own.
@@ -210,20 +216,30 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
     for answer, end in zip(answers, ends):
         ended.append(answer if answer[-1:] == end else answer + end)
     prompt_ids, answer_ids = truncate(whole_prompt, ended, limits, len(front))
+    unscored = [[] for _ in answer_ids]
+    for k, characters in offsets.items():
+        positions = templates.unscored_tokens(characters, start, text.scored[k])
+        unscored[k] = [place for place in positions if place < len(answer_ids[k])]
+    scored = [len(ids) - len(left_out) for ids, left_out in zip(answer_ids, unscored)]
 
     answer_tokens = sum(map(len, answer_ids))
     row = {
         "prompt_ids": prompt_ids,
         "answer_ids": answer_ids,
+        "unscored": unscored,
         "prompt_truncated": len(prompt_ids) < len(whole_prompt),
         "answers_truncated": answer_tokens < sum(map(len, ended)),
         "merged": start < len(prompt) and "unserved" not in text.notes,
         "prompt_length": len(prompt_ids),
-        "chosen_length": len(answer_ids[0]),
+        "first_length": scored[0],
+        "last_length": scored[-1],
+        "answers": len(answer_ids),
         "tokens": len(prompt_ids) + answer_tokens,
     }
     is_empty = not all(answers) or not all(answer.strip() for answer in text.answers)
     row["problem"] = "empty answer" if is_empty else find_problem(text, row, limits)
+    if not row["problem"] and not all(scored):
+        row["problem"] = "no scored token is left of an answer"
     if text.problem:
         row["problem"] = text.problem
     row |= {name: name in text.notes for name in templates.TEXT_NOTES}
@@ -232,38 +248,44 @@ def tokenize_row(text, prompt, wholes, front, ends, limits):
 
 def find_problem(text, row, limits):
     """Return why a row without an empty answer cannot be trained on, or ""."""
-    is_pair = len(text.answers) == 2
     if not row["prompt_ids"]:
         return "no prompt"
-    if is_pair and text.answers[0] == text.answers[1]:
-        return "chosen equals rejected"
+    # Equal answers have no order. For tokens, a tuple can be in a set.
+    equal = "chosen equals rejected" if len(text.answers) == 2 else "two answers are equal"
+    if len(set(text.answers)) < len(text.answers):
+        return equal
     if limits.overlong != "cut" and (row["prompt_truncated"] or row["answers_truncated"]):
         return "too long"
-    if is_pair and row["answer_ids"][0] == row["answer_ids"][1]:
+    if len(set(map(tuple, row["answer_ids"]))) < len(text.answers):
         if row["answers_truncated"]:
-            return "chosen equals rejected after truncation"
-        return "chosen and rejected are the same tokens"
+            return f"{equal} after truncation"
+        return "chosen and rejected are the same tokens" if len(text.answers) == 2 else equal
     return ""
 
 
-def text_of_row(batch, i, tokenizer, sides, special):
-    """Turn row i of a batch of `examples` into RowText."""
-    prompt = batch["prompt"][i]
-    answers = [batch[side][i] for side in sides]
+def text_of_row(batch, i, tokenizer, special, options):
+    """Turn row i of a batch of `examples` into RowText. `options` go to the chat template."""
+    prompt, answers = batch["prompt"][i], batch["answers"][i]
     if batch["chat"][i]:
         messages = [json.loads(answer) for answer in answers]
-        return templates.text_of_messages(
-            json.loads(prompt), messages, tokenizer, special, batch["id"][i])
+        own_options = json.loads(batch["options"][i] or "{}")
+        return templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
+                                          batch["id"][i], own_options | options)
     return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
 
 
-def tokenize(batch, tokenizer, sides, limits, ordered=True):
-    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function."""
+def tokenize(batch, tokenizer, needs, limits, options):
+    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function.
+
+    needs, limits   Needs and Limits, which `datasets` passes as tuples
+    options         of the chat template, from --template_kwargs
+    """
+    needs, limits = Needs(*needs), Limits(*limits)
     bos, eos = special_ids(tokenizer)
     special = templates.read_special_tokens(tokenizer)
     count = len(batch["id"])
     def text_of(i):
-        return text_of_row(batch, i, tokenizer, sides, special)
+        return text_of_row(batch, i, tokenizer, special, options)
 
     if any(batch["chat"]):
         texts = templates.texts_of_rows(text_of, count, batch["id"])
@@ -272,47 +294,62 @@ def tokenize(batch, tokenizer, sides, limits, ordered=True):
     texts = shorten_texts(texts, limits.max_length, tokenizer)
     texts = templates.refuse_unwritable(texts, tokenizer)
 
-    # One call for the prompts and one for each side: a call encodes its texts in parallel.
-    def encode(strings):
-        # Without masks, which would be as long as the ids and are not used.
-        return tokenizer(strings, add_special_tokens=False, return_attention_mask=False,
-                         return_token_type_ids=False, verbose=False)["input_ids"]
-
-    prompt_ids = encode([text.prompt for text in texts])
-    whole_ids = []
-    for k in range(len(sides)):
-        whole_ids.append(encode([text.wholes[k] for text in texts]))
+    # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
+    prompt_ids = encode(tokenizer, [text.prompt for text in texts])
+    whole_ids = iter(encode(tokenizer, [whole for text in texts for whole in text.wholes]))
 
     # Token ids -> rows.
     rows = []
     for i, text in enumerate(texts):
         is_chat = batch["chat"][i]
-        wholes = [side_ids[i] for side_ids in whole_ids]
-        front, end_ids = bos, [eos] * len(sides)
+        wholes = list(itertools.islice(whole_ids, len(text.wholes)))
+        front, end_ids = bos, [eos] * len(wholes)
         if is_chat:
             # A chat template writes its own BOS and ends its turns with its own special token.
             has_bos = wholes[0][:1] == [tokenizer.bos_token_id]
             front = wholes[0][:1] if has_bos else []
             end_ids = [[] if whole.endswith(special.texts) else eos for whole in text.wholes]
-        row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits)
+        offsets = offsets_of(text, tokenizer)
+        row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits, offsets)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
         row["unclosed"] = any(leaves_thinking_open(text, answer) for answer in text.answers)
         row["prompt_key"] = hash_prompt(batch["prompt"][i])
-        row |= {f"{side}_ids": answer for side, answer in zip(sides, row.pop("answer_ids"))}
+        # Problems that the layout found, and scores that contradict the preference.
+        row["problem"] = batch["problem"][i] or row["problem"]
+        if needs.ordered_scores and not row["problem"]:
+            chosen_score, rejected_score = batch["scores"][i]
+            if not chosen_score > rejected_score:
+                row["problem"] = "chosen_score not above rejected_score"
         rows.append(row)
 
-    # Scores must agree with the preference, where the loss asks for that.
-    columns = {"id": batch["id"]}
-    columns |= {name: batch[name] for name in batch if name.endswith("_score")}
-    if ordered and {"chosen_score", "rejected_score"} <= set(columns):
-        scores = zip(columns["chosen_score"], columns["rejected_score"])
-        for row, (chosen, rejected) in zip(rows, scores):
-            if not row["problem"] and not chosen > rejected:
-                row["problem"] = "chosen_score not above rejected_score"
+    columns = {"id": batch["id"], "weight": batch["weight"], "layout_notes": batch["notes"]}
+    if needs.scores:
+        columns["scores"] = batch["scores"]
+    if needs.kind == "labels":
+        columns["desirable"] = [labels[0] for labels in batch["labels"]]
     for name in rows[0]:
         columns[name] = [row[name] for row in rows]
     return columns
+
+
+def encode(tokenizer, strings):
+    """Token ids of each string, without special tokens."""
+    # Without masks, which would be as long as the ids and are not used.
+    return tokenizer(strings, add_special_tokens=False, return_attention_mask=False,
+                     return_token_type_ids=False, verbose=False)["input_ids"]
+
+
+def offsets_of(text, tokenizer):
+    """{k: (begin, end) of the characters of each token of the k-th whole}, for the answers of which
+    only a part is scored."""
+    offsets = {}
+    for k, spans in enumerate(text.scored):
+        if spans:
+            whole = tokenizer(text.wholes[k], add_special_tokens=False,
+                              return_offsets_mapping=True)
+            offsets[k] = whole["offset_mapping"]
+    return offsets
 
 
 # The tags around the reasoning of an answer.
@@ -336,25 +373,37 @@ def hash_prompt(prompt):
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest(), "big")
 
 
-def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False, scored=False,
-                columns=(), ignored=(), ordered=True) -> tuple[datasets.Dataset, dict]:
+PAIRS = Needs()  # of a loss that compares a chosen and a rejected answer
+ANY_LENGTH, ANY_LAYOUT = Limits(), Shape()
+
+
+def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_LAYOUT,
+                strict=False, options=None) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
-    The columns of a row: id, prompt_ids, {side}_ids (with the token that ends the answer),
-    prompt_length, chosen_length (of the first answer), tokens (of the prompt and all answers),
-    prompt_key (a hash of the prompt, 0 <= key < 2**56) and, if `scored`, {side}_score.
-
+    needs       the rows that the loss reads: registry.needs_of
+    shape       the layout of the files, and what to make of it
     strict      a row that would be dropped is an error
-    columns     pairs (our name, the file's name)
-    ignored     columns and message keys that are not read, even if they change a row's meaning
-    ordered     of scored pairs, drop those whose chosen answer does not have the higher score
+    options     keyword arguments of the chat template
+
+    The columns of a row:
+
+        id, prompt_ids                  its name, and the tokens of its prompt
+        answer_ids                      K lists: the tokens of each answer, with its last one
+        unscored                        K lists: positions in each answer that are not scored; no
+                                        column if all are empty
+        scores, desirable               K numbers, and a label, where the loss reads them
+        weight                          if one of them is not 1
+        prompt_length, answers, tokens  of the prompt; K; of the prompt and all answers
+        first_length, last_length       scored tokens of the first and of the last answer
+        prompt_key                      a hash of the prompt, 0 <= key < 2**56
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
                "unread": {}, "not_read": {}}
     for source in mixture:
-        text = load_text(source, sides, scored, columns, ignored)
+        text = load_text(source, needs, shape)
         count_unread(text, account["unread"])
         files, not_read = find_files(source)
         if len(files) > 1:
@@ -364,10 +413,10 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
         with reading_cache(CACHE_ERRORS):
             rows = text.map(
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-                new_fingerprint=cache_name(text, tokenizer, sides, limits, ordered),
-                features=token_features(sides, scored),
-                fn_kwargs={"tokenizer": tokenizer, "sides": sides, "limits": limits,
-                           "ordered": ordered})
+                new_fingerprint=cache_name(text, tokenizer, needs, limits, options),
+                features=token_features(needs),
+                fn_kwargs={"tokenizer": tokenizer, "needs": needs, "limits": limits,
+                           "options": options or {}})
         check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
@@ -376,18 +425,27 @@ def load_tokens(spec: str, tokenizer, sides: tuple, limits: Limits, strict=False
             raise UserError(
                 f"{source.name}: none of its {len(rows)} rows can be used ({reasons})")
         parts.append(usable)
-    rows = datasets.concatenate_datasets(mix(parts, mixture))
+    rows = without_defaults(datasets.concatenate_datasets(mix(parts, mixture)))
     account["kept"] = len(rows)
     account["left_out"] = sum(map(len, parts)) - len(rows)
-    return rows.remove_columns(["problem", *NOTES]), account
+    return rows.remove_columns(["problem", "layout_notes", *NOTES]), account
 
 
-def cache_name(text, tokenizer, sides, limits, ordered):
+def without_defaults(rows):
+    """Remove the columns that say nothing: weights that are all 1, and no unscored tokens."""
+    if (column(rows, "weight") == 1).all():
+        rows = rows.remove_columns("weight")
+    if not len(pyarrow.compute.list_flatten(rows.data.column("unscored"), recursive=True)):
+        rows = rows.remove_columns("unscored")
+    return rows
+
+
+def cache_name(text, tokenizer, needs, limits, options):
     """Return a cache name of the token ids, which changes with everything they depend on."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     return datasets.fingerprint.Hasher.hash([
-        text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, sides,
-        limits, ordered, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
+        text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, needs,
+        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
 
 
 # Columns that mark rows for the report, and the words of the report.
@@ -401,19 +459,24 @@ NOTES = {
 }
 
 
-def token_features(sides, scored):
+def token_features(needs):
     """Return the types of the columns, which a first batch of empty prompts does not show."""
     ids = datasets.Sequence(datasets.Value("int64"))
     types = {
         "id": datasets.Value("string"),
         "problem": datasets.Value("string"),
+        "layout_notes": datasets.Sequence(datasets.Value("string")),
         "prompt_ids": ids,
+        "answer_ids": datasets.Sequence(ids),
+        "unscored": datasets.Sequence(ids),
+        "weight": datasets.Value("float64"),
     }
-    if scored:
-        types |= {f"{side}_score": datasets.Value("float64") for side in sides}
-    types |= {f"{side}_ids": ids for side in sides}
+    if needs.scores:
+        types["scores"] = datasets.Sequence(datasets.Value("float64"))
+    if needs.kind == "labels":
+        types["desirable"] = datasets.Value("bool")
     types |= dict.fromkeys(NOTES, datasets.Value("bool"))
-    numbers = ("prompt_length", "chosen_length", "tokens", "prompt_key")
+    numbers = ("prompt_length", "first_length", "last_length", "answers", "tokens", "prompt_key")
     types |= dict.fromkeys(numbers, datasets.Value("int64"))
     return datasets.Features(types)
 
@@ -425,6 +488,12 @@ def select_usable(rows, account, strict, overlong):
         count_rows(account["dropped"], str(problem), rows, problems == problem)
     for name, note in NOTES.items():
         count_rows(account["noted"], note, rows, column(rows, name) & (problems == ""))
+    with_notes = pyarrow.compute.list_value_length(rows.data.column("layout_notes"))
+    if pyarrow.compute.max(with_notes).as_py():
+        notes = rows["layout_notes"]
+        for note in sorted(set(itertools.chain(*notes))):
+            has_note = np.array([note in each for each in notes])
+            count_rows(account["noted"], note, rows, has_note & (problems == ""))
     account["rows"] += len(rows)
 
     # The user may have asked for an error instead.
@@ -500,15 +569,19 @@ def digest(rows: datasets.Dataset) -> str:
 
 
 def hash_column(values: pyarrow.Array) -> np.ndarray:
-    """Hash each number, or each list of ids with their positions -> (n,) uint64."""
+    """Hash each number, or each list of values with their positions -> (n,) uint64."""
     if not pyarrow.types.is_list(values.type):
         values = values.to_numpy(zero_copy_only=False)
         return mix_bits(values.astype(np.result_type(values, np.int64)).view(np.uint64))
     lengths = pyarrow.compute.list_value_length(values).to_numpy().astype(np.int64)
     ends = np.cumsum(lengths)
-    ids = values.flatten().to_numpy().astype(np.uint64)
-    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-    hashes = mix_bits((ids << np.uint64(32)) + positions.astype(np.uint64))
+    inner = values.flatten()
+    if pyarrow.types.is_integer(inner.type):  # ids, which fit into 32 bits
+        inner = inner.to_numpy().astype(np.uint64) << np.uint64(32)
+    else:  # numbers, or lists
+        inner = hash_column(inner)
+    positions = np.arange(len(inner)) - np.repeat(ends - lengths, lengths)
+    hashes = mix_bits(inner + positions.astype(np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes)])  # modulo 2^64
     return sums[ends] - sums[ends - lengths]
 
@@ -580,24 +653,29 @@ def describe_unread(account):
 def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None) -> dict:
     """Compute the numbers of the report: lengths, repeated prompts and tokens of an epoch."""
     prompt = column(rows, "prompt_length")  # (N,), as all of these
-    chosen = column(rows, "chosen_length")
+    first, last = column(rows, "first_length"), column(rows, "last_length")
+    counts = column(rows, "answers")
     tokens = column(rows, "tokens")
     keys = column(rows, "prompt_key")
-    answers = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows.column_names]
-    lengths = {"prompt": prompt, answers[0]: chosen}
-    numbers, tokens_by_answer = {"lengths": {}}, tokens
-    if len(answers) == 2:
-        rejected = tokens - prompt - chosen
-        lengths["rejected"] = rejected
-        numbers["chosen_longer"] = float((chosen > rejected).mean())
-        numbers["rejected_longer"] = float((chosen < rejected).mean())
-        tokens_by_answer = tokens + prompt
-    for name, counts in lengths.items():
-        numbers["lengths"][name] = {
-            "mean": float(counts.mean()),
-            "median": float(np.median(counts)),
-            "95th": float(np.percentile(counts, 95)),
-            "max": int(counts.max()),
+    lengths = {"prompt": prompt}
+    numbers = {"lengths": lengths}
+    if counts.max() == 1:
+        lengths["answer"] = first
+    else:
+        lengths |= {"chosen": first, "rejected": last}
+        numbers["chosen_longer"] = float((first > last).mean())
+        numbers["rejected_longer"] = float((first < last).mean())
+    if counts.max() > 2:
+        numbers["answers_per_row"] = float(counts.mean())
+    if "desirable" in rows.column_names:
+        numbers["desirable"] = float(column(rows, "desirable").mean())
+    tokens_by_answer = tokens + (counts - 1) * prompt
+    for name, values in lengths.items():
+        lengths[name] = {
+            "mean": float(values.mean()),
+            "median": float(np.median(values)),
+            "95th": float(np.percentile(values, 95)),
+            "max": int(values.max()),
         }
     numbers["rows_that_share_their_prompt"] = len(keys) - len(np.unique(keys))
     if held_out is not None and len(held_out):
@@ -617,6 +695,11 @@ def describe_statistics(numbers: dict) -> str:
     if "chosen_longer" in numbers:
         lines.append(f"  chosen is the longer answer in {numbers['chosen_longer']:.0%} of the "
                      f"pairs, rejected in {numbers['rejected_longer']:.0%}")
+    if "answers_per_row" in numbers:
+        lines.append(f"  {numbers['answers_per_row']:.1f} answers to a prompt; chosen is the best "
+                     "of them here, rejected the worst")
+    if "desirable" in numbers:
+        lines.append(f"  {numbers['desirable']:.0%} of the answers are desirable")
     line = (f"  {numbers['rows_that_share_their_prompt']} rows have a prompt that an earlier row "
             "has too")
     if "prompts_in_both" in numbers:
@@ -643,15 +726,41 @@ def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) ->
         if most and len(prompt) > most:
             prompt, mark = prompt[-most:], "… "
         lines += [row["id"], f"  prompt   {mark}{prompt!r}"]
-        for side in ("chosen", "rejected"):
-            if f"{side}_ids" not in row:
-                continue
-            tokens = [tokenizer.decode([token]) for token in row[f"{side}_ids"]]
-            text = "|".join(repr(token)[1:-1] for token in tokens)
+        for k, name in enumerate(answer_names(row)):
+            unscored = row["unscored"][k] if "unscored" in row else []
+            text = show_answer(row["answer_ids"][k], unscored, tokenizer)
             if most and len(text) > most:
                 text = f"{text[:most // 2]} … {text[-most // 2:]}"
-            lines.append(f"  {side:8} [{text}]")
+            lines.append(f"  {name:8} {text}")
     return "\n".join(lines)
+
+
+def answer_names(row):
+    """Name the answers of a row, with their scores and labels."""
+    count = len(row["answer_ids"])
+    names = ["chosen", "rejected"] if count == 2 else [f"answer {k + 1}" for k in range(count)]
+    if count == 1:
+        names = ["answer"]
+    if "desirable" in row:
+        names = ["desirable" if row["desirable"] else "undesirable"]
+    if "scores" in row:
+        names = [f"{name} ({score:g})" for name, score in zip(names, row["scores"])]
+    return names
+
+
+def show_answer(ids, unscored, tokenizer):
+    """Write the scored tokens in brackets and separated by bars, the others between brackets."""
+    text, is_open = "", False
+    for place, token in enumerate(ids):
+        word = repr(tokenizer.decode([token]))[1:-1]
+        is_scored = place not in unscored
+        if is_scored:
+            text += "|" if is_open else "["
+        elif is_open:
+            text += "]"
+        text += word
+        is_open = is_scored
+    return text + "]" if is_open else text
 
 
 # --- Token ids -> batches -------------------------------------------------------------------------
@@ -711,38 +820,64 @@ def split_by_tokens(indices, tokens, most):
 
 
 def pad_rows(rows: dict, pad_token_id: int) -> dict:
-    """Make a batch for dpo.py from {column: list of lists}, both sides right-padded to the longest
-    row of either side."""
-    batch = ids_and_scores(rows)
-    sides = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+    """Make a batch for dpo.py from {column: list}: input_ids, attention_mask and labels (B, K, T),
+    right-padded to the longest answer with its prompt, and what `known_of_answers` returns."""
+    batch = known_of_answers(rows)
+    answers_of_row = rows["answer_ids"]
+    most = batch["mask"].shape[1]
     width = 0
-    for side in sides:
-        for prompt, answer in zip(rows["prompt_ids"], rows[f"{side}_ids"]):
-            width = max(width, len(prompt) + len(answer))
-    for side in sides:
-        input_ids, labels, mask = [], [], []
-        for prompt, answer in zip(rows["prompt_ids"], rows[f"{side}_ids"]):
-            input_ids.append(prompt + answer)
-            labels.append([IGNORE] * len(prompt) + answer)
-            mask.append([1] * (len(prompt) + len(answer)))
-        batch[f"{side}_input_ids"] = pad_right(input_ids, width, pad_token_id)  # (B, T)
-        batch[f"{side}_labels"] = pad_right(labels, width, IGNORE)  # (B, T)
-        batch[f"{side}_attention_mask"] = pad_right(mask, width, 0)  # (B, T)
-    return batch
+    for prompt, answers in zip(rows["prompt_ids"], answers_of_row):
+        width = max(width, len(prompt) + max(map(len, answers)))
+    shape = (len(answers_of_row), most, width)
+    input_ids = torch.full(shape, pad_token_id)  # (B, K, T)
+    labels = torch.full(shape, IGNORE)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for i, prompt in enumerate(rows["prompt_ids"]):
+        for k, answer in enumerate(answers_of_row[i]):
+            end = len(prompt) + len(answer)
+            input_ids[i, k, :end] = torch.tensor(prompt + answer)
+            attention_mask[i, k, :end] = 1
+            labels[i, k, len(prompt):end] = torch.tensor(labels_of_answer(rows, i, k))
+    return batch | {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def ids_and_scores(rows: dict) -> dict:
-    """Make the part of a batch that is not tokens: id and, where the rows have them, scores and the
-    reference's log-probs."""
-    batch = {"id": rows["id"]}
-    for name in ("chosen_score", "rejected_score", "ref_chosen_logp", "ref_rejected_logp"):
+def labels_of_answer(rows: dict, i: int, k: int) -> list:
+    """Return the ids of an answer, with IGNORE for the tokens that are not scored."""
+    labels = rows["answer_ids"][i][k]
+    if "unscored" in rows and rows["unscored"][i][k]:
+        labels = list(labels)
+        for place in rows["unscored"][i][k]:
+            labels[place] = IGNORE
+    return labels
+
+
+def known_of_answers(rows: dict, most: int = 0) -> dict:
+    """Make the part of a batch that is not tokens: id, and what is known of the answers.
+
+    most    K, if it is above the answers of each of these rows
+
+    mask (B, K) says which row has a k-th answer; places (N,) where each of the N answers is in the
+    flattened (K, B) table. Where the rows have them: scores and ref_logps (B, K), desirable (B,)
+    booleans, weight (B,).
+    """
+    counts = torch.tensor([len(answers) for answers in rows["answer_ids"]])
+    most = most or int(counts.max())
+    mask = torch.arange(most) < counts[:, None]  # (B, K)
+    batch = {"id": rows["id"], "mask": mask, "places": mask.T.flatten().nonzero()[:, 0]}
+    for name in ("scores", "ref_logps"):
         if name in rows:
-            batch[f"{name}s"] = torch.tensor(rows[name], dtype=torch.float64)  # (B,)
+            batch[name] = pad_right(rows[name], most)
+    if "desirable" in rows:
+        batch["desirable"] = torch.tensor(rows["desirable"])
+    if "weight" in rows:
+        batch["weight"] = torch.tensor(rows["weight"], dtype=torch.float64)
     return batch
 
 
-def pad_right(rows, width, value):
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+def pad_right(rows, width):
+    """Lists of numbers -> (B, width), with zeros behind them."""
+    rows = [row + [0.0] * (width - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 # --- Flags, and `python data.py` ------------------------------------------------------------------
@@ -764,6 +899,14 @@ def add_flags(add: Callable):
     add("--ignore_columns",
         help="columns, or keys of a message, to train without, although they may change what a "
              "row means: images,system")
+    add("--layout", default="auto",
+        help=f"how the file is laid out: auto, {', '.join(LAYOUTS)}")
+    add("--pairs", choices=("best_worst", "all", "adjacent"),
+        help="the pairs to make of a row with more than two answers, for a loss of pairs")
+    add("--unpair", action="store_true",
+        help="read a pair as two answers with a label, for a loss of labels")
+    add("--template_kwargs", metavar="JSON",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}'")
     add("--chat_template", help="a file with a chat template (jinja) instead of the tokenizer's")
     add("--strict", action="store_true", help="a row that would be dropped is an error")
 
@@ -774,8 +917,8 @@ def split_list(text: str | None) -> list:
     return [name for name in names if name]
 
 
-def read_limits(args: argparse.Namespace) -> tuple[Limits, tuple, tuple]:
-    """Check the flags of add_flags. Returns (limits, columns, ignored)."""
+def read_flags(args: argparse.Namespace) -> tuple[Limits, Shape, dict]:
+    """Check the flags of add_flags. Returns limits, shape, and options of the chat template."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves no tokens for an "
                         f"answer in --max_length {args.max_length}")
@@ -783,12 +926,33 @@ def read_limits(args: argparse.Namespace) -> tuple[Limits, tuple, tuple]:
         raise UserError(f"--chat_template {args.chat_template}: no such file")
     limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length,
                     args.truncation_mode, args.overlong)
-    return limits, read_columns(args.columns), tuple(split_list(args.ignore_columns))
+    if args.layout not in ("auto", *LAYOUTS):
+        raise UserError(f"--layout {args.layout}: there is no such layout; there are auto, "
+                        f"{', '.join(LAYOUTS)}{nearest(args.layout, LAYOUTS)}")
+    shape = Shape(args.layout, args.pairs, args.unpair, read_columns(args.columns),
+                  tuple(split_list(args.ignore_columns)))
+    return limits, shape, read_template_kwargs(args.template_kwargs)
+
+
+def read_template_kwargs(text):
+    """Read --template_kwargs: an object whose keys are names of arguments."""
+    try:
+        options = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--template_kwargs {text}: is not JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--template_kwargs {text}: must be a JSON object, such as "
+                        "'{\"enable_thinking\": false}'")
+    for name in ("messages", "conversation", "tokenize", "add_generation_prompt",
+                 "continue_final_message", "chat_template", "return_tensors", "return_dict"):
+        if name in options:
+            raise UserError(f"--template_kwargs: {name} is set by this program; remove it")
+    return options
 
 
 def read_columns(text):
     """Read --columns. Returns pairs (our name, the file's name)."""
-    ours = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
+    ours = known_names()
     pairs = []
     for part in split_list(text):
         name, _, theirs = [word.strip() for word in part.partition("=")]
@@ -814,6 +978,16 @@ def check_template(path: str | None, accounts: list[dict]):
         raise UserError(f"--chat_template {path}: no row holds messages, so it is not used")
 
 
+def needs_of_loss(name):
+    """The Needs of --loss."""
+    import losses  # it fills the registry, which needs no data
+
+    try:
+        return needs_of(losses.find(name))
+    except ValueError as error:
+        raise UserError(f"--loss: {error}") from error
+
+
 def load_report_tokenizer(args):
     tokenizer = load_tokenizer(args.model)
     if args.chat_template:
@@ -828,29 +1002,27 @@ def main(argv):
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
     parser.add_argument("--eval_dataset", type=any_name,
                         help="held-out rows, to count the prompts in both data sets")
-    parser.add_argument("--chosen_only", action="store_true",
-                        help="read only the chosen answers, as --loss sft does")
-    parser.add_argument("--scores", action="store_true",
-                        help="read chosen_score and rejected_score too, as --loss odpo does")
+    parser.add_argument("--loss", default="sigmoid",
+                        help="the loss to read rows for: kto reads labels, plackett_luce rankings")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    limits, columns, ignored = read_limits(args)
+    limits, shape, options = read_flags(args)
+    needs = needs_of_loss(args.loss)
     tokenizer = load_report_tokenizer(args)
 
     # The data sets, as training would load them.
-    sides = ("chosen",) if args.chosen_only else ("chosen", "rejected")
     specs = [args.dataset]
     if args.eval_dataset:
         specs.append(args.eval_dataset)
     rows, accounts = [], []
     for spec in specs:
         tokens, account = load_tokens(
-            spec, tokenizer, sides, limits, args.strict, args.scores, columns, ignored)
+            spec, tokenizer, needs, limits, shape, args.strict, options)
         rows.append(tokens)
         accounts.append(account)
     check_template(args.chat_template, accounts)
-    check_ignored(ignored, accounts)
+    check_ignored(shape.ignored, accounts)
 
     # The report.
     held_out = rows[1] if args.eval_dataset else None

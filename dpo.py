@@ -7,9 +7,11 @@
 preference_loss (losses.py, and metrics). train.py calls them too. It adds micro-batches, bfloat16,
 many GPUs, LoRA, held-out rows, saved models, and the faster log-probs of packing.py and logps.py.
 
-Letters: B pairs, 2B rows (the B chosen answers first, then the B rejected), T tokens, V vocabulary.
-A batch comes from data.pad_rows: for each side, chosen and rejected, right-padded (B, T) tensors
-`{side}_input_ids`, `{side}_attention_mask` and `{side}_labels`.
+A batch comes from data.pad_rows: right-padded tensors input_ids, attention_mask and labels,
+(B, K, T) each. Here a row is a pair: K = 2, and [:, 0] is the chosen answer, [:, 1] the rejected.
+answers.py has what other kinds of rows need.
+
+Letters: B rows, K answers of a row, N answers in all (2B for pairs), T tokens, V vocabulary.
 """
 from errors import Parser, run_script  # first, see errors.py
 import math
@@ -21,12 +23,19 @@ from transformers import get_scheduler
 import data
 import world
 from loading import load_tokenizer
-from losses import LOSSES, hyperparameters, needs_reference, sides_of, tensor_arguments
+from losses import (
+    LOSSES,
+    hyperparameters,
+    kind_of,
+    needs_of,
+    needs_reference,
+    sides_of,
+    tensor_arguments,
+)
 from model import load_model
 from ranges import real_number, whole_number
 
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers
-SIDES = ("chosen", "rejected")
 # For a model of your own. Good learning rates are 1e-7 to 1e-6, good betas 0.01 to 0.5.
 SETTINGS = {"lr": 5e-7, "lr_schedule": "linear", "batch_size": 8, "epochs": 1, "beta": 0.1}
 
@@ -69,66 +78,84 @@ class SequenceLogps(torch.nn.Module):
         self.model = model
 
     def forward(self, labels=None, **inputs):
-        """input_ids, attention_mask and labels (2B, T) -> logps (2B,), lengths (2B,)."""
+        """input_ids, attention_mask and labels (N, T) -> logps (N,), lengths (N,)."""
         if labels is None:  # the second path of a subclass, logps.FastLogps
             return self.fast_forward(**inputs)
-        logits = self.model(**inputs, use_cache=False).logits  # (2B, T, V)
+        logits = self.model(**inputs, use_cache=False).logits  # (N, T, V)
         return get_batch_logps(logits, labels)
 
 
-def concatenated_inputs(batch, sides=SIDES):
-    """Chosen rows, then rejected rows, as one batch: input_ids, attention_mask and labels, each
-    (2B, T). In a batch of batches.py this is done already."""
+def concatenated_inputs(batch):
+    """The answers as rows of one batch: all first answers, then all second answers, and so on. Of
+    pairs these are the B chosen answers, then the B rejected. In a batch of batches.py this is done
+    already.
+
+    input_ids, attention_mask and labels (B, K, T); mask (B, K), False for a missing answer
+    -> input_ids, attention_mask and labels (N, T)
+    """
     if "inputs" in batch:
         return batch["inputs"]
+    exists = batch["mask"].T  # (K, B)
     inputs = {}
     for name in ("input_ids", "attention_mask", "labels"):
-        inputs[name] = torch.cat([batch[f"{side}_{name}"] for side in sides])
+        inputs[name] = batch[name].transpose(0, 1)[exists]  # (N, T)
     return inputs
 
 
-def concatenated_forward(model, batch, sides=SIDES, **options):
-    """Both sides in one forward of a SequenceLogps -> {side}_logps, {side}_lengths and, with
-    alignment=True (for WPO, see logps.FastLogps), {side}_alignment, (B,) each.
+def concatenated_forward(model, batch, **options):
+    """All answers in one forward of a SequenceLogps -> logps, lengths and, with alignment=True (for
+    WPO, see logps.FastLogps), alignment: (B, K) each, 0 where a row has no k-th answer.
 
     One forward has half the overhead of two. DDP expects one before each backward.
     """
-    outputs = model(**concatenated_inputs(batch, sides), **options)
-    tensors = {}
+    rows, answers = batch["mask"].shape
+    outputs = model(**concatenated_inputs(batch), **options)  # (N,) each
+    tables = {}
     for name, values in zip(("logps", "lengths", "alignment"), outputs):
-        for side, part in zip(sides, values.chunk(len(sides))):
-            tensors[f"{side}_{name}"] = part
-    return tensors
+        flat = values.new_zeros(answers * rows).index_copy(0, batch["places"], values)
+        tables[name] = flat.view(answers, rows).T  # (B, K)
+    return tables
 
 
 def preference_logps(policy, reference, batch, loss, reference_free=False, **options):
-    """All tensors that a loss may take from a batch of pairs -> {name: (B,)}.
+    """All tensors that a loss may take from a batch -> {name: tensor}, see `loss_arguments`.
 
     policy, reference   SequenceLogps, or a wrapper of one. The reference is not called if its
                         log-probs are in the batch. They are zeros if the loss has no `ref_*`
                         arguments, or with reference_free
-    batch               optionally with {side}_scores and the cached ref_{side}_logps, (B,) each
+    batch               optionally with scores and the cached ref_logps, (B, K) each
     """
-    sides = sides_of(loss)
-    tensors = {name: batch[name] for name in batch if name.endswith(("_scores", "_logps"))}
+    tables = {name: batch[name] for name in ("scores", "ref_logps") if name in batch}
     # The reference runs first, so that its activations are freed before the policy's exist.
-    is_cached = f"ref_{sides[0]}_logps" in tensors
     reads_reference = needs_reference(loss) and not reference_free
-    if reads_reference and not is_cached:
+    if reads_reference and "ref_logps" not in tables:
         with torch.no_grad():
-            outputs = concatenated_forward(reference, batch, sides)
-        for side in sides:
-            tensors[f"ref_{side}_logps"] = outputs[f"{side}_logps"]
+            tables["ref_logps"] = concatenated_forward(reference, batch)["logps"]
     # Only the policy's log-probs have a graph.
-    policy_outputs = concatenated_forward(policy, batch, sides, **options)
-    for side in sides:
-        logps = policy_outputs.pop(f"{side}_logps")
-        reference_logps = tensors.get(f"ref_{side}_logps")
-        if reference_free or reference_logps is None:
-            reference_logps = torch.zeros_like(logps)
-        tensors[f"policy_{side}_logps"] = logps
-        tensors[f"ref_{side}_logps"] = reference_logps.to(logps.dtype)
-    return tensors | policy_outputs  # its lengths and alignments
+    tables |= concatenated_forward(policy, batch, **options)
+    tables["policy_logps"] = logps = tables.pop("logps")
+    if reference_free or "ref_logps" not in tables:
+        tables["ref_logps"] = torch.zeros_like(logps)
+    tables["ref_logps"] = tables["ref_logps"].to(logps.dtype)
+    return loss_arguments(tables, batch, loss)
+
+
+def loss_arguments(tables, batch, loss):
+    """Name (B, K) tables as the arguments of a loss. A pair's policy_logps become
+    policy_chosen_logps and policy_rejected_logps, (B,) each; a list keeps its tables."""
+    tensors, kind = {}, kind_of(loss)
+    for name, table in tables.items():
+        quantity = name.rpartition("_")[2]  # logps
+        owner = name.removesuffix(quantity)  # policy_, ref_ or nothing
+        if kind == "pairs":
+            for k, side in enumerate(sides_of(loss)):
+                tensors[f"{owner}{side}_{quantity}"] = table[:, k]
+        else:
+            tensors[name] = table[:, 0] if kind == "labels" else table
+    for ours, theirs in {"mask": "mask", "desirable": "labels", "weight": "weight"}.items():
+        if ours in batch:
+            tensors[theirs] = batch[ours]
+    return tensors
 
 
 def preference_loss(tensors, loss, hyper, score=None):
@@ -145,6 +172,8 @@ def preference_loss(tensors, loss, hyper, score=None):
     hyper = hyperparameters(loss) | hyper
     inputs = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
     losses = loss(**inputs, **hyper)  # (B,)
+    if "weight" in tensors:  # a column of the data
+        losses = losses * tensors["weight"].to(losses.dtype)
     metrics = {"loss": losses}
     metrics |= logps
     if len(logps) == 2:
@@ -229,7 +258,7 @@ def main(argv):
     reference = SequenceLogps(load_model(source, device=device))
     positions = getattr(policy.model.config, "max_position_embeddings", 1024)
     limits = data.Limits(min(1024, positions))  # tokens of prompt and answer
-    rows, account = data.load_tokens(dataset, tokenizer, SIDES, limits)
+    rows, account = data.load_tokens(dataset, tokenizer, needs_of(LOSSES["sigmoid"]), limits)
     print(data.describe(account))
     hyper = {"beta": args.beta or settings["beta"]}
     steps = args.steps or settings["epochs"] * math.ceil(len(rows) / settings["batch_size"])

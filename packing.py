@@ -3,9 +3,9 @@
     prompt a | chosen a | rejected a | prompt b | ...        one row for a micro-batch, (1, T)
 
 A rejected answer's positions restart after its prompt, and it does not attend to the chosen answer.
-The last token of an answer predicts nothing and is not fed. The hidden state at the end of a prompt
-predicts the first token of both answers, so it is used twice. For prompt (5 6 7) with the answers
-(8 9 0) and (4 0):
+A row may have any number of answers. The last token of an answer predicts nothing and is not fed.
+The hidden state at the end of a prompt predicts the first token of all its answers, so it is used
+several times. For prompt (5 6 7) with the answers (8 9 0) and (4 0):
 
     input_ids      5 6 7 8 9 4
     position_ids   0 1 2 3 4 3
@@ -16,8 +16,8 @@ argument `packed`, this function calls transformers' own `sdpa`. `packed` is the
 verify.py checks numerically that a model supports packed rows, and logps.py computes their
 log-probs.
 
-Letters: B pairs, S sides (2, or 1 without rejected answers), T tokens fed, K keys, L tokens of the
-longest answer, N scored tokens.
+Letters: B rows, A answers in all (2B for pairs), T tokens fed, K keys, L tokens of the longest
+answer, N scored tokens.
 """
 import functools
 import itertools
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+import data
 from dpo import IGNORE
 
 SHORT = 4096  # see is_faster
@@ -63,7 +64,7 @@ class Layout(NamedTuple):
 
 
 def segments(packed: tuple) -> list[Segment]:
-    """((prompt, chosen, rejected), ...), numbers of tokens fed per pair -> the segments of the row.
+    """((prompt, answer, answer, ...), ...), numbers of tokens fed -> the segments of the row.
 
     A prompt and its first answer are one segment. Every other answer is a segment of its own, with
     the prompt as its prefix.
@@ -248,26 +249,26 @@ class Targets(NamedTuple):
     """
     predictors: torch.Tensor  # (N,) positions, of all rows in sequence, that predict a scored token
     ids: torch.Tensor  # (N,) the scored tokens
-    places: torch.Tensor  # (N,) index of each in the flattened (2B, width) table
-    lengths: torch.Tensor  # (2B,)
+    places: torch.Tensor  # (N,) index of each in the flattened (A, width) table
+    lengths: torch.Tensor  # (A,)
     width: int  # columns of the table, which has one row per answer
     weights: torch.Tensor | None  # (N,) of the tokens, for LD-DPO
 
     def sum_rows(self, token_values):
-        """(N,) -> (2B,). Each row is summed on its own, so other rows cannot change its sum."""
+        """(N,) -> (A,). Each row is summed on its own, so other rows cannot change its sum."""
         table = token_values.new_zeros(len(self.lengths) * self.width)
         return table.index_copy(0, self.places, token_values).view(-1, self.width).sum(-1)
 
 
 def find_targets(labels: torch.Tensor, predictors: torch.Tensor | None = None,
                  token_weights: torch.Tensor | None = None) -> Targets:
-    """labels (2B, T), where each position predicts the next token; or labels (2B, L) with their
-    predictors (2B, L). token_weights have the shape of labels."""
+    """labels (A, T), where each position predicts the next token; or labels (A, L) with their
+    predictors (A, L). token_weights have the shape of labels."""
     if predictors is None:
         predictors = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
         labels = labels[:, 1:]
         token_weights = None if token_weights is None else token_weights[:, 1:]
-    scored = labels != IGNORE  # (2B, T-1) or (2B, L)
+    scored = labels != IGNORE  # (A, T-1) or (A, L)
     places = scored.flatten().nonzero()[:, 0]
     weights = None if token_weights is None else token_weights[scored]
     return Targets(predictors[scored], labels[scored], places, scored.sum(-1), scored.shape[1],
@@ -282,31 +283,31 @@ def pack_rows(rows: dict, weigh: Callable | None = None) -> dict:
     input_ids, position_ids   (1, T)
     packed                    see `segments`
     attention_mask            of a shape that transformers passes on instead of making a (T, T) mask
-    targets                   the scored tokens: all tokens of the answers, chosen answers first
+    targets                   the scored tokens, in the order of dpo.concatenated_inputs: of the
+                              first answers of all rows, then of the second answers, and so on
 
-    weigh       labels (S B, L) -> weights of the tokens, (S B, L)
+    weigh       labels (A, L) -> weights of the tokens, (A, L)
     """
-    sides = [f"{side}_ids" for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+    most = max(map(len, rows["answer_ids"]))
     ids, positions, packed, start = [], [], [], 0
-    labels, predictors = [[] for _ in sides], [[] for _ in sides]
+    labels, predictors = [[] for _ in range(most)], [[] for _ in range(most)]
     for i, prompt in enumerate(rows["prompt_ids"]):
         ids += prompt
         positions += range(len(prompt))
         end = start + len(prompt)  # where the next answer begins
         counts = [len(prompt)]
-        for side, name in enumerate(sides):
-            answer = rows[name][i]
+        for k, answer in enumerate(rows["answer_ids"][i]):
             fed = len(answer) - 1
             ids += answer[:-1]
             positions += range(len(prompt), len(prompt) + fed)
-            labels[side].append(answer)
-            predictors[side].append([start + len(prompt) - 1, *range(end, end + fed)])
+            labels[k].append(data.labels_of_answer(rows, i, k))
+            predictors[k].append([start + len(prompt) - 1, *range(end, end + fed)])
             counts.append(fed)
             end += fed
         packed.append(tuple(counts))
         start = end
-    labels = padded(sum(labels, []), IGNORE)  # (S B, L), one answer per row
-    predictors = padded(sum(predictors, []), 0)  # (S B, L), indices in the packed row
+    labels = padded(sum(labels, []), IGNORE)  # (A, L), one answer per row
+    predictors = padded(sum(predictors, []), 0)  # (A, L), indices in the packed row
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),

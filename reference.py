@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import data
+from answers import Mismatched
 from batches import (
     Task,
     load_batches,
@@ -38,14 +39,14 @@ from batches import (
     split_step,
 )
 from checkpoint import without_ties
-from dpo import concatenated_forward, preference_loss
+from dpo import concatenated_forward
 from errors import UserError
 from files import json_digest, written_aside
 from loading import has_vocabulary, last_token, load_tokenizer
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
-from losses import sides_of
+from losses import needs_kl, needs_of
 from model import load_model
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
 
@@ -268,8 +269,8 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
     tensors = pair_logps(task, policy, reference, batch)
     names = [name for name in tensors if name.startswith("policy_")]
     equal = {name.replace("policy_", "ref_"): tensors[name] for name in names}
-    actual, metrics = preference_loss(tensors, task.loss, task.hyper, task.score)
-    expected, _ = preference_loss(tensors | equal, task.loss, task.hyper, task.score)
+    actual, metrics = task.preference_loss(tensors, task.loss, task.hyper, task.score)
+    expected, _ = task.preference_loss(tensors | equal, task.loss, task.hyper, task.score)
     if not actual.isfinite().all():
         values = {"loss": actual.sum().item(), "grad_norm": 0.0}
         raise_not_finite(0, values, [(batch["id"], metrics)])
@@ -279,7 +280,11 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
         for name in names:
             lengths = tensors[name.removeprefix("policy_").replace("logps", "lengths")]
             distance = (tensors[name] - tensors[name.replace("policy_", "ref_")]).abs()
-            excess = excess.maximum(distance / rounding(task.dtype, lengths, task.device))
+            # A missing answer has length 0 and log-probs of 0.
+            share = distance / rounding(task.dtype, lengths.clamp(min=1), task.device)
+            if share.dim() > 1:
+                share = share.amax(1)  # (B,)
+            excess = excess.maximum(share)
     worst = int(excess.argmax())
     if excess[worst] > 1:
         raise UserError(
@@ -297,35 +302,32 @@ def cache_key(args, fixed, task):
     """Hash all inputs of the cached log-probs: weights and configs, rows, the answers that the loss
     reads, dtype, ld_alpha, --quantize."""
     inputs = [fixed[name] for name in ("weights", "settings", "rows", "held_out")]
-    inputs += [task.dtype, args.ld_alpha, args.quantize, sides_of(task.loss)]
+    inputs += [task.dtype, args.ld_alpha, args.quantize, needs_of(task.loss)]
     return hashlib.blake2b(str(inputs).encode(), digest_size=12).hexdigest()
 
 
 def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, title=None):
-    """Compute (len(indices), S) log-probs of the S answers of a row that the loss reads. A title
-    shows a progress bar."""
-    sides = sides_of(task.loss)
-
+    """Compute (len(indices), K) log-probs of the answers of a row, 0 where it has no k-th answer. A
+    title shows a progress bar."""
     def compute(batch):
         with torch.autocast(**task.autocast):
-            out = concatenated_forward(reference, batch, sides)
-        return {side: out[f"{side}_logps"] for side in sides}
+            return {"logps": concatenated_forward(reference, batch)["logps"]}
 
-    tokens = data.column(rows, "tokens")[indices]
+    tokens = data.column(getattr(rows, "rows", rows), "tokens")[indices]
     pieces = split_step(args, len(indices), tokens, ranks, args.ref_batch_size)
-    index_lists = [indices[piece.pairs] for piece in pieces]
+    selections = [(rows, indices[piece.pairs]) for piece in pieces]
     hidden = title is None or ranks.rank > 0
     bar = tqdm.tqdm(pieces, title, disable=hidden, mininterval=bar_interval())
-    batches = load_batches(rows, index_lists, tokenizer, task.row_format, ranks.device)
+    batches = load_batches(selections, tokenizer, task.row_format, ranks.device)
     with contextlib.closing(batches):
-        table = of_all_pairs(compute, batches, bar, len(indices), ranks)
-    return torch.stack([table[side] for side in sides], 1).cpu()
+        tables = of_all_pairs(compute, batches, bar, len(indices), ranks)
+    return tables["logps"].cpu()
 
 
 def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: dict,
                     tokenizer: Any, task: Task, ranks: Ranks) -> list:
-    """Add the columns ref_chosen_logp and ref_rejected_logp to the splits, or the one of them that
-    the loss reads.
+    """Add the column ref_logps, K numbers per row, to the splits; for KTO also ref_mismatched_logp,
+    of the answer of another row: see answers.Mismatched.
 
     fixed   hashes of what a run reads: see train.prepare
 
@@ -342,11 +344,8 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: 
     if tables is None:
         source, tables = "kept in", {}
         for name, rows in named.items():
-            tables[name] = torch.zeros(0, len(sides_of(task.loss)))
             if len(rows):
-                indices, title = np.arange(len(rows)), f"reference, {name}"
-                tables[name] = reference_logps(args, reference, rows, indices, tokenizer, task,
-                                               ranks, title)
+                tables[name] = reference_table(args, reference, rows, name, tokenizer, task, ranks)
                 check_finite(tables[name], rows)
         if ranks.rank == 0:
             write_cache(path, key, tables)
@@ -358,10 +357,24 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: 
             check_cache(args, path, table, reference, rows, tokenizer, task, ranks)
             if ranks.rank == 0:
                 print(f"reference of {len(rows)} {name} rows {source} {path}")
-            for side, logps in zip(sides_of(task.loss), table.T):
-                rows = rows.add_column(f"ref_{side}_logp", logps.tolist())
+            if needs_kl(task.loss):
+                rows = rows.add_column("ref_mismatched_logp", table[:, -1].tolist())
+                table = table[:, :-1]
+            rows = rows.add_column("ref_logps", table.tolist())
         with_logps.append(rows)
     return with_logps
+
+
+def reference_table(args, reference, rows, name, tokenizer, task, ranks):
+    """Compute (rows, K) log-probs of all rows, and for KTO one more column of `Mismatched`."""
+    indices, parts = np.arange(len(rows)), [rows]
+    if needs_kl(task.loss):
+        parts.append(Mismatched(rows, args.max_length))
+    columns = []
+    for part in parts:
+        columns.append(reference_logps(args, reference, part, indices, tokenizer, task, ranks,
+                                       f"reference, {name}"))
+    return torch.cat(columns, 1)
 
 
 def check_finite(table, rows):
@@ -393,7 +406,7 @@ def write_cache(path, key, tables):
 
 
 def read_cache(path, key):
-    """Read {split: (rows, S) log-probs}, or None if there is no file, or a damaged one, which is
+    """Read {split: (rows, K) log-probs}, or None if there is no file, or a damaged one, which is
     computed again."""
     if not path.exists():
         return None
@@ -413,7 +426,11 @@ def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
     """Compute the log-probs of four rows again and compare them with the log-probs of the file."""
     some = np.linspace(0, len(rows) - 1, min(4, len(rows))).astype(int)
     again = reference_logps(args, reference, rows, some, tokenizer, task, ranks)
-    bound = rounding(task.dtype, answer_lengths(rows)[some], task.device)
+    table = table[:, :again.shape[1]]
+    lengths = torch.ones_like(again)
+    for i, answers in enumerate(rows[some]["answer_ids"]):
+        lengths[i, :len(answers)] = torch.tensor([len(answer) for answer in answers])
+    bound = rounding(task.dtype, lengths, task.device)
     excess = (again - table[some]).abs() / bound
     if excess.max() <= 1:
         return
@@ -423,11 +440,3 @@ def check_cache(args, path, table, reference, rows, tokenizer, task, ranks):
                     f"{table[some][worst].tolist()} and {again[worst].tolist()}; "
                     "delete the file, and the next run computes it again")
 
-
-def answer_lengths(rows):
-    """Return the (rows, S) numbers of tokens of the S answers."""
-    answers = data.column(rows, "tokens") - data.column(rows, "prompt_length")
-    first = data.column(rows, "chosen_length")
-    if not {"chosen_ids", "rejected_ids"} <= set(rows.column_names):
-        return torch.from_numpy(answers[:, None])
-    return torch.from_numpy(np.stack([first, answers - first], 1))

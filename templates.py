@@ -41,6 +41,7 @@ class RowText(NamedTuple):
     wholes: list  # prompt + answer, for each answer
     problem: str = ""  # why the row is dropped, or ""
     notes: tuple = ()  # keys of TEXT_NOTES
+    scored: tuple = ()
 
 
 class SpecialTokens(NamedTuple):
@@ -130,7 +131,7 @@ def texts_of_rows(text_of_row: Callable, count: int, ids: list[str]) -> list[Row
 
 
 def text_of_messages(prompt: list, answers: list, tokenizer, special: SpecialTokens,
-                     where: str) -> RowText:
+                     where: str, options={}) -> RowText:
     """Turn prompt and answers, lists of messages, into RowText."""
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: the row holds messages, and the tokenizer has no chat template; "

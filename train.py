@@ -37,6 +37,7 @@ from transformers import get_scheduler
 import data
 import packing
 import world
+from answers import Mismatched, group_means
 from batches import (
     Piece,
     Task,
@@ -82,7 +83,7 @@ from lora import (
     target_modules,
     use_adapter,
 )
-from losses import needs_ordered_scores, needs_scores, sides_of, start_state
+from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
 from parallel import (
     Ranks,
@@ -136,24 +137,26 @@ def load_rows(args, loss, tokenizer, home, ranks):
 
     Rank 0 tokenizes, then the others read its cache.
     """
-    limits, columns, ignored = data.read_limits(args)
+    limits, shape, options = data.read_flags(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
-        held_out = args.eval_dataset or home / "eval.jsonl"
-        specs = {"--dataset": home / "pairs.jsonl", "--eval_dataset": held_out}
+        trained, held_out = "pairs.jsonl", "eval.jsonl"
+        if kind_of(loss) == "lists":
+            trained, held_out = "lists.jsonl", "eval_lists.jsonl"
+        specs = {"--dataset": home / trained,
+                 "--eval_dataset": args.eval_dataset or home / held_out}
     if ranks.rank > 0:
         barrier(ranks)
     loaded = {}
     for flag, spec in specs.items():
         if spec:
             loaded[flag] = data.load_tokens(
-                str(spec), tokenizer, sides_of(loss), limits, args.strict, needs_scores(loss),
-                columns, ignored, needs_ordered_scores(loss))
+                str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options)
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
     data.check_template(args.chat_template, accounts)
-    data.check_ignored(ignored, accounts)
+    data.check_ignored(shape.ignored, accounts)
     rows = loaded["--dataset"][0]
     if "--eval_dataset" in loaded:
         held_out = loaded["--eval_dataset"][0]
@@ -357,11 +360,18 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
                max_grad_norm: float, stopping: bool, ranks: Ranks) -> dict[str, float]:
     """One optimizer step on the mean loss over the pairs -> {metric: mean over these pairs}.
 
-    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs
+    A row of another kind than a pair is treated alike: see answers.py.
+
+    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs,
+               and those of the mismatched answers before for KTO
     stopping   whether this rank caught a signal. The metric "stop" is above 0 if any rank did
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
+    # The reference point of KTO is a number of the whole step.
+    if needs_kl(task.loss):
+        kl = mismatched_kl(task, unwrap(policy), reference, batches, step.pieces, step.count, ranks)
+        step = step._replace(state=step.state | {"kl": kl})
     # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
     # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
     logp_grads, all_metrics = None, None
@@ -397,6 +407,16 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def mismatched_kl(task, model, reference, batches, pieces, count, ranks):
+    """-> the mean log-ratio in nats of the answers of other rows, over all rows of a step. Its
+    batches come from answers.Mismatched."""
+    def log_ratios(batch):
+        tensors = pair_logps(task, model, reference, batch)
+        return {"kl": tensors["policy_logps"] - tensors["ref_logps"]}
+
+    return of_all_pairs(log_ratios, batches, pieces, count, ranks)["kl"].mean()
 
 
 def first_pass(task, policy, reference, batches, step, ranks):
@@ -456,17 +476,33 @@ def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
     def logps(batch):
         return pair_logps(task, model, reference, batch)
 
-    indices = np.arange(len(rows))
     pieces = split_step(args, len(rows), data.column(rows, "tokens"), ranks)
-    index_lists = [indices[piece.pairs] for piece in pieces]
-    batches = load_batches(rows, index_lists, tokenizer, task.row_format, task.device)
+    others = mismatched_rows(args, task, rows)
+    selections = passes(rows, np.arange(len(rows)), pieces, others)
+    batches = load_batches(selections, tokenizer, task.row_format, task.device)
     with contextlib.closing(batches):
+        if needs_kl(task.loss):
+            kl = mismatched_kl(task, model, reference, batches, pieces, len(rows), ranks)
+            state = state | {"kl": kl}
         tensors = of_all_pairs(logps, batches, pieces, len(rows), ranks)
-    tensors["mean_chosen_length"] = float(data.column(rows, "chosen_length").mean())
+    tensors["mean_chosen_length"] = float(data.column(rows, "first_length").mean())
     _, metrics = task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
     metrics.pop("rewards/margins_squared", None)
     means = torch.stack([values.mean() for values in metrics.values()]).cpu().tolist()
-    return dict(zip(metrics, means))
+    return group_means(dict(zip(metrics, means)))
+
+
+def mismatched_rows(args, task, rows):
+    """-> the rows with the answers of other rows, or None if the loss does not need them."""
+    return Mismatched(rows, args.max_length) if needs_kl(task.loss) else None
+
+
+def passes(rows, window, pieces, mismatched=None, repeats=1):
+    """Yield (rows, indices) of the micro-batches of a step: of the mismatched answers, if there are
+    such, then of the rows, `repeats` times."""
+    for each in [mismatched] * (mismatched is not None) + [rows] * repeats:
+        for piece in pieces:
+            yield each, window[piece.pairs]
 
 
 def row_window(args, number, count):
@@ -476,16 +512,15 @@ def row_window(args, number, count):
 
 def training_batches(args, task, rows, start, steps, tokenizer, ranks):
     """This rank's micro-batches of all steps after `start`, in the order that train_step takes."""
-    tokens = data.column(rows, "tokens")
+    tokens, others = data.column(rows, "tokens"), mismatched_rows(args, task, rows)
 
-    def index_lists():
+    def selections():
         for number in range(start + 1, steps + 1):
             window = row_window(args, number, len(rows))
-            for _ in range(2 if task.compares_pairs else 1):
-                for piece in split_step(args, len(window), tokens[window], ranks):
-                    yield window[piece.pairs]
+            pieces = split_step(args, len(window), tokens[window], ranks)
+            yield from passes(rows, window, pieces, others, 2 if task.compares_pairs else 1)
 
-    return load_batches(rows, index_lists(), tokenizer, task.row_format, task.device)
+    return load_batches(selections(), tokenizer, task.row_format, task.device)
 
 
 @contextlib.contextmanager
@@ -559,7 +594,7 @@ class Run(NamedTuple):
     reference: Callable | None
     rows: Any
     tokens: np.ndarray  # (rows,)
-    chosen_lengths: np.ndarray  # (rows,)
+    first_lengths: np.ndarray  # (rows,) of the first answers, which are the chosen ones of pairs
     held_out: Any
     task: Task
     optimizer: torch.optim.Optimizer
@@ -705,7 +740,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked)
+                     masked, most_answers(rows, held_out))
     task = with_spread(task)
     if args.ref == "cache":
         splits = rows, held_out
@@ -716,9 +751,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
         "output_dir": str(folder), "attention": attention, "warmup_steps": warmup,
     }
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
-    tokens, chosen_lengths = data.column(rows, "tokens"), data.column(rows, "chosen_length")
+    tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               chosen_lengths, held_out, task, optimizer, scheduler, newest, start, steps, state,
+               first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, state,
                fixed, flags, keep)
 
 
@@ -774,7 +809,7 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     # The pairs of this step, and this rank's share of them in micro-batches.
     window = row_window(args, number, len(run.rows))
     tokens = run.tokens[window]
-    mean_length = float(run.chosen_lengths[window].mean())
+    mean_length = float(run.first_lengths[window].mean())
     state = {"mean_chosen_length": mean_length} | loss_state
     step = Step(number, len(window), split_step(args, len(window), tokens, ranks), state)
 
@@ -784,6 +819,7 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
                          args.max_grad_norm, stopping, ranks)
     run.scheduler.step()
+    values = group_means(values)
     update, means = run.task.loss.update, dict(values)
     values.pop("rewards/margins_squared", None)
     values |= loss_state
@@ -792,6 +828,11 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     if args.sync_ref_every and number % args.sync_ref_every == 0:
         move_reference(args, run.model, run.reference)
     return values, loss_state, int(tokens.sum())
+
+
+def most_answers(*splits):
+    """-> K, the largest number of answers of a row."""
+    return max(int(data.column(rows, "answers").max()) for rows in splits if len(rows))
 
 
 def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.Path,

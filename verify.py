@@ -208,8 +208,8 @@ def compare_packed(module) -> list[str]:
     """Compare packed rows with unpacked rows -> the differences beyond rounding."""
     expected, rounding, reasons = unpacked_trials(module)
     prompts, answers, _ = trial_rows(module.model)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    batch = packing.pack_rows(dict(zip(names, (prompts, *answers))))
+    pairs = [list(pair) for pair in zip(*answers)]
+    batch = packing.pack_rows({"prompt_ids": prompts, "answer_ids": pairs})
     logps, embedded = logps_and_embeddings(module, **batch)  # (S B,), (1, T, H)
     ends = np.cumsum(batch["packed"]).reshape(len(prompts), -1)  # of prompt, chosen, rejected
     for i, (side, pair) in enumerate(itertools.product((0, 1), range(len(prompts)))):

@@ -158,7 +158,7 @@ def load(tmp_path, monkeypatch):
             if whole:
                 patch.setattr(data, "shorten_texts", lambda texts, most, tokenizer: texts)
             rows = write_jsonl(tmp_path / "rows.jsonl", rows)
-            rows, account = load_tokens(rows, tokenizer, BOTH, limits)
+            rows, account = load_tokens(rows, tokenizer, limits=limits)
             return rows[:], account
 
     return run
