@@ -29,8 +29,10 @@ ALLOWED_IMPORTS = {
     "conversations": {"errors", "sources", "templates", "unread"},
     "fields": {"conversations", "errors", "sources", "unread"},
     "selection": {"errors", "registry"},
+    "formats": {"conversations", "errors", "fields", "registry", "selection"},
     "layouts": {
-        "conversations", "errors", "fields", "registry", "selection", "sources", "unread",
+        "conversations", "errors", "fields", "formats", "registry", "selection", "sources",
+        "unread",
     },
     "shorten": set(),
     "data": {
