@@ -57,13 +57,16 @@ import pyarrow
 import pyarrow.compute
 import torch
 
+import conversations
+import fields
 import layouts
 import loading
+import selection
 import shorten
 import sources
 import templates
 import unread
-from layouts import COLUMNS, LAYOUTS, Shape, examples
+from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
 from registry import Needs, needs_of
@@ -76,7 +79,7 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    layouts, loading, shorten, sources, templates, unread)]
+    conversations, fields, layouts, loading, selection, shorten, sources, templates, unread)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -693,8 +696,8 @@ def describe_statistics(numbers: dict) -> str:
         lines.append(f"  chosen is the longer answer in {numbers['chosen_longer']:.0%} of the "
                      f"pairs, rejected in {numbers['rejected_longer']:.0%}")
     if "answers_per_row" in numbers:
-        lines.append(f"  {numbers['answers_per_row']:.1f} answers to a prompt; chosen is the best of "
-                     "them here, rejected the worst")
+        lines.append(f"  {numbers['answers_per_row']:.1f} answers to a prompt; chosen is the best "
+                     "of them here, rejected the worst")
     if "desirable" in numbers:
         lines.append(f"  {numbers['desirable']:.0%} of the answers are desirable")
     line = (f"  {numbers['rows_that_share_their_prompt']} rows have a prompt that an earlier row "
@@ -949,7 +952,7 @@ def read_template_kwargs(text):
 
 def read_columns(text):
     """Read --columns. Returns pairs (our name, the file's name)."""
-    ours = COLUMNS
+    ours = known_names()
     pairs = []
     for part in split_list(text):
         name, _, theirs = [word.strip() for word in part.partition("=")]

@@ -33,6 +33,7 @@ from losses import (
     LOSSES,
     find,
     hyperparameters,
+    kind_of,
     needs_reference,
     sides_of,
     tensor_arguments,
@@ -638,10 +639,17 @@ def read_variants(args: argparse.Namespace) -> Variants:
 
 
 def check_loss(args, loss, hyper):
-    """Check the hyper-parameters' ranges and the variants, by calling the loss on one pair."""
-    tensors = {}
+    """Check the hyper-parameters' ranges and the variants, by calling the loss on one row."""
+    kind, tensors = kind_of(loss), {}
+    if args.pairs and kind != "pairs":
+        raise UserError(f"--pairs {args.pairs}: {loss.__name__} reads no pairs but {kind}")
+    if args.unpair and kind != "labels":
+        raise UserError(f"--unpair: {loss.__name__} reads no labels but {kind}")
+    shape = (1, 2) if kind == "lists" else (1,)
     for name in tensor_arguments(loss):
-        tensors[name] = torch.full((1,), 2.0 if "chosen" in name else 1.0)
+        tensors[name] = torch.full(shape, 2.0 if "chosen" in name else 1.0)
+        if name in ("labels", "mask"):
+            tensors[name] = tensors[name].bool()
     with naming_flags([*hyper, *Variants._fields]):
         check_variants(loss, hyper, read_variants(args))
         loss(**tensors, **hyper)

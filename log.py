@@ -17,6 +17,7 @@ from checkpoint import METRICS_FILE, write_flags
 from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
+from losses import kind_of
 from parallel import Ranks, crowded_line, shard
 from reach import frozen_line, router_loss_line
 from world import brief
@@ -94,7 +95,8 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     where = f"{ranks.size} x {ranks.device.type}"
     if ranks.size > 1:
         where += f", {args.parallel}"
-    print(f"{args.loss} {task.hyper}: {steps} steps of {args.batch_size} pairs from {len(rows)} "
+    units = {"pairs": "pairs", "labels": "answers", "lists": "lists"}[kind_of(task.loss)]
+    print(f"{args.loss} {task.hyper}: {steps} steps of {args.batch_size} {units} from {len(rows)} "
           f"rows, {len(held_out)} rows held out; {task.dtype} on {where}; {folder}")
     adapted = lora_layers(model.model)
     if adapted:

@@ -37,6 +37,17 @@ Symbols, the same in every docstring (B pairs; x a prompt, y_w its chosen, y_l i
     σ, sp     sigmoid, softplus           sp(x) = log(1 + eˣ) = −log σ(−x), numerically stable at
                                           any x; log(sigmoid(x)) is not
 
+Losses of single answers with a label take (N,) tensors. Losses of lists take (B, K) tensors, for
+answers y_1, ..., y_K to a prompt, the best one first:
+
+    ℓ, ℓ_k    log π(y|x), log π(y_k|x)    policy_logps; ref_logps are the same under π_ref
+    r, r_k    β (ℓ − ℓ°), β (ℓ_k − ℓ°_k)  the implicit rewards
+    s_k       a score of y_k              scores
+              True for a good answer      labels. L_D is the loss of a good (desirable) answer, L_U
+                                          that of a bad (undesirable) one
+              False where a list has      mask. Lists of fewer answers than K are padded. Padding
+              no answer                   gets zero gradient, whatever its values are
+
 Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, b = −1, h = 3 and the DPO loss
 −log σ(1.5) = 0.2014.
 
@@ -46,15 +57,19 @@ Example: w = −8, l = −13, w° = −10, l° = −12 and β = 0.5 give a = 2, 
     LOSSES["sigmoid"] is sigmoid              # look it up by its name
     find("sigmoid:0.8,bco_pair:0.2,sft:1")    # make a weighted sum, as --loss takes it
 
-Conventions. All tensors are (B,), and so is the result: one loss per pair, except that `aot` and
-`aot_unpaired` give one per quantile, and `dr_dpo` gives every pair the loss of the batch. No other
+Conventions. All tensors of pairs are (B,), and so is the result: one loss per pair (per answer with
+a label (N,), per list (B,)), except that `aot` and `aot_unpaired` give one per quantile, and
+`dr_dpo` gives every pair the loss of the batch. No other
 loss reduces. None logs or stores anything, or changes a tensor in place. A loss that averages over
 tokens divides by the lengths in its own body. Tensors come first, hyper-parameters are
 keyword-only. Other files read the signature: a `ref_*` argument makes the reference model run, a
 keyword-only argument becomes a flag of train.py, and a positional argument with a default is
-optional for the caller: `delta`, `gap_mean`, `gap_std` and `mean_chosen_length` are numbers of the
-whole optimizer step. The first three are state: the function that `@loss` names as `update` makes
-them for the next step.
+optional for the caller: `delta`, `gap_mean`, `gap_std`, `mean_chosen_length` and `kl` are numbers
+of the whole optimizer step. The first three are state: the function that `@loss` names as `update`
+makes them for the next step.
+
+"Second-hand" marks a fact about a paper that we read in notes or in the documentation of another
+library, and neither in the paper nor in the authors' code.
 
 The `@loss` line gives the range of each hyper-parameter; a value out of range raises a ValueError
 that names the parameter. Properties that the signature cannot express are tags in the same line:
@@ -65,6 +80,8 @@ that names the parameter. Properties that the signature cannot express are tags 
              (f_divergence_score)
     average  the margin, or each of the two rewards, is an average per token
     batch    the loss of a pair depends on the other pairs of the batch, by more than n̄
+    one_best a loss of lists without scores that reads which answer is the best, and no order of the
+             others
 
 To copy a function into another project, leave out its `@loss` line, and copy `capped_exp` too if
 the body calls it. The copy needs only torch, and does not check ranges. The lines that compute a, b
@@ -144,7 +161,8 @@ def robust(
     Gradient   ∂L/∂w = −β [ (1−ε) σ(−βh) + ε σ(βh) ] / (1−2ε) = −∂L/∂l. Its size falls to βε/(1−2ε)
                and no further: right pairs always get a gradient, the loss is unbounded below, and a
                negative value is no error.
-    Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (paper 0.1)
+    Args       four (B,) log-probs; beta > 0; label_smoothing in [0, 0.5) (second-hand:
+               0.1 in the paper)
     Elsewhere  Often confused with cDPO (`sigmoid` with label smoothing), whose βh term has the
                opposite sign: cDPO is cautious where labels may be flipped, robust DPO undoes the
                flips on average. TRL 0.13 returns ±inf at ε = 0.5 and changes the sign beyond; we
@@ -197,8 +215,8 @@ def exo_pair(
                confident as the labels, and against y_w beyond. It also vanishes for pairs that are
                very wrong, which a mode-seeking divergence ignores; DPO pushes such pairs
                hardest.
-    Args       four (B,) log-probs; beta > 0; label_smoothing in (0, 0.5) (1e-3; at 0 the loss would
-               be +inf)
+    Args       four (B,) log-probs; beta > 0 (authors' scripts 0.5 for dialogue and summaries, 0.1
+               for IMDb); label_smoothing in (0, 0.5) (1e-3 as in TRL; at 0 the loss would be +inf)
     Elsewhere  The authors' code uses unnormalized targets (0, −10) in log space, that is ε = e⁻¹⁰
                without the log(1−ε) term, and never reads its own smoothing flag. TRL 0.9.6 to 0.28
                changes ε = 0 to 1e-3 and stores that value; we refuse 0.
@@ -476,13 +494,13 @@ def nca_pair(
     """NCA: noise contrastive estimation. y_w is data (and half of the noise), y_l is noise.
 
     Paper      Noise Contrastive Alignment of Language Models with Explicit Rewards,
-               arXiv:2402.05369v3, Table 1 (two answers)
+               arXiv:2402.05369; the formula is that of the authors' code for two answers
     Formula    L = −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l)
     Gradient   ∂L/∂w = −β (1 − (3/2) σ(r_w)), ∂L/∂l = (β/2) σ(r_l): the gradient of each answer
                depends on its own reward alone. The minimum in r_w is finite, log 2, so
                the likelihood of y_w does not fall without bound.
-    Args       four (B,) log-probs; beta > 0 (authors' README 0.01; 0.1 for UltraInteract in the
-               paper's appendix C, by reading notes)
+    Args       four (B,) log-probs; beta > 0 (authors' README 0.01; second-hand: 0.1 for
+               UltraInteract in the paper's appendix C)
     Elsewhere  The same in the authors' code and TRL. `bco_pair` with delta = 0 counts y_w as no
                part of the noise and y_l as all of it.
     """
@@ -640,13 +658,14 @@ def dpop(
     """DPO-Positive: DPO with a penalty where the chosen answer is less probable than under π_ref.
 
     Paper      Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive,
-               arXiv:2402.13228, Sec. 4
+               arXiv:2402.13228
     Formula    L = −log σ(β [h − λ max(0, w° − w)])
     Gradient   with u = β [h − λ max(0, −a)]: ∂L/∂l = β σ(−u), ∂L/∂w = −β σ(−u) (1 + λ) while
                w < w°, and −β σ(−u) otherwise, as in DPO.
-    Args       four (B,) log-probs; beta > 0 (paper 0.3); dpop_lambda >= 0 (paper 50; 5 and 500 in
-               an ablation; 0 is DPO)
-    Elsewhere  SamPO's code agrees. turbo-alignment has λ = 0.1 by default.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.3 in the paper); dpop_lambda >= 0
+               (0 is DPO; second-hand: 50 in the paper, 5 and 500 in an ablation)
+    Elsewhere  The authors published no code that we found. SamPO's code has this formula.
+               turbo-alignment has λ = 0.1 by default.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -693,13 +712,35 @@ def bpo(
                gets half of its gradient.
     Args       four (B,) log-probs; beta > 0 (authors' code 0.1); bpo_alpha in (0, 1] (authors'
                code 0.3): y_l has to fall by 1/α nats for each nat that y_w rises
-    Elsewhere  The authors' configuration trains a hinge, max(0, 1 − β min(a, −αb)), in place of the
-               logistic. Other methods have the name BPO too, such as arXiv:2505.19601.
+    Elsewhere  The authors' configuration trains a hinge in place of the logistic: `bpo_hinge`.
+               Other methods have the name BPO too, such as arXiv:2505.19601.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
     balanced = torch.minimum(a, -bpo_alpha * b)
     return F.softplus(-beta * balanced)
+
+
+@loss(beta="> 0", bpo_alpha="(0, 1]")
+def bpo_hinge(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+    *, beta=0.1, bpo_alpha=0.3,
+):
+    """BPO with a hinge: only the answer that lags behind is trained, until both reached a target.
+
+    Paper      BPO: Revisiting Preference Modeling in Direct Preference Optimization,
+               arXiv:2506.03557
+    Formula    L = max(0, 1 − β min(a, −αb))
+    Gradient   with v = min(a, −αb), while βv < 1, and exactly 0 beyond: −β for w if a < −αb, αβ for
+               l if a > −αb. At a tie, as at π = π_ref, each side gets half of its gradient.
+    Args       four (B,) log-probs; beta > 0 (authors' code 0.1): y_w has to rise by 1/β nats;
+               bpo_alpha in (0, 1] (authors' code 0.3): y_l has to fall by 1/(αβ) nats
+    Elsewhere  This is what the authors' configuration trains. `bpo` is the logistic form.
+    """
+    a = policy_chosen_logps - ref_chosen_logps
+    b = policy_rejected_logps - ref_rejected_logps
+    balanced = torch.minimum(a, -bpo_alpha * b)
+    return F.relu(1 - beta * balanced)
 
 
 @loss(beta="> 0", cal_dpo_weight=">= 0")
@@ -735,18 +776,18 @@ def chipo(
     """χPO: DPO regularized by χ² as well as KL, so answers rare under π_ref stay rare.
 
     Paper      Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
-               via Chi-Squared Preference Optimization, arXiv:2407.13399, Algorithm 1
+               via Chi-Squared Preference Optimization, arXiv:2407.13399, Algorithm 1 (second-hand)
     Formula    L = −log σ(clip(β [φ(u_w) − φ(u_l)], ±2R)),
                φ(u) = u + log u, u_w = eᵃ, u_l = eᵇ
     Gradient   with z = β [φ(u_w) − φ(u_l)]: ∂L/∂w = −β σ(−z) (1 + eᵃ) while |z| < 2R, exactly 0
                beyond; ∂L/∂l = β σ(−z) (1 + eᵇ) while |z| < 2R, exactly 0 beyond. Near π_ref it is
                DPO with 2β. At the optimum π/π_ref grows about linearly with a large reward, and
                not exponentially as in DPO.
-    Args       four (B,) log-probs; beta > 0 (paper 0.05 and 0.005); chipo_r_max > 0, R in the
-               formula: the largest true reward. None: no clip.
-    Elsewhere  Copies that clip each side separately, or clamp β·u, are another loss. `capped_exp`
-               extends eᵃ linearly beyond the cap (a > 44 in fp32), so that the gradient stays
-               finite and is not lost.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.05 and 0.005 in the paper);
+               chipo_r_max > 0, R in the formula: the largest true reward. None: no clip.
+    Elsewhere  The authors published no code that we found. Copies that clip each side separately,
+               or clamp β·u, are another loss. `capped_exp` extends eᵃ linearly beyond the cap
+               (a > 44 in fp32), so that the gradient stays finite and is not lost.
     """
     a = policy_chosen_logps - ref_chosen_logps
     b = policy_rejected_logps - ref_rejected_logps
@@ -778,9 +819,9 @@ def aot(
     Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε), for w of the pair of rank k, and its negative
                for l: the gradient of cDPO, but at the margin u_k − v_k. Each pair is compared with
                the reference's pair of the same rank.
-    Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). The result
-               is in sorted order, not in the order of the pairs. A batch of one pair is DPO: the
-               quantiles are only as fine as the batch is large.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.01 in the paper); label_smoothing
+               in [0, 0.5). The result is in sorted order, not in the order of the pairs. A batch of
+               one pair is DPO: the quantiles are only as fine as the batch is large.
     Elsewhere  The same in TRL. `aot` is the paired form everywhere; the name `aot_pair` belongs to
                the unpaired one.
     """
@@ -806,9 +847,9 @@ def aot_unpaired(
     Gradient   ∂L_k/∂u_k = −β (σ(−β(u_k − v_k)) − ε) = −∂L_k/∂v_k: the gradient of cDPO, but at the
                margin u_k − v_k. A good and a bad answer of the same rank are compared, whatever
                their prompts.
-    Args       four (B,) log-probs; beta > 0 (paper 0.01); label_smoothing in [0, 0.5). It does not
-               matter which rejected answer came with which chosen one. The result is in sorted
-               order.
+    Args       four (B,) log-probs; beta > 0 (second-hand: 0.01 in the paper); label_smoothing
+               in [0, 0.5). It does not matter which rejected answer came with which chosen one.
+               The result is in sorted order.
     Elsewhere  `aot_pair` in TRL 0.9.6 to 0.28, although it is the unpaired form. Here the name
                `aot_pair` selects this function too.
     """
@@ -1222,6 +1263,231 @@ def npo(policy_rejected_logps, ref_rejected_logps, *, beta=0.1):
 
 
 # --------------------------------------------------------------------------------------------------
+# Labels: single answers, each known to be good (desirable) or bad (undesirable). The other answers
+# to the same prompt are not needed.
+# --------------------------------------------------------------------------------------------------
+
+@loss(beta="> 0", desirable_weight=">= 0", undesirable_weight=">= 0")
+def kto(
+    policy_logps, ref_logps, labels, kl=0.0,
+    *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+):
+    """KTO: how people value gains and losses, relative to a reference point; good or bad answers.
+
+    Paper      KTO: Model Alignment as Prospect Theoretic Optimization,
+               arXiv:2402.01306v4, eq. 8 (eq. 7 in v1)
+    Formula    L_D = λ_D (1 − σ(r − βz))        = λ_D σ(βz − r)
+               L_U = λ_U (1 − σ(βz − r))        = λ_U σ(r − βz)
+               z = max(0, kl)
+    Gradient   with u = r − βz: ∂L_D/∂ℓ = −βλ_D σ(u) σ(−u), ∂L_U/∂ℓ = βλ_U σ(u) σ(−u). It is largest
+               at the reference point u = 0, and vanishes for answers that are very good or very
+               bad: KTO gives up on them. z has no gradient.
+    Args       policy_logps, ref_logps, labels (N,); kl, a number: the mean of log π(y′|x) −
+               log π_ref(y′|x) over all rows of the optimizer step, each y′ the answer of another
+               row. It estimates KL(π ‖ π_ref). beta > 0 (paper 0.1); desirable_weight >= 0 and
+               undesirable_weight >= 0: λ_D and λ_U. With n_D good and n_U bad answers, TRL's
+               documentation recommends λ_D n_D / (λ_U n_U) from 1 to 4/3.
+    Elsewhere  TRL estimates z from one micro-batch, in which it moves each answer to the next
+               prompt, so that z depends on the order of the rows and on accumulation. HALOs leaves
+               answers whose log-ratio is exactly 0 out of the mean. `kto_pair` is the form for
+               pairs.
+    """
+    r = beta * (policy_logps - ref_logps)  # (N,)
+    if torch.is_tensor(kl):  # a number stays one: copying it would make a GPU wait
+        z = kl.detach().clamp(min=0)
+    else:
+        z = max(0.0, kl)
+    desirable = desirable_weight * torch.sigmoid(beta * z - r)
+    undesirable = undesirable_weight * torch.sigmoid(r - beta * z)
+    return torch.where(labels, desirable, undesirable)
+
+
+@loss(beta="> 0", desirable_weight=">= 0", undesirable_weight=">= 0")
+def apo_zero_unpaired(
+    policy_logps, ref_logps, labels, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+):
+    """APO-zero on single answers: good ones up, bad ones down, each anchored at π_ref.
+
+    Paper      Anchored Preference Optimization and Contrastive Revisions, arXiv:2408.06266, whose
+               loss is of pairs
+    Formula    L_D = λ_D σ(−r)
+               L_U = λ_U σ(r)
+    Gradient   ∂L_D/∂ℓ = −βλ_D σ(r) σ(−r), ∂L_U/∂ℓ = βλ_U σ(r) σ(−r): largest at the anchor r = 0.
+    Args       policy_logps, ref_logps, labels (N,); beta > 0; desirable_weight >= 0 and
+               undesirable_weight >= 0: λ_D and λ_U
+    Elsewhere  A loss type of TRL's KTOTrainer. It is `kto` at kl = 0. The losses of a good and of a
+               bad answer add up to `apo_zero`.
+    """
+    r = beta * (policy_logps - ref_logps)  # (N,)
+    desirable = desirable_weight * torch.sigmoid(-r)
+    undesirable = undesirable_weight * torch.sigmoid(r)
+    return torch.where(labels, desirable, undesirable)
+
+
+def update_bco_labels(state: dict, means: dict, beta: float) -> dict:
+    """The state of `bco` for the next step: δ of BCO's eq. 7, ½ (mean of the rewards of good
+    answers + mean of those of bad answers), with a moving average of each mean.
+
+    state   delta, and the two averages under the names rewards/chosen and rewards/rejected
+    means   over the step: rewards/chosen over its good answers, rewards/rejected over its bad ones.
+            A step without answers of a label has no such mean, and that average stays.
+
+    Where every step has both labels, δ is `update_delta`, as in `bco_pair`.
+    """
+    averages = {}
+    for name in ("rewards/chosen", "rewards/rejected"):
+        average = state.get(name, 0.0)
+        averages[name] = update_delta(average, means.get(name, average), means.get(name, average))
+    return {"delta": sum(averages.values()) / 2} | averages
+
+
+@loss(update=update_bco_labels, beta="> 0")
+def bco(policy_logps, ref_logps, labels, delta=0.0, weights=None, *, beta=0.1):
+    """BCO: a binary classifier of good and bad answers, whose logit is the implicit reward.
+
+    Paper      Binary Classifier Optimization for Large Language Model Alignment,
+               arXiv:2404.04656 (ACL 2025); δ is eq. 7, the pairwise bound eq. 8
+    Formula    L_D = −log σ(r − δ)
+               L_U = −log σ(δ − r)
+    Gradient   ∂L_D/∂ℓ = −β σ(δ − r), ∂L_U/∂ℓ = β σ(r − δ). It never vanishes for an answer that is
+               classified wrongly; that of `kto` does. δ gets no gradient.
+    Args       policy_logps, ref_logps, labels (N,); delta, a number: half the sum of the running
+               mean rewards of good and of bad answers, which `update_bco_labels` computes; weights
+               (N,): a factor of each answer's loss (default 1). For prompts of good answers that
+               differ from those of bad ones the paper gives each bad answer a density ratio.
+               beta > 0 (paper 0.1)
+    Elsewhere  TRL's BCOTrainer averages all rewards since the start, so the more frequent label
+               decides δ; the paper's δ has half of each label. A good and a bad answer add up to
+               `bco_pair`.
+    """
+    r = beta * (policy_logps - ref_logps)  # (N,)
+    if torch.is_tensor(delta):
+        delta = delta.detach()
+    losses = torch.where(labels, F.softplus(delta - r), F.softplus(r - delta))
+    return losses if weights is None else weights * losses
+
+
+# --------------------------------------------------------------------------------------------------
+# Lists: K answers to a prompt, the best one first, or a score of each answer. A constant added to
+# all rewards of a list changes none of these losses but `nca`, because Z(x) of eq. 5 cancels.
+# --------------------------------------------------------------------------------------------------
+
+@loss(beta="> 0")
+def plackett_luce(policy_logps, ref_logps, mask, *, beta=0.1):
+    """DPO on rankings: y_1 is chosen among all answers, then y_2 among the rest, and so on.
+
+    Paper      Direct Preference Optimization, arXiv:2305.18290v3, appendix A.3
+    Formula    L = Σ_k [log Σ_{j≥k} e^(r_j) − r_k]        = Σ_k log Σ_{j≥k} e^(r_j − r_k)
+    Gradient   ∂L/∂ℓ_k is −β (for the last answer too, whose choice is certain) plus β times the
+               sum, over the choices i <= k in which y_k still takes part, of its probability
+               e^(r_k) / Σ_{j≥i} e^(r_j). The gradients of a list add up to 0.
+    Args       policy_logps, ref_logps, mask (B, K): no two answers of one rank; beta > 0 (DPO's)
+    Elsewhere  K = 2 is `sigmoid`. It is `softmax_dpo` plus `plackett_luce` of the list without its
+               best answer. Learning to rank calls it ListMLE. Copies that add a small number
+               inside the logarithm stop learning from answers that are far behind.
+    """
+    r = beta * (policy_logps - ref_logps)  # (B, K)
+    r = r.masked_fill(~mask, 0.0)
+    difference = r[:, None, :] - r[:, :, None]  # (B, K, K): r_j − r_k, k before j
+    # y_k is chosen among itself and the answers after it, without padding.
+    both = mask[:, :, None] & mask[:, None, :]
+    itself = torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
+    takes_part = both.triu(1) | itself
+    choices = difference.masked_fill(~takes_part, -torch.inf).logsumexp(-1)  # (B, K), 0 for padding
+    return choices.sum(-1)
+
+
+@loss("one_best", beta="> 0")
+def softmax_dpo(policy_logps, ref_logps, mask, *, beta=1.0):
+    """S-DPO: one chosen answer against several rejected ones, which have no order.
+
+    Paper      On Softmax Direct Preference Optimization for Recommendation, arXiv:2406.09215
+    Formula    L = log Σ_k e^(r_k − r_1)        = −log q_1,        q = softmax(r)
+    Gradient   ∂L/∂ℓ_1 = −β (1 − q_1), ∂L/∂ℓ_k = β q_k for k > 1: the rejected answer with the
+               highest reward is lowered most.
+    Args       policy_logps, ref_logps, mask (B, K): y_1 is the chosen answer, and no padding;
+               beta > 0 (authors' scripts 1)
+    Elsewhere  K = 2 is `sigmoid`. The authors' code takes exp, sum and log one after another: inf
+               or NaN in fp32 where y_1 is 95 behind or 110 ahead. Here the name `sdpo` selects
+               this function too.
+    """
+    r = beta * (policy_logps - ref_logps)  # (B, K)
+    difference = r - r[:, :1]
+    return difference.masked_fill(~mask, -torch.inf).logsumexp(-1)
+
+
+LOSSES["sdpo"] = softmax_dpo
+
+
+@loss(beta="> 0", nca_alpha="> 0")
+def infonca(policy_logps, ref_logps, mask, scores, *, beta=0.01, nca_alpha=1.0):
+    """InfoNCA: cross-entropy between the softmax of the scores and that of the implicit rewards.
+
+    Paper      Noise Contrastive Alignment of Language Models with Explicit Rewards,
+               arXiv:2402.05369v3
+    Formula    L = −Σ_k p_k log q_k,        p = softmax(s/α), q = softmax(r)
+    Gradient   ∂L/∂ℓ_k = β (q_k − p_k): 0 where the rewards are s/α up to a constant. The
+               probability of the best answer may fall, as in DPO.
+    Args       policy_logps, ref_logps, mask, scores (B, K), in any order; beta > 0 (authors' recipe
+               0.01); nca_alpha > 0, the temperature of the scores (authors' recipe 1e-4 and 1e-3,
+               where p is 1 for the best answer and 0 for the others)
+    Elsewhere  The authors' code adds 0.01 to the first score, which breaks ties, and takes K = 4.
+               At π = π_ref the loss is log K. With p_1 = 1 it is `softmax_dpo`, and with K = 2
+               `sigmoid`.
+    """
+    r = beta * (policy_logps - ref_logps)  # (B, K)
+    p = (scores / nca_alpha).masked_fill(~mask, -torch.inf).softmax(-1)
+    log_q = r.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    log_q = log_q.masked_fill(~mask, 0.0)  # p is 0 there, and 0 times −inf is NaN
+    return -(p * log_q).sum(-1)
+
+
+@loss(beta="> 0", nca_alpha="> 0")
+def nca(policy_logps, ref_logps, mask, scores, *, beta=0.01, nca_alpha=1.0):
+    """NCA: noise contrastive estimation. Answers are data as their scores say, and noise alike.
+
+    Paper      Noise Contrastive Alignment of Language Models with Explicit Rewards,
+               arXiv:2402.05369v3
+    Formula    L = −Σ_k p_k log σ(r_k) − 1/K Σ_k log σ(−r_k),        p = softmax(s/α)
+    Gradient   ∂L/∂ℓ_k = β [(p_k + 1/K) σ(r_k) − p_k]: that of each answer depends on its own reward
+               alone. It is 0 at r_k = log(K p_k), so that an answer of more than the average p
+               becomes more probable than under π_ref.
+    Args       policy_logps, ref_logps, mask, scores (B, K), in any order; beta > 0 (authors' recipe
+               0.01); nca_alpha > 0: see `infonca`. K is the number of answers in the list, without
+               padding.
+    Elsewhere  With p_1 = 1 and K = 2 it is `nca_pair`. The only loss of lists here that a constant
+               per prompt changes.
+    """
+    r = beta * (policy_logps - ref_logps)  # (B, K)
+    r = r.masked_fill(~mask, 0.0)
+    p = (scores / nca_alpha).masked_fill(~mask, -torch.inf).softmax(-1)
+    noise = mask / mask.sum(-1, keepdim=True).to(r.dtype)  # 1/K, and 0 for padding
+    return (p * F.softplus(-r) + noise * F.softplus(r)).sum(-1)
+
+
+@loss(beta="> 0", exo_beta_r="> 0")
+def exo(policy_logps, ref_logps, mask, scores, *, beta=0.5, exo_beta_r=0.5):
+    """EXO on lists: the reverse KL, from the softmax of implicit rewards to that of the scores.
+
+    Paper      Towards Efficient Exact Optimization of Language Model Alignment (EXO),
+               arXiv:2402.00856
+    Formula    L = Σ_k q_k log[q_k/p_k],        p = softmax(s/β_r), q = softmax(r)
+    Gradient   ∂L/∂ℓ_k = β q_k (log[q_k/p_k] − L): 0 where the rewards are s/β_r up to a constant.
+               An answer of small q gets next to none.
+    Args       policy_logps, ref_logps, mask, scores (B, K), in any order; beta > 0, the paper's β_π
+               (authors' scripts 0.5, or 0.1 for IMDb); exo_beta_r > 0, β_r in the formula (authors'
+               scripts the same)
+    Elsewhere  `infonca` is the forward KL between the same two softmaxes, plus the entropy of p.
+               With K = 2 it is `exo_pair` with ε = σ(−(s_1 − s_2)/β_r).
+    """
+    r = beta * (policy_logps - ref_logps)  # (B, K)
+    log_p = (scores / exo_beta_r).masked_fill(~mask, -torch.inf).log_softmax(-1)
+    log_q = r.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    log_ratio = (log_q - log_p).masked_fill(~mask, 0.0)  # −inf − (−inf) is NaN
+    return (log_q.exp() * log_ratio).sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------
 # f-DPO: margin losses under an f-divergence other than the reverse KL between π and π_ref.
 # --------------------------------------------------------------------------------------------------
 
@@ -1300,18 +1566,13 @@ def capped_exp(x, minus_one=False):
 #   TPO          arXiv:2405.16681  DPO without a reference, and the likelihood of a third, best
 #                                  answer: `slic` with policy_target_logps
 #
-# These read other data: token log-probs, answers with a label of their own, lists of answers.
+# These read other data: token log-probs, ranks that depend on the policy.
 #
 #   TDPO         arXiv:2404.11999  DPO and the KL divergences of the tokens: `sigmoid`
 #   SamPO        arXiv:2406.10957  DPO on as many tokens as the shorter answer has, drawn at random:
 #                                  `sigmoid` with --ld_alpha
-#   KTO          arXiv:2402.01306  on single answers, good or bad: `kto_pair`
-#   BCO          arXiv:2404.04656  on single answers, good or bad: `bco_pair`
-#   EXO          arXiv:2402.00856  on lists: `exo_pair`
-#   InfoNCA, NCA arXiv:2402.05369  on lists with scores: `sigmoid`, `nca_pair`
 #   LiPO-λ       arXiv:2402.01878  DPO on all pairs of a list, weighted by labels and ranks:
-#                                  `sigmoid`
-#   S-DPO        arXiv:2406.09215  DPO of one chosen against several rejected answers: `sigmoid`
+#                                  `plackett_luce`
 # --------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,10 @@
 Each loss is defined by one function. Its signature lists its inputs: the tensor arguments come
 first, the keyword-only arguments are its hyper-parameters. The functions below read the signature.
 With them dpo.py computes the tensors, flags.py makes the flags, and `table` prints the losses.
+
+A loss is of one of three kinds, told apart by its arguments alone: a loss with `labels` takes
+single answers that are good or bad, a loss with `mask` takes lists of K answers, and any other loss
+takes pairs. `needs_of` says what the loss asks of a row of the data.
 """
 from errors import Parser, reading, run_script  # first, see errors.py
 import difflib
@@ -26,6 +30,14 @@ COMPARE = {
     ">": operator.gt, ">=": operator.ge, "!=": operator.ne,
     "(": operator.gt, "[": operator.ge, ")": operator.lt, "]": operator.le,
 }
+# Of each kind of loss: what a tensor argument has one number for, its shape, its dimensions.
+SHAPES = {
+    "pairs": ("pair", "(B,)", 1),
+    "labels": ("answer", "(N,)", 1),
+    "lists": ("answer", "(B, K)", 2),
+}
+# Endings of the names of arguments that have this shape.
+ROW_TENSORS = ("logps", "lengths", "scores", "labels", "mask", "weights")
 # A number as a user writes it. Python's float() reads more: "1_0", " 5 ", "٣", "nan".
 REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -41,8 +53,9 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
            ranges   for every hyper-parameter its range, as `in_range` reads it. A tensor argument
                     may have one too: chosen_scores="> rejected_scores".
 
-    The wrapped function raises ValueError where tensors are not all of one shape (B,), and where an
-    argument is out of its range. Without the first check, a wrong shape would broadcast silently.
+    The wrapped function raises ValueError where tensors do not all have the shape of the kind, (B,)
+    for pairs, and where an argument is out of its range. Without the first check, a wrong shape
+    would broadcast silently.
     """
 
     def register(function):
@@ -56,7 +69,7 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
         @functools.wraps(function)
         def checked(*tensors, **named):
             given = dict(zip(names, tensors, strict=False)) | named
-            check_shapes(function.__name__, given)
+            check_shapes(function, given)
             check_ranges(ranges, given)
             return function(*tensors, **named)
 
@@ -70,15 +83,20 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
     return register
 
 
-def check_shapes(loss_name, given):
-    """Raise ValueError unless all tensors of pairs have one shape (B,)."""
+def check_shapes(function, given):
+    """Raise ValueError unless all tensors of rows have one shape, that of the kind of the loss."""
+    per, expected, dimensions = SHAPES[kind_of(function)]
     shapes = {}
     for name, value in given.items():
-        if name.endswith(("_logps", "_lengths", "_scores")) and value is not None:
+        if name.endswith(ROW_TENSORS) and value is not None:
             shapes[name] = tuple(value.shape)
-    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
-        raise ValueError(
-            f"{loss_name} takes one number per pair, all tensors of one shape (B,), got {shapes}")
+    is_wrong = any(len(shape) != dimensions for shape in shapes.values())
+    if is_wrong or len(set(shapes.values())) > 1:
+        raise ValueError(f"{function.__name__} takes one number per {per}, all tensors of one "
+                         f"shape {expected}, got {shapes}")
+    for name in ("labels", "mask"):
+        if name in given and given[name].dtype != torch.bool:
+            raise ValueError(f"{name} must be a tensor of bool, got {given[name].dtype}")
 
 
 def check_ranges(ranges, given):
@@ -129,6 +147,37 @@ def describe_range(text: str) -> str:
 
 # --- Reading the signature of a loss --------------------------------------------------------------
 
+class Needs(NamedTuple):
+    """What a loss asks of a row of the data: see `needs_of`."""
+    kind: str = "pairs"  # "pairs", "labels" or "lists"
+    answers: tuple[str, ...] = ("chosen", "rejected")  # pairs: the sides that it reads; else ()
+    scores: bool = False  # it reads a score of each answer
+    ordered_scores: bool = False  # pairs: the score of the chosen answer must be the higher one
+    ranked: bool = False  # lists: each answer has a rank of its own, the best one first
+    one_best: bool = False  # lists: the first answer is the best, the others have no order
+
+
+def needs_of(function: Callable) -> Needs:
+    """Return what a loss, or a sum of losses, asks of a row of the data."""
+    kind, ranked, one_best = kind_of(function), False, False
+    if kind == "lists":
+        parts = [LOSSES[part] for part in function.parts]
+        ordered = [part for part in parts if not needs_scores(part)]
+        ranked = any("one_best" not in part.tags for part in ordered)
+        one_best = bool(ordered) and not ranked
+    return Needs(kind, sides_of(function), needs_scores(function), needs_ordered_scores(function),
+                 ranked, one_best)
+
+
+def kind_of(function: Callable) -> str:
+    """Return the kind of rows that a loss takes: "pairs", "labels" (single answers, good or bad) or
+    "lists" (K answers)."""
+    names = tensor_arguments(function)
+    if "labels" in names:
+        return "labels"
+    return "lists" if "mask" in names else "pairs"
+
+
 def tensor_arguments(function: Callable) -> list[str]:
     """Return the names of the tensors that a loss takes, in order."""
     parameters = inspect.signature(function).parameters.values()
@@ -148,58 +197,25 @@ def needs_reference(function: Callable) -> bool:
 
 
 def sides_of(function: Callable) -> tuple[str, ...]:
-    """Return the answers of a row that a loss reads: ("chosen", "rejected"), or one of them."""
+    """Return the answers of a pair that a loss reads: ("chosen", "rejected"), or one of them. A
+    loss of labels or of lists reads no pair: ()."""
     names = tensor_arguments(function)
     return tuple(side for side in ("chosen", "rejected") if f"policy_{side}_logps" in names)
 
 
-def kind_of(function: Callable) -> str:
-    """Return the rows that a loss reads, by its arguments: "labels" are answers with a label each,
-    "lists" are K answers in order, "pairs" are a chosen and a rejected answer, or one of them."""
-    names = tensor_arguments(function)
-    if "labels" in names:
-        return "labels"
-    return "lists" if "mask" in names else "pairs"
-
-
-class Needs(NamedTuple):
-    """Which rows a loss reads."""
-    kind: str = "pairs"  # "pairs", "labels" or "lists"
-    answers: tuple = ("chosen", "rejected")  # of a pair; () for the other kinds
-    scores: bool = False  # a score of each answer
-    ordered_scores: bool = False  # of a pair: the chosen answer has the higher one
-    ranked: bool = False  # of a list: every answer has a place of its own
-
-
-def needs_of(function: Callable) -> Needs:
-    """Return which rows a loss reads."""
-    names, kind = tensor_arguments(function), kind_of(function)
-    if kind == "pairs":
-        return Needs(kind, sides_of(function), "chosen_scores" in names,
-                     needs_ordered_scores(function))
-    scores = "scores" in names
-    ranked = kind == "lists" and not scores and "one_best" not in function.tags
-    return Needs(kind, (), scores, False, ranked)
-
-
-def needs_kl(function: Callable) -> bool:
-    """Return whether a loss reads the KL divergence of a whole step: see answers.Mismatched."""
-    return "kl" in tensor_arguments(function)
-
-
 def needs_rejected(function: Callable) -> bool:
-    """Return whether a loss reads the rejected answer. Only `sft` does not."""
+    """Return whether a loss reads the rejected answer of a pair. `sft` does not."""
     return "rejected" in sides_of(function)
 
 
 def compares_answers(function: Callable) -> bool:
-    """Return whether a loss reads both answers of a row. `sft` and `npo` do not."""
+    """Return whether a loss reads both answers of a pair. `sft` and `npo` do not."""
     return len(sides_of(function)) == 2
 
 
 def needs_scores(function: Callable) -> bool:
     """Return whether a loss reads a score of each answer."""
-    return "chosen_scores" in tensor_arguments(function)
+    return not {"chosen_scores", "scores"}.isdisjoint(tensor_arguments(function))
 
 
 def needs_ordered_scores(function: Callable) -> bool:
@@ -207,13 +223,19 @@ def needs_ordered_scores(function: Callable) -> bool:
     return any("chosen_scores" in LOSSES[part].ranges for part in function.parts)
 
 
+def needs_kl(function: Callable) -> bool:
+    """Return whether a loss takes `kl`: the mean, over all answers of the optimizer step, of the
+    log-ratio of an answer to the prompt of another row. The trainer computes it in every step."""
+    return "kl" in tensor_arguments(function)
+
+
 def start_state(function: Callable) -> dict[str, float]:
     """Return {name: value before the first step} of the numbers that a loss carries from step to
-    step: its positional arguments with a number as their default. `function.update` makes those of
-    the next step."""
+    step: its positional arguments with a number as their default, except `kl`, see `needs_kl`.
+    `function.update` makes those of the next step."""
     state = {}
     for parameter in inspect.signature(function).parameters.values():
-        is_number = isinstance(parameter.default, float)
+        is_number = isinstance(parameter.default, float) and parameter.name != "kl"
         if is_number and parameter.kind is not parameter.KEYWORD_ONLY:
             state[parameter.name] = parameter.default
     return state
@@ -264,6 +286,10 @@ def combine(weights: dict[str, float]) -> Callable:
     """
     functions = {name: LOSSES[name] for name in weights}
     sum_name = ",".join(f"{name}:{weight:g}" for name, weight in weights.items())
+    kinds = {name: kind_of(function) for name, function in functions.items()}
+    if len(set(kinds.values())) > 1:
+        each = ", ".join(f"{name} takes {kind}" for name, kind in kinds.items())
+        raise ValueError(f"loss {sum_name}: the losses of a sum take rows of one kind, but {each}")
 
     def weighted_sum(**named):
         # Every hyper-parameter needs a value.
@@ -308,9 +334,13 @@ def merge_signatures(functions: Iterable[Callable]) -> inspect.Signature:
 
 def merge_tags(functions):
     """Merge the tags of the parts of a sum. The sum has "batch" if one part has the tag, and any
-    other tag only if all of its parts that compare two answers have the tag."""
-    pairwise = [function.tags - {"batch"} for function in functions if compares_answers(function)]
-    merged = set.intersection(*pairwise) if pairwise else set()
+    other tag only if all of its parts have the tag, except for parts that read one answer of a
+    pair, such as `sft`."""
+    others = []
+    for function in functions:
+        if kind_of(function) != "pairs" or compares_answers(function):
+            others.append(function.tags - {"batch"})
+    merged = set.intersection(*others) if others else set()
     if any("batch" in function.tags for function in functions):
         merged.add("batch")
     return merged
@@ -336,6 +366,8 @@ def merge_updates(sum_name, functions, tags):
 # --- python losses.py -----------------------------------------------------------------------------
 
 GROUPS = {  # {heading: whether a loss is in this group}, the first that fits
+    "Labels": lambda function: kind_of(function) == "labels",
+    "Lists of K answers": lambda function: kind_of(function) == "lists",
     "One answer": lambda function: not compares_answers(function),
     "Pairs with scores, and a reference": needs_scores,
     "Pairs and a reference": needs_reference,
@@ -346,7 +378,7 @@ GROUPS = {  # {heading: whether a loss is in this group}, the first that fits
 def table() -> list[str]:
     """Return the lines of a Markdown table of the losses for each group, from signatures and
     docstrings."""
-    groups = {"Pairs and a reference": []}
+    groups = {"Pairs and a reference": []}  # this group first
     for name, function in LOSSES.items():
         if name == function.__name__:  # else an older name of the same loss
             heading = next(each for each, fits in GROUPS.items() if fits(function))

@@ -83,7 +83,7 @@ from lora import (
     target_modules,
     use_adapter,
 )
-from losses import needs_kl, needs_of, start_state
+from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
 from parallel import (
     Ranks,
@@ -140,8 +140,11 @@ def load_rows(args, loss, tokenizer, home, ranks):
     limits, shape, options = data.read_flags(args)
     specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
     if args.dataset == "world":
-        held_out = args.eval_dataset or home / "eval.jsonl"
-        specs = {"--dataset": home / "pairs.jsonl", "--eval_dataset": held_out}
+        trained, held_out = "pairs.jsonl", "eval.jsonl"
+        if kind_of(loss) == "lists":
+            trained, held_out = "lists.jsonl", "eval_lists.jsonl"
+        specs = {"--dataset": home / trained,
+                 "--eval_dataset": args.eval_dataset or home / held_out}
     if ranks.rank > 0:
         barrier(ranks)
     loaded = {}

@@ -44,6 +44,8 @@ MODEL = {
     "max_position_embeddings": 16,
 }
 COUNTS = {"sft": 16_384, "pairs": 65_536, "eval": 4_096}  # rows
+LIST_COUNTS = {"lists": 32_768, "eval_lists": 2_048}  # with as many answers as pairs and eval
+LISTED = 4  # answers of a list
 COMMON = {
     "batch_size": 256,
     "micro_batch_size": 128,
@@ -71,6 +73,9 @@ OWN_FLAGS = {
     "alpha_dpo": {"beta": 4.0, "gamma": 0.0, "alpha_dpo_alpha": 0.05},
     "dr_dpo": {"dr_beta": 4.0},
     "npo": {"lr": 2e-4, "epochs": 1},
+    "kto": {"unpair": True},
+    "bco": {"unpair": True},
+    "apo_zero_unpaired": {"unpair": True},
 }
 
 
@@ -161,23 +166,23 @@ def sample(logps: torch.Tensor, count: int, answers_each: int, seed: int):
     return things, torch.multinomial(probabilities, answers_each, generator=generator)
 
 
-def sample_pairs(logps: torch.Tensor, count: int, seed: int):
-    """Sample pairs of answers from the policy and label them by Bradley-Terry.
+def sample_ranked(logps: torch.Tensor, count: int, answers_each: int, seed: int):
+    """Sample answers from the policy and rank them: two by Bradley-Terry, K by Plackett-Luce.
 
-    Returns indices of things, of chosen and of rejected answers, (count,) each, and the scores,
-    (count, 2), chosen first. `odpo` and others read the scores.
+    Returns indices of things, (count,), and of answers, (count, K), best first, and their scores,
+    (count, K). `odpo`, `infonca` and others read the scores.
 
-    A score is the true reward plus Gumbel noise, and the higher score is chosen. The difference of
-    two such noises is logistic, so y beats y' with probability σ(r(y) - r(y')).
+    A score is the true reward plus Gumbel noise. The difference of two such noises is logistic, so
+    y beats y' with probability σ(r(y) - r(y')). The best of several answers is each of them with
+    its probability under a softmax of the rewards, and so is the best of the rest.
     """
-    things, both = sample(logps, count, 2, seed)  # (count,), (count, 2)
+    things, drawn = sample(logps, count, answers_each, seed)  # (count,), (count, K)
     generator = torch.Generator().manual_seed(seed + 1)
-    uniform = torch.rand((count, 2), generator=generator, dtype=torch.float64)
+    uniform = torch.rand((count, answers_each), generator=generator, dtype=torch.float64)
     gumbel = -(-uniform.log()).log()
-    rewards = true_reward()[things[:, None], both]  # (count, 2)
+    rewards = true_reward()[things[:, None], drawn]  # (count, K)
     scores, order = (rewards + gumbel).sort(-1, descending=True)
-    chosen, rejected = both.gather(-1, order).T
-    return things, chosen, rejected, scores
+    return things, drawn.gather(-1, order), scores
 
 
 # --- Exact properties of a policy -----------------------------------------------------------------
@@ -295,7 +300,7 @@ def sum_up(values: dict) -> str:
 
 # --- The folder of the world ----------------------------------------------------------------------
 # sft.jsonl, every.jsonl (all prompts and answers), reference/ (a model), reference.npy, pairs.jsonl
-# and eval.jsonl.
+# and eval.jsonl, lists.jsonl and eval_lists.jsonl.
 
 def folder() -> pathlib.Path:
     """Return the folder of the world. Its name has a hash of this file, so other code has another
@@ -340,7 +345,7 @@ def make(train_sft: Callable, device: torch.device) -> pathlib.Path:
 
 
 def write_folder(home, train_sft, device):
-    """Write the texts, train the reference policy on them, and write its pairs."""
+    """Write the texts, train the reference policy on them, and write its pairs and lists."""
     (home / "reference").mkdir()
     write_texts(home)
     tokenizer = make_tokenizer()
@@ -375,8 +380,23 @@ def write_texts(home: pathlib.Path):
 
 
 def write_pairs(home: pathlib.Path, reference: torch.Tensor):
-    """Write the pairs for training and evaluation, and the reference's log-probs, (X, A)."""
+    """Write the pairs and lists for training and evaluation, and the reference's log-probs,
+    (X, A)."""
     np.save(home / "reference.npy", reference.numpy())
     for seed, name in ((4, "pairs"), (6, "eval")):
-        things, chosen, rejected, scores = sample_pairs(reference.double(), COUNTS[name], seed)
+        things, ranked, scores = sample_ranked(reference.double(), COUNTS[name], 2, seed)
+        chosen, rejected = ranked.T
         write_rows(home / f"{name}.jsonl", things, scores, chosen=chosen, rejected=rejected)
+    for seed, name in ((8, "lists"), (10, "eval_lists")):
+        lists = sample_ranked(reference.double(), LIST_COUNTS[name], LISTED, seed)
+        write_lists(home / f"{name}.jsonl", *lists)
+
+
+def write_lists(path, things, ranked, scores):
+    """Write one JSON line per prompt: its answers, best first, and their scores."""
+    texts, questions = answers(), prompts()
+    with open(path, "w") as file:
+        for thing, indices, numbers in zip(things.tolist(), ranked.tolist(), scores.tolist()):
+            responses = [texts[index] for index in indices]
+            row = {"prompt": questions[thing], "responses": responses, "scores": numbers}
+            file.write(json.dumps(row) + "\n")

@@ -6,6 +6,8 @@
 The changes: a sign, a factor, a term that is dropped, a detach more or less, a sum for an average,
 a clamp, hinge or sort that is dropped, two arguments that are swapped. A change replaces the code
 of the function in place, so all tests see it; those that call the function run until one fails.
+One change of `dr_dpo` survives because it changes nothing: all its losses are one number, which is
+their mean.
 """
 import ast
 import inspect
@@ -17,7 +19,9 @@ from _pytest.runner import runtestprotocol
 sys.path.insert(0, ".")  # it runs in the root of the repository
 import losses
 
-HELPERS = [losses.f_divergence_score, losses.update_delta, losses.capped_exp]
+HELPERS = [
+    losses.f_divergence_score, losses.update_delta, losses.update_gap, losses.capped_exp,
+]
 FORMULAS = {f.__name__: inspect.unwrap(f) for f in [*losses.LOSSES.values(), *HELPERS]}
 OPERATIONS = {
     ast.Add: ("({0}) - ({1})", "{0}", "{1}"),
@@ -30,6 +34,7 @@ OPERATIONS = {
 CALLS = {  # {0} is the object of the method, or the first argument of a function of torch
     "detach": ["{0}"], "clamp": ["{0}"], "to": ["{0}"], "relu": ["{0}", "2 * {0}"],
     "mean": ["{0}.sum()", "{0}"], "sort": ["torch.stack([{0}]).max(0)"], "is_tensor": [],
+    "ones_like": [],  # the values of its argument do not matter
 }
 SWAPS = [("chosen", "rejected"), ("rejected", "chosen"), ("policy", "ref"), ("ref", "policy")]
 

@@ -3,12 +3,16 @@
     page = Page(sigmoid, values_of(sigmoid, tensors, hyper))
     page.losses()        # [(B,), ...]  every form of L after "Formula"
     page.gradient("w")   # [(B,), ...]  every form of ∂L/∂w after "Gradient", [] if there is none
+    page.losses("D")     # of L_D, the loss of a good answer; page.gradient("ℓ", "D") is ∂L_D/∂ℓ
 
 The grammar is that of the pages: a product is written without a sign (βh, 2c (a − η)), a function
 takes what follows it (log σ(z), log[...], mean a), "e" has an exponent (e^(−z), eᵃ), and a value
 may hold under a condition ("−β while βh < 1, 0 beyond", "while |z| < 2R"). A name that the page
 defines, "z = βh" or "s(x) = σ(x) σ(−x)" anywhere after "Formula" or "Gradient", is read there.
 Reading stops at the first word or sign that is not part of an expression.
+
+Values of lists are (B, K, 1): one for each answer k. r_j is (B, 1, K), so that an expression of r_k
+and r_j is (B, K, K), and r_1 is (B, 1, 1). Σ_k and Σ_{j≥k} are sums of the product that follows.
 """
 import inspect
 import operator
@@ -17,7 +21,7 @@ import unicodedata
 
 import torch
 
-SYMBOL = r"(?:[A-Za-z]{2,}|[A-Za-zΑ-Ωα-ω][\u0304°′]*(?:_[a-z]+)?)"
+SYMBOL = r"(?:[A-Za-z]{2,}|[A-Za-zℓΑ-Ωα-ω][\u0304°′]*(?:_(?:[A-Za-z]+|1|\{j≥k\}))?)"
 TOKEN = re.compile(rf"\s*(∂L/∂[wl]|\d+(?:\.\d+)?|{SYMBOL}|\S|$)")
 DEFINITION = re.compile(rf"({SYMBOL})(?:\(({SYMBOL})\))? = ")
 EXPONENTS = {"ᵃ": "a", "ᵇ": "b", "ˣ": "x"}
@@ -25,6 +29,7 @@ EXPONENTS = {"ᵃ": "a", "ᵇ": "b", "ˣ": "x"}
 LETTERS = {
     "β": "beta", "β′": "dr_beta", "ε": "label_smoothing", "τ": ".*_tau", "α": ".*_(alpha|a)",
     "λ": ".*_lambda", "γ": "(.*_)?gamma", "δ": "(.*_)?delta", "κ": ".*_kappa", "η": ".*_eta",
+    "λ_D": "desirable_weight", "λ_U": "undesirable_weight", "kl": "kl", "β_r": "exo_beta_r",
     "c": "cal_dpo_weight", "R": ".*_r_max", "M": "gap_mean", "μ": "gap_mean", "s": "gap_std",
 }
 
@@ -34,7 +39,14 @@ def divergence(p, q):
     return sum(x * torch.log(x / y) for x, y in zip(p, q))
 
 
-FUNCTIONS = {
+def tail_sum(x):
+    """(B, K, K) -> (B, K, 1): for each k the sum over j >= k"""
+    return x.expand(-1, x.shape[2], -1).triu().sum(2, keepdim=True)
+
+
+# A sum takes the product that follows it.
+SUMS = {"Σ": lambda x: x.sum(1, keepdim=True), "Σ_{j≥k}": tail_sum}
+FUNCTIONS = SUMS | {
     "σ": torch.sigmoid,
     "log": torch.log,
     "exp": torch.exp,
@@ -42,7 +54,7 @@ FUNCTIONS = {
     "max": torch.maximum,
     "min": torch.minimum,
     "mean": torch.mean,
-    "softmax": lambda x: x.softmax(0),
+    "softmax": lambda x: x.softmax(x.ndim // 2),  # over the batch, or over the answers of a list
     "sort": lambda x: x.sort().values,
     "clip": lambda x, bound: x.clamp(-bound, bound),  # clip(x, ±bound)
     "KL": divergence,
@@ -56,7 +68,9 @@ def number(value):
 def values_of(function, tensors, hyper):
     """{letter: value} of the symbols in the head of losses.py and of the hyper-parameters."""
     t = {name: number(value) for name, value in tensors.items()}
-    values = {}
+    values = letters_of(hyper)
+    if "policy_logps" in t:
+        return values | values_of_answers(t, values["β"])
     for side, answer in (("w", "chosen"), ("l", "rejected")):
         values[side] = t[f"policy_{answer}_logps"]
         values[f"{side}°"] = t[f"ref_{answer}_logps"]
@@ -70,16 +84,33 @@ def values_of(function, tensors, hyper):
     values["h\u0304"] = values["a\u0304"] - values["b\u0304"]
     values["n\u0304"] = values["n_w"].mean()
     values["t"] = t.get("policy_target_logps", values["w"])  # log π(y_ref|x)
-    for letter, names in LETTERS.items():
-        for name, value in hyper.items():
-            if re.fullmatch(names, name) and value is not None:
-                values[letter] = number(value)
     if "β" in values:
         beta = values["β"]
         values["r_w"], values["r_l"] = beta * values["a"], beta * values["b"]
         # Our beta is the τ of IPO, the λ of ORPO, and 1/η of SPPO.
         values = {"τ": beta, "λ": beta, "η": 1 / beta} | values
     return values
+
+
+def letters_of(hyper):
+    """{letter: value} of the hyper-parameters."""
+    values = {}
+    for letter, names in LETTERS.items():
+        for name, value in hyper.items():
+            if re.fullmatch(names, name) and value is not None:
+                values[letter] = number(value)
+    return values
+
+
+def values_of_answers(t, beta):
+    """{letter: value} of single answers (N,), or of lists (B, K, 1)."""
+    values = {"r": beta * (t["policy_logps"] - t["ref_logps"])}
+    if "scores" in t:
+        values["s"] = t["scores"]
+    if "mask" not in t:
+        return values
+    size = number(t["mask"].shape[1])
+    return {letter: value[..., None] for letter, value in values.items()} | {"K": size}
 
 
 class Page:
@@ -95,18 +126,22 @@ class Page:
         self.formula = re.sub(r"(?<![+−/])\s*\n\s*| {4,}", " ; ", formula)
         self.slopes = " ".join(text.split("\nGradient ")[1].split("\nArgs ")[0].split())
 
-    def losses(self):
-        """Every form of L: the text after "L =", and lines that begin with "="."""
-        forms = []
+    def losses(self, label=None):
+        """Every form of L: the text after "L =", and lines that begin with "=". With a label, "D"
+        or "U", every form of L_D or L_U."""
+        forms, name = [], None
         for piece in self.formula.split(" ; "):
-            start = re.match(r"(L(_[ik])?\s*)?= ", piece)
-            if start:
+            start = re.match(r"(?:(L(?:_[A-Za-z])?)\s*)?= ", piece)
+            if start is None:
+                continue
+            name = start.group(1) or name
+            if label is None or name == f"L_{label}":
                 forms.append(Reader(self, piece[start.end():]).total())
         return forms
 
-    def gradient(self, side):
-        """Every form of ∂L/∂w or ∂L/∂l."""
-        printed = re.search(rf"∂L(_i)?/∂{side}(_i)? = ", self.slopes)
+    def gradient(self, side, label="i"):
+        """Every form of ∂L/∂w or ∂L/∂l; of ∂L_D/∂ℓ with the side "ℓ" and the label "D"."""
+        printed = re.search(rf"∂L(_{label})?/∂{side}(_i)? = ", self.slopes)
         if printed:
             return Reader(self, self.slopes[printed.end():]).statement()
         if side == "l" and "= −∂L/∂l" in self.slopes:
@@ -115,7 +150,11 @@ class Page:
 
     def lookup(self, symbol):
         """The value or the function of that name, or None."""
-        symbol = re.sub("_[ik]$", "", symbol)  # of the pair k of the batch
+        if symbol.endswith("_j"):  # of the answer j of a list
+            return self.lookup(symbol[:-2]).transpose(1, 2)
+        if symbol.endswith("_1"):  # of its first answer
+            return self.lookup(symbol[:-2])[:, :1]
+        symbol = re.sub("_[ik]$", "", symbol)  # of the pair k of the batch, or of the answer k
         value = self.defined(symbol, self.formula)
         if value is None and symbol in self.values:
             value = self.values[symbol]
@@ -232,6 +271,8 @@ class Reader:
         assert value is not None, f"page of {self.page.name}: {token!r} in {self.text!r} is unknown"
         if not callable(value):
             return value
+        if value in SUMS.values():
+            return value(self.product())
         if self.peek() in ("(", "["):
             self.take()
             return value(*self.until_bracket())

@@ -21,35 +21,50 @@ from losses import (
     apo_down,
     apo_zero,
     bco_pair,
+    bpo,
     cal_dpo,
     chipo,
     cpo,
     discopop,
+    dpo_shift,
     dpop,
+    dr_dpo,
     exo_pair,
     f_divergence_score,
     hinge,
+    hypo,
     ipo,
     kto_pair,
     nca_pair,
+    npo,
     odpo,
     orpo,
     rdpo,
+    repo,
     robust,
+    rpo_bwd_kl,
+    rpo_fwd_kl,
+    rpo_sq,
+    score_margin,
     sigmoid,
     sigmoid_norm,
+    simper,
     simpo,
     sppo_hard,
 )
 from test_losses import (
     DIVERGENCES,
+    averages,
     call,
     call_function,
     gradients,
+    margin,
     of,
     pair,
     random_pairs,
+    ratios,
     tensor,
+    without_reference,
 )
 
 logit = torch.special.logit
@@ -81,10 +96,11 @@ def win_rates(wins, reference):
     return wins @ reference.exp()
 
 
-def expected_gradient(function, policy, reference, wins, lengths=None, score=None, **hyper):
+def expected_gradient(
+        function, policy, reference, wins, lengths=None, score=None, quality=None, **hyper):
     """(A,): the gradient of the expected loss over all pairs, by the policy's log-probs (A,).
 
-    score replaces the log-ratios, as in f-DPO.
+    score replaces the log-ratios, as in f-DPO. quality (A,) are the scores that the data has.
     """
     logps = policy.clone().requires_grad_()
     start = reference
@@ -94,6 +110,7 @@ def expected_gradient(function, policy, reference, wins, lengths=None, score=Non
     chosen, rejected = torch.cartesian_prod(chosen, rejected).T  # (A * A,) each
     policy_logps = logps if score is None else scores
     ones = torch.ones_like(reference)
+    qualities = ones if quality is None else quality
     pairs = {
         "policy_chosen_logps": policy_logps[chosen],
         "policy_rejected_logps": policy_logps[rejected],
@@ -101,6 +118,8 @@ def expected_gradient(function, policy, reference, wins, lengths=None, score=Non
         "ref_rejected_logps": start[rejected],
         "chosen_lengths": (ones if lengths is None else lengths)[chosen],
         "rejected_lengths": (ones if lengths is None else lengths)[rejected],
+        "chosen_scores": qualities[chosen],
+        "rejected_scores": qualities[rejected],
     }
     weights = (reference[chosen] + reference[rejected]).exp() * wins[chosen, rejected]
     expected = (weights * call_function(function, pairs, **hyper)).sum()
@@ -339,8 +358,8 @@ def contradictory_slope(function, t, others, prefer_first=3, **hyper):
     return torch.autograd.grad(of(function, a, b, **hyper).sum(), t)[0].item()
 
 
-def test_contradictory_labels_drive_kto_to_the_majority_and_dpo_stays_at_their_logit():
-    """With the reference point at 0. DPO stops at β · 2t = log 3."""
+def test_with_its_reference_point_at_0_kto_follows_the_majority_of_labels_where_dpo_stops():
+    """3 labels of 4. DPO stops at their logit, β · 2t = log 3."""
     logit_of_labels = math.log(3) / (2 * 0.1)
     assert contradictory_slope(sigmoid, logit_of_labels, 0, beta=0.1) == pytest.approx(0, abs=1e-15)
     assert contradictory_slope(sigmoid, 100.0, 0, beta=0.1) > 0.01
@@ -520,6 +539,335 @@ def test_the_weight_of_odpo_is_that_of_dpo_at_the_start_once_the_margin_reaches_
         weights.append(-dw.item())
     assert weights[0] > weights[1] > weights[2]
     assert weights[1] == pytest.approx(beta / 2, rel=1e-12)
+
+
+# --- Scores: margins (MODPO 2310.03708) and RPO (2406.11704, 2502.00203) --------------------------
+
+def scored_pairs(h, gap):
+    """Pairs with margins h whose chosen answers have a score that is higher by `gap`."""
+    h = torch.as_tensor(h, dtype=torch.float64)
+    return pair(h, 0.0, chosen_scores=torch.full_like(h, gap))
+
+
+RPO = [rpo_sq, rpo_bwd_kl, rpo_fwd_kl]
+
+
+@pytest.mark.parametrize("function", RPO)
+def test_rpo_with_true_scores_has_the_optimal_policy_whatever_the_labels_say(function):
+    """π* is proportional to π_ref exp(η r / β). The labels are right, all wrong, or cyclic.
+    A pair with its label flipped has its scores flipped too, and the same loss."""
+    (reward, reference), beta, eta = of_world(3), 0.7, 0.4
+    best = (reference + eta * reward / beta).log_softmax(0)
+    hyper = {"beta": beta, "rpo_eta": eta, "quality": reward}
+    for wins in (bradley_terry(reward), bradley_terry(-reward), random_population(512)[1]):
+        assert_optimal(function, best, reference, wins, **hyper)
+        assert expected_gradient(sigmoid, best, reference, wins, beta=beta).norm() > 1e-3
+
+
+@pytest.mark.parametrize("function", RPO)
+def test_rpo_settles_exactly_where_beta_h_is_eta_times_the_difference_of_the_scores(function):
+    beta, eta, gap = 0.3, 0.4, -5.0
+    there = eta * gap / beta
+    hyper = {"beta": beta, "rpo_eta": eta}
+    dw, dl = gradients(function, scored_pairs([there - 0.1, there, there + 0.1], gap), **hyper)
+    assert dw[0] < -1e-4 and dw[1].abs() < 1e-15 and dw[2] > 1e-4
+    assert torch.equal(dl, -dw)
+
+
+def test_score_margin_is_optimal_for_the_reward_of_its_labels_plus_kappa_times_the_scores():
+    """MODPO's theorem: π* is proportional to π_ref exp((r + κ s) / β). The labels know r alone."""
+    (reward, reference), beta, kappa = of_world(2), 0.7, 0.5
+    quality = reward.flip(0)
+    best = (reference + (reward + kappa * quality) / beta).log_softmax(0)
+    hyper = {"beta": beta, "margin_kappa": kappa, "quality": quality}
+    assert_optimal(score_margin, best, reference, bradley_terry(reward), **hyper)
+
+
+def test_the_minimum_of_score_margin_is_at_infinity_where_rpo_turns_back():
+    h = [-10.0, 0.0, 10.0, 30.0, 100.0]
+    dw, _ = gradients(score_margin, scored_pairs(h, 2.0), beta=0.2)
+    assert (dw < 0).all() and (dw.diff() > 0).all()
+    for function in RPO:
+        dw, _ = gradients(function, scored_pairs(h, 2.0), beta=0.2)
+        assert (dw[:2] < 0).all() and (dw[3:] > 0).all()
+
+
+# --- DPO-Shift (2502.07599), BPO (2506.03557), HyPO (2602.11902) ----------------------------------
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_dpo_shift_lowers_the_rejected_answer_lambda_times_as_hard_as_it_raises_the_chosen(lam):
+    dw, dl = gradients(dpo_shift, random_pairs(), beta=0.1, shift_lambda=lam)
+    assert (dw < 0).all() and torch.allclose(dl, -lam * dw, rtol=1e-14)
+
+
+def test_dpo_shift_is_lower_for_a_policy_that_gives_both_answers_more_probability():
+    """The conservatism of CPL, with a reference and without: the margin of the loss gains (1 − λ) β
+    for each nat. DPO cannot tell the two policies apart."""
+    pairs, lam = random_pairs(), 0.7
+    higher = dict(pairs)
+    for name in ("policy_chosen_logps", "policy_rejected_logps"):
+        higher[name] = pairs[name] + 4.0
+    for both in ((pairs, higher), map(without_reference, (pairs, higher))):
+        low, high = (call("dpo_shift", t, beta=0.1, shift_lambda=lam) for t in both)
+        gain = torch.log(torch.expm1(low)) - torch.log(torch.expm1(high))
+        assert (high < low).all() and torch.allclose(gain, tensor(0.1 * (1 - lam) * 4.0))
+    assert torch.allclose(call("sigmoid", pairs), call("sigmoid", higher))
+
+
+def test_contradictory_labels_leave_dpo_at_the_reference_and_dpo_shift_raises_both_answers():
+    """Half of the labels prefer the other answer: −(1 − λ) β/2 for each answer."""
+    dw, dl = gradients(dpo_shift, pair(0.0, tensor(0.0)), beta=0.1, shift_lambda=0.7)
+    assert (dw + dl).item() == pytest.approx(-0.3 * 0.1 / 2)
+    dw, dl = gradients(sigmoid, pair(0.0, tensor(0.0)), beta=0.1)
+    assert (dw + dl).item() == 0
+
+
+def test_bpo_is_below_its_start_only_if_the_chosen_answer_rose_and_the_rejected_one_fell():
+    """DPO is also below its start where both fell, the rejected answer further."""
+    values = tensor(-40.0, -1.0, 0.0, 1.0, 40.0)
+    a, b = torch.cartesian_prod(values, values).T
+    satisfied = of(bpo, a, b, beta=0.1, bpo_alpha=0.3) < math.log(2)
+    assert torch.equal(satisfied, (a > 0) & (b < 0))
+    dpo = of(sigmoid, a, b, beta=0.1) < math.log(2)
+    assert (dpo & (a < 0)).any() and (dpo & (b > 0)).any()
+
+
+def test_bpo_with_alpha_1_is_at_least_dpo_at_half_the_margin_and_equal_if_both_moved_as_far():
+    """min(a, −b) <= (a − b) / 2."""
+    a, b = ratios(random_pairs(40))
+    hyper = {"beta": 0.1}
+    assert (of(bpo, a, b, bpo_alpha=1.0, **hyper) > of(sigmoid, (a - b) / 2, **hyper)).all()
+    balanced = of(bpo, a, -a, bpo_alpha=1.0, **hyper)
+    assert torch.allclose(balanced, of(sigmoid, a, **hyper))
+
+
+def test_descent_on_bpo_raises_the_chosen_answer_alpha_nats_for_each_that_the_rejected_one_falls():
+    """From π = π_ref. a and −αb differ by less than one step of descent."""
+    alpha, rate = 0.3, 1.0
+    answers = tensor(0.0, 0.0)
+    for _ in range(400):
+        pairs = pair(answers[:1], answers[1:])
+        slopes = gradients(bpo, pairs, beta=0.1, bpo_alpha=alpha)
+        answers = answers - rate * torch.cat(slopes)
+        a, b = answers.tolist()
+        assert a > 0 > b and abs(a + alpha * b) < rate * 0.1
+    assert a > 1
+
+
+def test_hypo_weighs_a_pair_below_one_half_only_once_the_policy_itself_has_its_order_right():
+    """DPO does so while the order is wrong, if the policy is less wrong than the reference."""
+    pairs, beta = random_pairs(400), 0.1
+    own = pairs["policy_chosen_logps"] - pairs["policy_rejected_logps"]
+    hypo_weight = -gradients(hypo, pairs, beta=beta)[0] / beta
+    dpo_weight = -gradients(sigmoid, pairs, beta=beta)[0] / beta
+    satisfied_too_early = (own < 0) & (dpo_weight < 0.5)
+    assert satisfied_too_early.sum() > 10
+    assert (hypo_weight[own < 0] > 0.5).all()
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.9])
+def test_hypo_settles_between_the_margin_of_dpo_and_that_of_dpo_without_a_reference(p):
+    """The answer that the reference prefers is chosen with probability p. HyPO uses the reference
+    for these labels, and none for the others."""
+    beta, start = 0.3, 10.0  # w° − l°
+    settled = {}
+    for function in (hypo, sigmoid):
+        low, high = tensor(-60.0), tensor(60.0)
+        for _ in range(80):
+            own = (low + high) / 2
+            slope = own_slope(function, own, start, p, beta)
+            low, high = (own, high) if slope < 0 else (low, own)
+        settled[function] = own.item()
+    assert settled[sigmoid] == pytest.approx(start + math.log(p / (1 - p)) / beta)
+    assert math.log(p / (1 - p)) / beta < settled[hypo] < settled[sigmoid]
+
+
+def own_slope(function, own, start, p, beta):
+    """∂/∂own of the expected loss of two answers with policy margin `own`, reference `start`."""
+    own = own.clone().requires_grad_()
+    zero = torch.zeros_like(own)
+    first = function(own, zero, zero + start, zero, beta=beta)
+    second = function(zero, own, zero, zero + start, beta=beta)
+    return torch.autograd.grad((p * first + (1 - p) * second).sum(), own)[0]
+
+
+# --- β-DPO (2407.08639), α-DPO (2410.10148), Dr. DPO (2407.07880) ---------------------------------
+
+def test_beta_dpo_is_dpo_in_a_batch_of_average_gap_and_has_a_larger_beta_the_larger_the_gap():
+    """The β of a batch is (1 + α (mean h − M)) β."""
+    pairs, beta = random_pairs(), 0.1
+    h = margin(pairs)
+    mean = h.mean().item()
+    average = call("beta_dpo", pairs | {"gap_mean": mean}, beta=beta, beta_dpo_a=3.0)
+    assert torch.allclose(average, of(sigmoid, h, beta=beta))
+    for distance in (-0.2, 0.3):
+        found = call("beta_dpo", pairs | {"gap_mean": mean - distance}, beta=beta, beta_dpo_a=3.0)
+        assert torch.allclose(found, of(sigmoid, h, beta=beta * (1 + 3.0 * distance)))
+
+
+def test_beta_dpo_moves_the_loss_of_a_pair_but_not_its_gradient_by_the_other_pairs():
+    """β of the batch is detached, and so is the mean behind it."""
+    pairs = random_pairs(4)
+    pairs["gap_mean"] = margin(pairs).mean().item()
+    w = pairs["policy_chosen_logps"]
+
+    def losses_of(policy_chosen):
+        return call("beta_dpo", pairs | {"policy_chosen_logps": policy_chosen}, beta_dpo_a=0.1)
+
+    jacobian = torch.autograd.functional.jacobian(losses_of, w)
+    assert torch.equal(jacobian, torch.diag(jacobian.diag())) and (jacobian.diag() < 0).all()
+    nudged = losses_of(w + tensor(0.0, 1.0, 0.0, 0.0)) - losses_of(w)
+    assert (nudged[[0, 2, 3]].abs() > 1e-6).all()
+
+
+def margins_of_alpha_dpo(pairs, **hyper):
+    """The target margin m of each pair: log(e^L − 1) = β (m − (w̄ − l̄))."""
+    w, l = averages(pairs)  # noqa: E741
+    loss = call("alpha_dpo", pairs, beta=0.05, **hyper)
+    return torch.log(torch.expm1(loss)) / 0.05 + (w - l)
+
+
+def test_the_targets_of_alpha_dpo_have_mean_gamma_over_beta_and_a_spread_of_alpha():
+    """With the mean and the spread of this batch as μ and s, on any scale of the gaps."""
+    for scale in (1.0, 7.0):
+        stretched = random_pairs(20)
+        for name in stretched:
+            if name.endswith("logps"):
+                stretched[name] = scale * stretched[name]
+        gaps = average_gaps(stretched)
+        state = {"gap_mean": gaps.mean(), "gap_std": gaps.std(correction=0)}
+        found = margins_of_alpha_dpo(stretched | state, gamma=0.03, alpha_dpo_alpha=0.2)
+        assert found.mean().item() == pytest.approx(0.03 / 0.05)
+        assert found.std(correction=0).item() == pytest.approx(0.2)
+        assert torch.equal(found.argsort(), gaps.argsort())
+
+
+def average_gaps(pairs):
+    a, b = ratios(pairs)
+    return a / pairs["chosen_lengths"] - b / pairs["rejected_lengths"]
+
+
+def test_dr_dpo_is_the_smallest_mean_loss_over_all_weights_with_a_price_for_leaving_uniform_ones():
+    """The dual of the paper: min over q of Σ q d + β′ KL(q ‖ uniform), q = softmax(−d/β′)."""
+    pairs, price = random_pairs(8), 0.7
+    pair_losses = call("sigmoid", pairs)
+
+    def priced(q):
+        return (q * pair_losses).sum() + price * (q * torch.log(8 * q)).sum()
+
+    found = call("dr_dpo", pairs, dr_beta=price)[0]
+    assert torch.allclose(found, priced((-pair_losses / price).softmax(0)))
+    for q in torch.rand(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
+        assert priced(q / q.sum()) > found
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_with_flipped_labels_in_the_batch_dr_dpo_follows_the_majority_where_dpo_turns_back(share):
+    """Pairs with right labels have the margin h, flipped ones −h. DPO stops at the logit."""
+    flipped = torch.arange(10) < 10 * share
+    for h in (0.0, 5.0, 100.0):
+        distance = tensor(h, grad=True)
+        margins = torch.where(flipped, -distance, distance)
+        zero = torch.zeros(10, dtype=torch.float64)
+        slope, = torch.autograd.grad(dr_dpo(margins, zero, zero, zero)[0], distance)
+        assert slope < 0 and (h < 100 or slope > -1e-3)
+    stop = math.log(1 / share - 1) / 0.1
+    assert_minimal(sigmoid, stop, 1 - share, beta=0.1)
+
+
+def test_the_pull_of_one_flipped_pair_vanishes_in_dr_dpo_and_is_largest_in_dpo():
+    """The flipped pair has the margin h < 0, and the nine others 30."""
+    pulls = {sigmoid: [], dr_dpo: []}
+    for h in (-10.0, -100.0, -1000.0):
+        pairs = pair(tensor(h, *[30.0] * 9), 0.0)
+        for function in pulls:
+            pulls[function].append(-gradients(function, pairs, beta=0.1)[0][0].item())
+    assert pulls[sigmoid] == sorted(pulls[sigmoid]) and pulls[sigmoid][2] == pytest.approx(0.1)
+    assert pulls[dr_dpo] == sorted(pulls[dr_dpo], reverse=True) and pulls[dr_dpo][2] < 1e-30
+
+
+# --- RePO (2503.07426), SimPER (2502.00883), NPO (2404.05868) -------------------------------------
+
+@pytest.mark.parametrize("p", [0.51, 0.7, 1.0])
+def test_repo_settles_at_gamma_for_every_majority(p):
+    """Its margin says nothing about the probability of a label."""
+    for distance, sign in ((-0.01, -1), (0.01, 1)):
+        slopes = tensor(0.0, 0.0)
+        for side, weight in ((1.0, p), (-1.0, 1 - p)):
+            own = tensor((0.6 + distance) * side)
+            dw, _ = gradients(repo, pair(own - 10, tensor(0.0)), repo_gamma=0.6)
+            slopes += side * weight * dw
+        expected = 1 - p if sign > 0 else -(2 * p - 1)
+        assert slopes[0].item() == pytest.approx(expected)
+
+
+def test_the_gradient_of_simpo_over_beta_becomes_that_of_repo_as_beta_grows():
+    """At the margin m the weight σ(β (γ − m)) becomes 1 below γ and 0 above."""
+    pairs, gamma = random_pairs(40), 0.6
+    expected = torch.stack(gradients(repo, pairs, repo_gamma=gamma))
+    assert (expected[0] < 0).any() and (expected[0] == 0).any()
+    errors = []
+    for beta in (1e1, 1e2, 1e4):
+        found = torch.stack(gradients(simpo, pairs, beta=beta, gamma=beta * gamma)) / beta
+        errors.append((found - expected).abs().max().item())
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-12
+
+
+def test_flipped_labels_only_scale_the_gradient_of_simper_and_turn_that_of_dpo():
+    """Because L(w, l) + L(l, w) = 0, a share ε of flips scales the expected loss by 1 − 2ε."""
+    (reward, reference), eps = of_world(4), 0.3
+    clean = bradley_terry(reward)
+    noisy = (1 - eps) * clean + eps * clean.T
+    policy = (reference + reward).log_softmax(0)
+    lengths = (torch.arange(512) % 11 + 1).double()
+    slopes = []
+    for wins in (clean, noisy):
+        slopes.append(expected_gradient(simper, policy, reference, wins, lengths=lengths))
+    assert torch.allclose(slopes[1], (1 - 2 * eps) * slopes[0])
+    assert slopes[0].norm() > 1e-4
+    dpo = []
+    for wins in (clean, noisy):
+        dpo.append(expected_gradient(sigmoid, policy, reference, wins, beta=0.5))
+    assert torch.cosine_similarity(slopes[0], slopes[1], dim=0) > 1 - 1e-12
+    assert torch.cosine_similarity(dpo[0], dpo[1], dim=0) < 0.9
+
+
+def test_the_gradient_of_simper_is_the_geometric_mean_probability_of_its_own_answer_alone():
+    pairs = random_pairs()
+    w, l = averages(pairs)  # noqa: E741
+    dw, dl = gradients(simper, pairs)
+    assert torch.allclose(dw, -torch.exp(w) / pairs["chosen_lengths"])
+    assert torch.allclose(dl, torch.exp(l) / pairs["rejected_lengths"])
+    assert (dw.abs() <= 1).all() and (dl.abs() <= 1).all()
+
+
+def npo_slope(b, beta):
+    """∂L/∂l at log-ratios b (B,)"""
+    rejected = b.clone().requires_grad_()
+    return torch.autograd.grad(npo(rejected, torch.zeros_like(b), beta=beta).sum(), rejected)[0]
+
+
+@pytest.mark.parametrize("beta", [0.05, 1.0, 3.0])
+def test_the_gradient_of_npo_is_that_of_gradient_ascent_times_2_pi_b_over_pi_b_plus_pi_ref_b(beta):
+    """The exponent b is β. The weight is 1 at the reference, and between 0 and 2 everywhere."""
+    policy, reference = tensor(0.9, 0.2, 0.01, 1e-6), tensor(0.2, 0.2, 0.02, 0.4)
+    weight = 2 * policy ** beta / (policy ** beta + reference ** beta)
+    assert torch.allclose(npo_slope((policy / reference).log(), beta), weight)
+    assert weight[1] == 1 and (weight > 0).all() and (weight < 2).all()
+
+
+def test_npo_is_bounded_below_and_forgets_logarithmically_where_gradient_ascent_is_linear():
+    """The log-prob itself is the parameter. After time t of gradient flow it fell by at most
+    log(1 + 2βt) / β, and by t under gradient ascent, whose loss has no bound."""
+    beta, step, b = 1.0, 0.01, tensor(0.0)
+    for count in range(1, 20001):
+        b = b - step * npo_slope(b, beta)
+        if count in (100, 1000, 20000):
+            time = count * step
+            assert -b.item() <= math.log1p(2 * beta * time) / beta
+            assert -b.item() < time
+    assert 4.0 < -b.item() < 6.0 and time == 200
+    assert (npo(tensor(-1e4, -1.0), tensor(0.0, 0.0), beta=beta) >= 0).all()
 
 
 # --- AOT (2406.05882), and losses without a reference: CPO (2401.08417) and others ---------------

@@ -25,7 +25,12 @@ ALLOWED_IMPORTS = {
     "templates": {"errors", "limits", "loading"},
     "sources": {"errors", "files"},
     "unread": {"errors"},
-    "layouts": {"errors", "sources", "templates", "unread"},
+    "conversations": {"errors", "sources", "templates", "unread"},
+    "fields": {"conversations", "errors", "sources", "unread"},
+    "selection": {"errors", "registry"},
+    "layouts": {
+        "conversations", "errors", "fields", "registry", "selection", "sources", "unread",
+    },
     "shorten": set(),
     "data": {
         "errors", "layouts", "loading", "ranges", "shorten", "sources", "templates", "unread",

@@ -109,7 +109,8 @@ def test_samples_follow_the_log_probs_of_the_chain():
 def test_labels_follow_bradley_terry():
     """Among pairs with gap r(y) − r(y'), the better answer is chosen σ(gap) of the time."""
     reference = world.chain_logps()
-    things, chosen, rejected, scores = world.sample_pairs(reference, 80_000, seed=5)
+    things, ranked, scores = world.sample_ranked(reference, 80_000, 2, seed=5)
+    chosen, rejected = ranked.T
     assert (chosen != rejected).all() and (scores[:, 0] > scores[:, 1]).all()
     gap = world.true_reward()[things, chosen] - world.true_reward()[things, rejected]
     for low, high in ((0, 0.5), (0.5, 1.5), (1.5, 3), (3, 9)):
