@@ -14,10 +14,11 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, write_jsonl
 
-from data import Limits, describe, load_tokens
+from data import PAIRS, describe, load_tokens
 from errors import UserError
+from registry import Needs
 
-BOTH = ("chosen", "rejected")
+SCORED = Needs(scores=True, ordered_scores=True)
 ROW = {"prompt": "a cat", "chosen": " sat", "rejected": " ran"}
 LINE = json.dumps(ROW)
 DIGITS = "9" * 5000
@@ -36,7 +37,7 @@ def read(tmp_path, tokenizer):
             path.write_bytes(content)
         elif isinstance(content, pyarrow.Table):
             pyarrow.parquet.write_table(content, path)
-        rows, account = load_tokens(str(path), tokenizer, BOTH, Limits(), scored=scored)
+        rows, account = load_tokens(str(path), tokenizer, SCORED if scored else PAIRS)
         return list(rows["id"]), describe(account)
 
     return run
@@ -291,7 +292,7 @@ def test_a_file_three_folders_below_is_named(read, tmp_path):
 ])
 def test_a_name_that_is_no_file_is_one_line(tokenizer, name):
     with pytest.raises(UserError, match="no such file|not a regular file"):
-        load_tokens(name, tokenizer, BOTH, Limits())
+        load_tokens(name, tokenizer)
 
 
 @pytest.mark.parametrize("text", ["\x1b[31mred", "two\nlines", "\u202etxt.exe", "half \ud83d"])

@@ -9,8 +9,10 @@ from conftest import make_tokenizer, write_jsonl
 from tokenizers import AddedToken, processors
 
 import limits
-from data import Limits, describe, load_tokens
+from data import describe, load_tokens
 from errors import UserError
+from layouts import Shape
+from registry import Needs
 
 BOTH = ("chosen", "rejected")
 CONTROL_TOKENS = ["<s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -68,10 +70,11 @@ def read(tmp_path):
             write_jsonl(path, rows)
         else:
             path.write_text(rows, encoding="utf-8")
-        kept, account = load_tokens(str(path), tokenizer, sides, Limits(), columns=columns)
+        kept, account = load_tokens(str(path), tokenizer, Needs(answers=sides),
+                                    shape=Shape(columns=columns))
         texts = []
-        for column in ("prompt_ids", *(f"{side}_ids" for side in sides)):
-            texts.append([tokenizer.decode(ids) for ids in kept[column]])
+        for column in (kept["prompt_ids"], *zip(*kept["answer_ids"])):
+            texts.append([tokenizer.decode(ids) for ids in column])
         return *texts, describe(account)
 
     return run
