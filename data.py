@@ -59,6 +59,7 @@ import torch
 
 import conversations
 import fields
+import formats
 import layouts
 import loading
 import selection
@@ -66,6 +67,7 @@ import shorten
 import sources
 import templates
 import unread
+import written
 from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
@@ -79,7 +81,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    conversations, fields, layouts, loading, selection, shorten, sources, templates, unread)]
+    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates, unread,
+    written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -296,7 +299,8 @@ def tokenize(batch, tokenizer, needs, limits, options):
 
     # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
     prompt_ids = encode(tokenizer, [text.prompt for text in texts])
-    whole_ids = iter(encode(tokenizer, [whole for text in texts for whole in text.wholes]))
+    wholes_of_all = itertools.chain.from_iterable(text.wholes for text in texts)
+    whole_ids = iter(encode(tokenizer, list(wholes_of_all)))
 
     # Token ids -> rows.
     rows = []
@@ -636,9 +640,9 @@ def describe(account: dict) -> str:
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
     layouts_read = sorted(set(account["layouts"].values()))
-    line += f"; layout {', '.join(layouts_read)}"
     if account["left_out"]:
         line += f", {account['left_out']} left out by the shares"
+    line += f"; layout {', '.join(layouts_read)}"
     lines = [line]
     for name, entry in account["noted"].items():
         lines.append(f"  {entry['count']} rows: {list_rows({name: entry})}")

@@ -94,9 +94,6 @@ def check_shapes(function, given):
     if is_wrong or len(set(shapes.values())) > 1:
         raise ValueError(f"{function.__name__} takes one number per {per}, all tensors of one "
                          f"shape {expected}, got {shapes}")
-    for name in ("labels", "mask"):
-        if name in given and given[name].dtype != torch.bool:
-            raise ValueError(f"{name} must be a tensor of bool, got {given[name].dtype}")
 
 
 def check_ranges(ranges, given):
