@@ -34,7 +34,7 @@ from unread import list_unread, texts_of
 
 def known_names() -> tuple:
     """List the names that --columns may give to a column."""
-    names = {"id": True, "weight": True, "tools": True} | dict.fromkeys(SCORES)
+    names = dict.fromkeys(("prompt", *BOTH, *SCORES, "id", "weight", "tools"))
     for forms in LAYOUTS.values():
         for form in forms:
             names |= dict.fromkeys(form.fields + form.more)
