@@ -81,8 +81,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates, unread,
-    written)]
+    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates,
+    unread, written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -101,7 +101,8 @@ def load_text(source, needs, shape):
         state = open_dataset(source)._fingerprint
     cache_key = {"code": SOURCE, "stamps": state}
     with reading_cache(Exception):
-        rows = datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+        rows = datasets.Dataset.from_generator(
+            examples, layouts.example_features(), gen_kwargs=arguments | cache_key)
     check_whole(rows)
     return rows
 
