@@ -23,9 +23,9 @@ whole. The scored ones are in brackets:
 
     <|user|>rain?<|end|><|assistant|>[CALL<|end|>]<|tool|>wet<|end|><|assistant|>[Yes.<|end|>]
 
-A text in a message that spells a control token would become this token and end or open a turn. TRL
-1.16 trains on it as that token, and vLLM renders requests without escaping it, so a row that does
-this is neither harmless to keep nor different at serving; it is dropped.
+Text in a message that spells a control token would become that token, and end or open a turn. TRL
+1.16 encodes it so, and vLLM passes contents to the template without escaping them; here such a row
+is dropped. A tokenizer with split_special_tokens encodes it as text, so the row is kept.
 """
 import functools
 import inspect
@@ -342,7 +342,7 @@ def write_row(prompt, answers, trained, write, special, tools):
     wholes = [remove_padding(write(dialogue), special) for dialogue in dialogues]
 
     # The prompt that the answers follow must be the prompt that is served.
-    notes = {"prefilled"} if is_prefilled else set()
+    notes, shared = {"prefilled"} if is_prefilled else set(), len(prompt_text)
     for whole in wholes:
         start = find_start(prompt_text, prompt, whole, write, special)
         if start is None or (is_prefilled and start < len(prompt_text)):
@@ -350,6 +350,7 @@ def write_row(prompt, answers, trained, write, special, tools):
                 texts, "the chat template writes the prompt differently when an answer follows")
         if follows and start < len(prompt_text):
             notes.add("unserved")
+        shared = min(shared, start)
     # The template must have written every message.
     first = len(prompt) - is_prefilled
     for dialogue, whole in zip(dialogues, wholes):
@@ -370,7 +371,7 @@ def write_row(prompt, answers, trained, write, special, tools):
         if spans is None:
             return drop_row(texts, "the chat template rewrites an answer as its turns follow")
         scored.append(spans)
-    return RowText(prompt_text, texts, wholes, "", tuple(sorted(notes)), scored)
+    return RowText(prompt_text[:shared], texts, wholes, "", tuple(sorted(notes)), scored)
 
 
 def begins_with(messages: list, roles: tuple) -> bool:
@@ -423,8 +424,11 @@ def check_turns(prompt, answers, trained):
 def find_control(dialogues, tools, special):
     """Return the first control token that a text of the messages spells, or ""."""
     for dialogue in dialogues:
-        contents = list(map(content_text, dialogue))  # a token may be in two parts
-        for text in [*contents, *list_strings(dialogue), *tools]:
+        texts = list_strings(dialogue)
+        for message in dialogue:
+            if isinstance(message.get("content"), list):  # a token may be in two parts
+                texts.append(content_text(message))
+        for text in [*texts, *tools]:
             found = special.pattern.search(text)
             if found:
                 return found.group()
