@@ -146,6 +146,8 @@ def render(messages, tokenizer, where, options, **served):
         raise
     except Exception as error:
         raise UserError(f"{where}: the chat template fails on this row: {error}") from error
+    if len(text) <= MOST_ADDED:
+        return text
     given = sum(map(len, list_strings([messages, options])))
     if len(text) > MOST_ADDED + 10 * given:
         raise UserError(f"{where}: the chat template writes {len(text):,} characters for messages "
@@ -237,6 +239,8 @@ def join_words(messages):
 
 def check_options(options, tokenizer, where):
     """Raise a UserError for an argument of the template that the trainer sets."""
+    if not options:
+        return
     own = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
     for name in options:
         if name == "messages" or (name in own and name not in ("tools", "documents")):
@@ -531,19 +535,31 @@ def find_stop(turn, message, whole, start, special):
     """Return where a turn that begins at `start` ends in the whole, or None.
 
     turn    the text of the turn where no other follows: it may have more reasoning, an empty
-            <think></think>, and EOS at its end
+            <think></think>, another token at its end, or EOS behind it
     """
-    for text in (turn.rstrip(), turn.removesuffix(special.eos).rstrip()):
-        # Only reasoning, its tags and white space around them may be left out.
-        begins = [0]
-        for tag in REASONING_TAGS.finditer(text):
-            space = len(text) - len(text[tag.end():].lstrip())
-            begins += range(tag.end(), space + 1)
-        for begin in begins:
-            left_out = squeeze(REASONING_TAGS.sub("", text[:begin]))
-            if left_out in ("", squeeze(reasoning_text(message))):
-                if whole.startswith(text[begin:], start):
-                    return start + len(text) - begin
+    stop = find_end_of(turn.rstrip(), message, whole, start)
+    if stop is not None:
+        return stop
+    # gpt-oss ends the last turn by <|return|> and the others by <|end|>.
+    stop = find_end_of(remove_end(turn, special.texts), message, whole, start)
+    ends = [end for end in special.texts if stop is not None and whole.startswith(end, stop)]
+    if ends:
+        return stop + max(map(len, ends))
+    return find_end_of(turn.removesuffix(special.eos).rstrip(), message, whole, start)
+
+
+def find_end_of(turn, message, whole, start):
+    """Return where a turn ends that begins at `start` in the whole, perhaps without its reasoning,
+    the tags of reasoning and white space around them. Return None if it is not there."""
+    begins = [0]
+    for tag in REASONING_TAGS.finditer(turn):
+        space = len(turn) - len(turn[tag.end():].lstrip())
+        begins += range(tag.end(), space + 1)
+    for begin in begins:
+        left_out = squeeze(REASONING_TAGS.sub("", turn[:begin]))
+        if left_out in ("", squeeze(reasoning_text(message))):
+            if whole.startswith(turn[begin:], start):
+                return start + len(turn) - begin
     return None
 
 

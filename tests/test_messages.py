@@ -670,3 +670,24 @@ def test_a_prompt_ends_where_an_answer_without_the_opened_reasoning_begins():
     turns = [assistant("<b>yes</b>"), user("more"), assistant("<b>no</b>")]
     assert scored(row_text(DEEPSEEK, [user("hi")], turns)) == [
         "<b>yes</b><eos>", "<b>no</b><eos>"]
+
+
+def test_a_template_that_ends_the_last_turn_by_another_token_scores_the_end_of_each_turn():
+    """As gpt-oss, which ends the last turn by <|return|> and the others by <|end|>."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|user|>' + m.content }}"
+        "{{ '<eos>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}")
+    turns = [assistant("One."), user("more"), assistant("Two.")]
+    assert scored(row_text(template, [user("count")], turns)) == [
+        "<|user|>One.<|im_end|>", "<|user|>Two.<eos>"]
+
+
+def test_turns_that_no_token_ends_are_scored_up_to_their_last_letter():
+    for closing in ("", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"):
+        template = (
+            "{% for m in messages %}{{ m.role | title + ': ' + m.content + '\n\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}" + closing)
+        turns = [assistant("One. "), user("more"), assistant("Two.")]
+        first, last = scored(row_text(template, [user("count")], turns))
+        assert first == " One." and last.strip().startswith("Two.")
