@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import layouts
+from conversations import split_prompt
 from data import (
     IGNORE,
     Limits,
@@ -27,7 +28,7 @@ from data import (
     window,
 )
 from errors import UserError
-from layouts import Shape, examples, split_prompt
+from layouts import Shape, examples
 from registry import Needs
 from sources import Source
 
