@@ -401,9 +401,10 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
-               "unread": {}, "not_read": {}}
+               "unread": {}, "not_read": {}, "layouts": {}}
     for source in mixture:
         text = load_text(source, needs, shape)
+        account["layouts"][source.name] = find_layout(source, needs, shape)
         count_unread(text, account["unread"])
         files, not_read = find_files(source)
         if len(files) > 1:
@@ -426,9 +427,19 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
                 f"{source.name}: none of its {len(rows)} rows can be used ({reasons})")
         parts.append(usable)
     rows = without_defaults(datasets.concatenate_datasets(mix(parts, mixture)))
+    if needs.kind == "labels":
+        check_labels(spec, rows)
     account["kept"] = len(rows)
     account["left_out"] = sum(map(len, parts)) - len(rows)
     return rows.remove_columns(["problem", "layout_notes", *NOTES]), account
+
+
+def check_labels(spec, rows):
+    """Raise if all answers have the same label."""
+    labels = set(column(rows, "desirable").tolist())
+    if len(labels) == 1:
+        raise UserError(f"{spec}: every answer has the label {str(labels.pop()).lower()}; a loss "
+                        "of labels needs good and bad answers")
 
 
 def without_defaults(rows):
@@ -624,6 +635,8 @@ def describe(account: dict) -> str:
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
+    layouts_read = sorted(set(account["layouts"].values()))
+    line += f"; layout {', '.join(layouts_read)}"
     if account["left_out"]:
         line += f", {account['left_out']} left out by the shares"
     lines = [line]

@@ -1388,13 +1388,13 @@ def plackett_luce(policy_logps, ref_logps, mask, *, beta=0.1):
     """
     r = beta * (policy_logps - ref_logps)  # (B, K)
     r = r.masked_fill(~mask, 0.0)
-    difference = r[:, None, :] - r[:, :, None]  # (B, K, K): r_j − r_k, k before j
-    # y_k is chosen among itself and the answers after it, without padding.
-    both = mask[:, :, None] & mask[:, None, :]
+    # Choice k is among y_k itself and the answers y_j after it. In a row of padding it is certain.
+    both = mask[:, :, None] & mask[:, None, :]  # (B, K, K): y_k and y_j are answers
     itself = torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
     takes_part = both.triu(1) | itself
-    choices = difference.masked_fill(~takes_part, -torch.inf).logsumexp(-1)  # (B, K), 0 for padding
-    return choices.sum(-1)
+    candidates = r[:, None, :].masked_fill(~takes_part, -torch.inf)  # (B, K, K)
+    log_q = candidates.log_softmax(-1).diagonal(dim1=1, dim2=2)  # (B, K): that y_k is chosen
+    return -log_q.sum(-1)
 
 
 @loss("one_best", beta="> 0")
@@ -1412,8 +1412,8 @@ def softmax_dpo(policy_logps, ref_logps, mask, *, beta=1.0):
                this function too.
     """
     r = beta * (policy_logps - ref_logps)  # (B, K)
-    difference = r - r[:, :1]
-    return difference.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    log_q = r.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return -log_q[:, 0]
 
 
 LOSSES["sdpo"] = softmax_dpo

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-import layouts
-from conversations import split_prompt
+from conversations import split_prompt, split_row
 from data import (
     IGNORE,
     Limits,
@@ -28,8 +27,9 @@ from data import (
     window,
 )
 from errors import UserError
-from layouts import Shape, examples
+from layouts import examples
 from registry import Needs
+from selection import Shape
 from sources import Source
 
 BOTH = ("chosen", "rejected")
@@ -716,7 +716,7 @@ def test_a_file_may_not_change_its_format(load, tokenizer):
     with pytest.raises(UserError, match=message):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
     with pytest.raises(UserError, match="row 1: one text without a prompt"):
-        layouts.split_row(None, {"chosen": "hi"}, "row 1")
+        split_row(None, {"chosen": "hi"}, "row 1")
 
 
 LOOP_LAST = (
@@ -749,7 +749,7 @@ def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_a
         ([turn("system", "s")], [turn("user", "hi"), turn("assistant", "a")]),
         ([turn("user", "2+2?")], [turn("user", "bye"), turn("assistant", "a")]),
         ("2+2?", [turn("user", "bye"), turn("assistant", "a")]),
-        ([turn("user", "hi")], [turn("gpt", "a")]),
+        ([turn("user", "hi")], [turn("model", "a")]),
     ],
 )
 def test_answers_that_begin_with_another_prompt_are_an_error(load, tokenizer, prompt, answer):
@@ -804,13 +804,13 @@ def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
 
 def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
-    message = "row 1: the field 'chosen' holds a message with tool_calls, which is not read"
+    seen = {"role": "assistant", "content": "let me see", "images": ["a.png"]}
+    message = "row 1: the field 'chosen' holds a message with images, which is not read"
     with pytest.raises(UserError, match=message):
-        load([{"prompt": "hi", "chosen": [call], "rejected": "no"}], tokenizer=chat)
+        load([{"prompt": "hi", "chosen": [seen], "rejected": "no"}], tokenizer=chat)
     for column in ("system", "tools"):
         with pytest.raises(UserError, match=f"row 1: the column '{column}' is not read"):
-            load([row() | {column: "be kind"}])
+            load([row() | {column: '["be kind"]'}])
 
 
 def test_an_open_quote_in_a_csv_does_not_swallow_the_rows_after_it(load):
@@ -902,9 +902,9 @@ def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tok
     [
         ([], "holds \\[\\], which is neither text nor a list of messages"),
         ([turn("user", "a"), "b"], "which is neither text nor a list"),
-        ([{"from": "human", "value": "hi"}], "both text; rename from to role and value to content"),
+        ([{"from": "human", "text": "hi"}], "both text"),
         ([turn("user", None)], "a message has a role and a content"),
-        ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
+        ([turn("user", [{"type": "image", "image": "a"}])], "only parts of type text are read"),
         ([turn("user", "\ud83d")], "half of a surrogate pair"),
     ],
 )

@@ -221,9 +221,12 @@ def test_reasoning_of_earlier_turns_that_is_not_served_either_is_only_counted(re
     assert "who?" not in prompts[1]
 
 
-def test_text_that_spells_a_control_token_is_counted_in_messages_and_in_texts(read):
+def test_text_that_spells_a_control_token_drops_messages_and_is_counted_in_texts(read):
     rows = [GOOD, pair([user("say <|im_end|>")]), pair([user("hi")], "a<eos>b")]
-    assert "2 rows: text that spells a control token becomes that token: " in read(rows, CHATML)[-1]
+    report = read(rows, CHATML)[-1]
+    assert "1 of 3 rows kept, 2 dropped" in report
+    assert "text that spells the control token <|im_end|>: " in report
+    assert "text that spells the control token <eos>: " in report
     texts = [
         {"prompt": "<s>a cat", "chosen": " sat<eos>", "rejected": " ran<eos>\n"},
         {"prompt": "a cat", "chosen": " sat<eos> down", "rejected": " ran"},
@@ -237,11 +240,14 @@ def test_text_that_spells_a_control_token_is_counted_in_messages_and_in_texts(re
 # --- Only the model's own words are scored --------------------------------------------------------
 
 @pytest.mark.parametrize("role", ["tool", "function", "observation"])
-def test_a_turn_that_the_model_does_not_write_is_not_scored(read, role):
+def test_an_answer_that_ends_with_a_turn_that_the_model_does_not_write_is_dropped(read, role):
     output = {"role": role, "content": "wet"}
+    *_, report = read([GOOD, pair([user("rain?")], [assistant("CALL"), output], "no idea")], CHATML)
+    assert f"1 dropped (an answer ends with a turn of the {role}: " in report
+    # Followed by a turn of the assistant, it stays in the answer, which test_messages.py checks.
     used = pair([user("rain?")], [assistant("CALL"), output, assistant("yes")], "no idea")
-    *_, report = read([GOOD, used], CHATML)
-    assert f"1 dropped (turns of the {role} inside an answer: " in report
+    _, chosen, _, report = read([used], CHATML, name="used.jsonl")
+    assert "1 of 1" in report and "wet" in chosen[0]
 
 
 def test_the_output_of_a_tool_that_begins_both_answers_belongs_to_the_prompt(read):
@@ -250,8 +256,8 @@ def test_the_output_of_a_tool_that_begins_both_answers_belongs_to_the_prompt(rea
     other = pair(prompt, [tool("wet"), assistant("yes")], [tool("dry"), assistant("no")])
     prompts, chosen, _, report = read([same, other], CHATML)
     assert prompts[0].endswith("tool\nwet<|im_end|>\n<|im_start|>assistant\n")
-    assert chosen == ["yes<|im_end|>"]
-    assert "1 dropped (turns of the tool inside an answer: " in report
+    assert chosen[0] == "yes<|im_end|>" and "wet" not in prompts[1] and "wet" in chosen[1]
+    assert "2 of 2 rows kept" in report
 
 
 def test_a_dialogue_with_the_output_of_a_tool_is_split_behind_it(read):
