@@ -362,8 +362,10 @@ def test_train_step_is_an_update_by_the_mean_loss_and_reads_no_number_from_the_d
 
     # Rows as columns of token ids, and the micro-batches.
     columns = {"id": list("abcdefg")}
-    for name in ("prompt", "chosen", "rejected"):
-        columns[f"{name}_ids"] = [tokenizer(row[name])["input_ids"] for row in make_rows(7)]
+    columns |= {"prompt_ids": [], "answer_ids": []}
+    for row in make_rows(7):
+        columns["prompt_ids"].append(tokenizer(row["prompt"])["input_ids"])
+        columns["answer_ids"].append(tokenizer([row["chosen"], row["rejected"]])["input_ids"])
     pieces, micro_batches = [], []
     for first in (0, 3, 6):
         pieces.append(train.Piece(slice(first, min(first + 3, 7)), 1.0))
