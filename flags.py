@@ -22,8 +22,6 @@ import pathlib
 import re
 from collections.abc import Callable
 
-import torch
-
 import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
@@ -34,8 +32,8 @@ from losses import (
     find,
     hyperparameters,
     needs_reference,
-    needs_rejected,
-    tensor_arguments,
+    one_row,
+    sides_of,
 )
 from ranges import real_number, whole_number
 from variants import Variants, check_variants
@@ -369,9 +367,10 @@ def fill_defaults(args, loss, world_defaults):
     if not args.tokens_per_micro_batch:
         args.micro_batch_size = args.micro_batch_size or 4
     if not args.lr:
-        args.lr = 5e-7 if needs_rejected(loss) else 1e-5
+        is_sft = sides_of(loss) == ("chosen",)
+        args.lr = 1e-5 if is_sft else 5e-7
         if args.adapter or args.lora_rank:
-            args.lr = 5e-6 if needs_rejected(loss) else 1e-4
+            args.lr = 1e-4 if is_sft else 5e-6
     if not args.max_steps:
         args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
@@ -637,13 +636,10 @@ def read_variants(args: argparse.Namespace) -> Variants:
 
 
 def check_loss(args, loss, hyper):
-    """Check the hyper-parameters' ranges and the variants, by calling the loss on one pair."""
-    tensors = {}
-    for name in tensor_arguments(loss):
-        tensors[name] = torch.full((1,), 2.0 if "chosen" in name else 1.0)
+    """Check the hyper-parameters' ranges and the variants, by calling the loss on one row."""
     with naming_flags([*hyper, *Variants._fields]):
         check_variants(loss, hyper, read_variants(args))
-        loss(**tensors, **hyper)
+        loss(**one_row(loss), **hyper)
 
 
 @contextlib.contextmanager
