@@ -226,6 +226,17 @@ def needs_kl(function: Callable) -> bool:
     return "kl" in tensor_arguments(function)
 
 
+def one_row(function: Callable) -> dict[str, torch.Tensor]:
+    """Return the tensors of one row, with which a call of the loss checks its hyper-parameters."""
+    shape = (1,) * SHAPES[kind_of(function)][2]
+    tensors = {}
+    for name in tensor_arguments(function):
+        tensors[name] = torch.full(shape, 2.0 if "chosen" in name else 1.0)
+        if name in ("labels", "mask"):
+            tensors[name] = tensors[name].bool()
+    return tensors
+
+
 def start_state(function: Callable) -> dict[str, float]:
     """Return {name: value before the first step} of the numbers that a loss carries from step to
     step: its positional arguments with a number as their default, except `kl`, see `needs_kl`.
