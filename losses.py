@@ -1392,7 +1392,7 @@ def plackett_luce(policy_logps, ref_logps, mask, *, beta=0.1):
     # Choice k is among y_k itself and the answers y_j after it. In a row of padding it is certain.
     both = mask[:, :, None] & mask[:, None, :]  # (B, K, K): y_k and y_j are answers
     itself = torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
-    takes_part = both.triu(1) | itself
+    takes_part = both.triu() | itself
     candidates = r[:, None, :].masked_fill(~takes_part, -torch.inf)  # (B, K, K)
     log_q = candidates.log_softmax(-1).diagonal(dim1=1, dim2=2)  # (B, K): that y_k is chosen
     return -log_q.sum(-1)

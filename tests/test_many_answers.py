@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from printed import Page, values_of
 
+import train
 from losses import (
     LOSSES,
     apo_zero,
@@ -175,6 +176,14 @@ def test_one_row_has_all_arguments_of_a_loss(spec):
     loss = find(spec)
     given = {"beta": 0.1} if "beta" in hyperparameters(loss) else {}
     assert loss(**one_row(loss), **given).shape == (1,)
+
+
+@pytest.mark.parametrize("loss, rate", [("kto", 5e-7), ("plackett_luce", 5e-7), ("sft", 1e-5)])
+def test_the_learning_rate_of_a_loss_of_labels_or_lists_is_that_of_preferences(loss, rate):
+    flags = ["--loss", loss, "--model", "m", "--dataset", "d"]
+    assert train.parse_args(flags)[0].lr == rate
+    adapter = train.parse_args([*flags, "--lora_rank", "8"])[0]
+    assert adapter.lr == pytest.approx(10 * rate)
 
 
 # --- The pages ------------------------------------------------------------------------------------
