@@ -389,7 +389,7 @@ def test_as_many_good_as_bad_labels_of_an_answer_leave_kto_where_it_is():
 
 
 def test_the_shift_of_bco_is_the_middle_of_both_means_however_uneven_the_labels_are():
-    state, means = start_state(bco), {"rewards/desirable": 3.0, "rewards/undesirable": -1.0}
+    state, means = start_state(bco), {"rewards/chosen": 3.0, "rewards/rejected": -1.0}
     deltas = []
     for _ in range(200):
         state = update_bco_labels(state, means, beta=0.1)
@@ -403,7 +403,7 @@ def test_a_step_without_answers_of_a_label_keeps_the_average_of_that_label():
     """With one answer in a step, each step has one label; δ settles in the middle all the same."""
     state = start_state(bco)
     for step in range(400):
-        name, value = ("rewards/desirable", 3.0) if step % 4 else ("rewards/undesirable", -1.0)
+        name, value = ("rewards/chosen", 3.0) if step % 4 else ("rewards/rejected", -1.0)
         state = update_bco_labels(state, {name: value}, beta=0.1)
     assert state["delta"] == pytest.approx(1.0, abs=1e-3)
     before = dict(state)
