@@ -635,10 +635,10 @@ def describe(account: dict) -> str:
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
-    layouts_read = sorted(set(account["layouts"].values()))
-    line += f"; layout {', '.join(layouts_read)}"
     if account["left_out"]:
         line += f", {account['left_out']} left out by the shares"
+    layouts_read = sorted(set(account["layouts"].values()))
+    line += f"; layout {', '.join(layouts_read)}"
     lines = [line]
     for name, entry in account["noted"].items():
         lines.append(f"  {entry['count']} rows: {list_rows({name: entry})}")

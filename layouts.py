@@ -32,11 +32,12 @@ from unread import list_unread, texts_of
 
 def known_names() -> tuple:
     """List the names that --columns may give to a column."""
-    names = {"id": True, "weight": True, "tools": True} | dict.fromkeys(SCORES)
+    names = []
     for forms in LAYOUTS.values():
         for form in forms:
-            names |= dict.fromkeys(form.fields + form.more)
-    return tuple(names)
+            names += form.fields + form.more
+    names += ["id", "weight", "tools", *SCORES]
+    return tuple(dict.fromkeys(names))
 
 
 # --- The layout of a file -------------------------------------------------------------------------
