@@ -296,7 +296,8 @@ def tokenize(batch, tokenizer, needs, limits, options):
 
     # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
     prompt_ids = encode(tokenizer, [text.prompt for text in texts])
-    whole_ids = iter(encode(tokenizer, [whole for text in texts for whole in text.wholes]))
+    wholes = itertools.chain.from_iterable(text.wholes for text in texts)
+    whole_ids = iter(encode(tokenizer, list(wholes)))
 
     # Token ids -> rows.
     rows = []
