@@ -17,6 +17,7 @@ from errors import UserError
 from sources import JSON, KeyTwiceError
 from templates import begins_with
 from unread import is_blank, list_unread_keys
+from written import content_text
 
 # The text before each answer in HH-RLHF and in data sets of its format.
 TURN = "\n\nAssistant:"
@@ -112,14 +113,6 @@ def check_parts(parts, field, where):
             raise UserError(f"{where}: the field '{field}' holds a message with a part of the type "
                             f"{beginning(kind)}; only parts of type text are read, so leave out "
                             "the row")
-
-
-def content_text(message: dict) -> str:
-    """Return the text of a message, whose content may be a text, parts of text, or null."""
-    content = message["content"]
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
 
 
 def is_message(value) -> bool:

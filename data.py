@@ -59,6 +59,7 @@ import torch
 
 import conversations
 import fields
+import formats
 import layouts
 import loading
 import selection
@@ -66,6 +67,7 @@ import shorten
 import sources
 import templates
 import unread
+import written
 from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
@@ -79,7 +81,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    conversations, fields, layouts, loading, selection, shorten, sources, templates, unread)]
+    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates,
+    unread, written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -98,7 +101,8 @@ def load_text(source, needs, shape):
         state = open_dataset(source)._fingerprint
     cache_key = {"code": SOURCE, "stamps": state}
     with reading_cache(Exception):
-        rows = datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+        rows = datasets.Dataset.from_generator(
+            examples, layouts.example_features(), gen_kwargs=arguments | cache_key)
     check_whole(rows)
     return rows
 
@@ -296,8 +300,8 @@ def tokenize(batch, tokenizer, needs, limits, options):
 
     # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
     prompt_ids = encode(tokenizer, [text.prompt for text in texts])
-    wholes = itertools.chain.from_iterable(text.wholes for text in texts)
-    whole_ids = iter(encode(tokenizer, list(wholes)))
+    wholes_of_all = itertools.chain.from_iterable(text.wholes for text in texts)
+    whole_ids = iter(encode(tokenizer, list(wholes_of_all)))
 
     # Token ids -> rows.
     rows = []
@@ -636,9 +640,9 @@ def describe(account: dict) -> str:
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
+    layouts_read = sorted(set(account["layouts"].values()))
     if account["left_out"]:
         line += f", {account['left_out']} left out by the shares"
-    layouts_read = sorted(set(account["layouts"].values()))
     line += f"; layout {', '.join(layouts_read)}"
     lines = [line]
     for name, entry in account["noted"].items():

@@ -20,6 +20,8 @@ that the loss needs, and unread.py lists the columns that nothing reads.
 import json
 from collections.abc import Iterator
 
+import datasets
+
 from conversations import TURN, beginning, split_row
 from errors import UserError, nearest, printable
 from fields import Fields, quote_names, without_nulls
@@ -32,12 +34,11 @@ from unread import list_unread, texts_of
 
 def known_names() -> tuple:
     """List the names that --columns may give to a column."""
-    names = []
+    names = dict.fromkeys(("prompt", *BOTH, *SCORES, "id", "weight", "tools"))
     for forms in LAYOUTS.values():
         for form in forms:
-            names += form.fields + form.more
-    names += ["id", "weight", "tools", *SCORES]
-    return tuple(dict.fromkeys(names))
+            names |= dict.fromkeys(form.fields + form.more)
+    return tuple(names)
 
 
 # --- The layout of a file -------------------------------------------------------------------------
@@ -199,6 +200,19 @@ def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterato
         written = [json.dumps(answer) if is_chat else answer for answer in answers]
         for choice in choose_answers(known, needs, shape, where):
             yield make_example(row, known, choice, written, needs, layout) | common
+
+
+def example_features() -> datasets.Features:
+    """Return the types of the columns of `examples`: `datasets` would take them from the first
+    thousand rows, where every list may be empty."""
+    types = dict.fromkeys(("id", "prompt", "options", "problem", "unread"), "string")
+    types |= {"chat": "bool", "has_own_prompt": "bool", "weight": "float64"}
+    features = {name: datasets.Value(kind) for name, kind in types.items()}
+    lists = {"answers": "string", "ranks": "int64", "scores": "float64", "labels": "bool",
+             "notes": "string"}
+    for name, kind in lists.items():
+        features[name] = datasets.Sequence(datasets.Value(kind))
+    return datasets.Features(features)
 
 
 def make_example(row, known, choice, written, needs, layout):

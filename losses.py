@@ -104,6 +104,7 @@ from registry import (  # noqa: F401  (other files import these from here: LOSSE
     needs_reference,
     needs_rejected,
     needs_scores,
+    one_row,
     sides_of,
     start_state,
     tensor_arguments,

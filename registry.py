@@ -94,9 +94,6 @@ def check_shapes(function, given):
     if is_wrong or len(set(shapes.values())) > 1:
         raise ValueError(f"{function.__name__} takes one number per {per}, all tensors of one "
                          f"shape {expected}, got {shapes}")
-    for name in ("labels", "mask"):
-        if name in given and given[name].dtype != torch.bool:
-            raise ValueError(f"{name} must be a tensor of bool, got {given[name].dtype}")
 
 
 def check_ranges(ranges, given):
@@ -227,6 +224,17 @@ def needs_kl(function: Callable) -> bool:
     """Return whether a loss takes `kl`: the mean, over all answers of the optimizer step, of the
     log-ratio of an answer to the prompt of another row. The trainer computes it in every step."""
     return "kl" in tensor_arguments(function)
+
+
+def one_row(function: Callable) -> dict[str, torch.Tensor]:
+    """Return the tensors of one row, with which a call of the loss checks its hyper-parameters."""
+    shape = (1,) * SHAPES[kind_of(function)][2]
+    tensors = {}
+    for name in tensor_arguments(function):
+        tensors[name] = torch.full(shape, 2.0 if "chosen" in name else 1.0)
+        if name in ("labels", "mask"):
+            tensors[name] = tensors[name].bool()
+    return tensors
 
 
 def start_state(function: Callable) -> dict[str, float]:

@@ -23,9 +23,9 @@ whole. The scored ones are in brackets:
 
     <|user|>rain?<|end|><|assistant|>[CALL<|end|>]<|tool|>wet<|end|><|assistant|>[Yes.<|end|>]
 
-A text in a message that spells a control token would become this token and end or open a turn. TRL
-1.16 trains on it as that token, and vLLM renders requests without escaping it, so a row that does
-this is neither harmless to keep nor different at serving; it is dropped.
+Text in a message that spells a control token would become that token, and end or open a turn. TRL
+1.16 encodes it so, and vLLM passes contents to the template without escaping them; here such a row
+is dropped. A tokenizer with split_special_tokens encodes it as text, so the row is kept.
 """
 import functools
 import inspect
@@ -146,6 +146,8 @@ def render(messages, tokenizer, where, options, **served):
         raise
     except Exception as error:
         raise UserError(f"{where}: the chat template fails on this row: {error}") from error
+    if len(text) <= MOST_ADDED:
+        return text
     given = sum(map(len, list_strings([messages, options])))
     if len(text) > MOST_ADDED + 10 * given:
         raise UserError(f"{where}: the chat template writes {len(text):,} characters for messages "
@@ -237,6 +239,8 @@ def join_words(messages):
 
 def check_options(options, tokenizer, where):
     """Raise a UserError for an argument of the template that the trainer sets."""
+    if not options:
+        return
     own = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
     for name in options:
         if name == "messages" or (name in own and name not in ("tools", "documents")):
@@ -342,7 +346,7 @@ def write_row(prompt, answers, trained, write, special, tools):
     wholes = [remove_padding(write(dialogue), special) for dialogue in dialogues]
 
     # The prompt that the answers follow must be the prompt that is served.
-    notes = {"prefilled"} if is_prefilled else set()
+    notes, shared = {"prefilled"} if is_prefilled else set(), len(prompt_text)
     for whole in wholes:
         start = find_start(prompt_text, prompt, whole, write, special)
         if start is None or (is_prefilled and start < len(prompt_text)):
@@ -350,6 +354,7 @@ def write_row(prompt, answers, trained, write, special, tools):
                 texts, "the chat template writes the prompt differently when an answer follows")
         if follows and start < len(prompt_text):
             notes.add("unserved")
+        shared = min(shared, start)
     # The template must have written every message.
     first = len(prompt) - is_prefilled
     for dialogue, whole in zip(dialogues, wholes):
@@ -370,7 +375,7 @@ def write_row(prompt, answers, trained, write, special, tools):
         if spans is None:
             return drop_row(texts, "the chat template rewrites an answer as its turns follow")
         scored.append(spans)
-    return RowText(prompt_text, texts, wholes, "", tuple(sorted(notes)), scored)
+    return RowText(prompt_text[:shared], texts, wholes, "", tuple(sorted(notes)), scored)
 
 
 def begins_with(messages: list, roles: tuple) -> bool:
@@ -423,8 +428,11 @@ def check_turns(prompt, answers, trained):
 def find_control(dialogues, tools, special):
     """Return the first control token that a text of the messages spells, or ""."""
     for dialogue in dialogues:
-        contents = list(map(content_text, dialogue))  # a token may be in two parts
-        for text in [*contents, *list_strings(dialogue), *tools]:
+        texts = list_strings(dialogue)
+        for message in dialogue:
+            if isinstance(message.get("content"), list):  # a token may be in two parts
+                texts.append(content_text(message))
+        for text in [*texts, *tools]:
             found = special.pattern.search(text)
             if found:
                 return found.group()
@@ -527,19 +535,31 @@ def find_stop(turn, message, whole, start, special):
     """Return where a turn that begins at `start` ends in the whole, or None.
 
     turn    the text of the turn where no other follows: it may have more reasoning, an empty
-            <think></think>, and EOS at its end
+            <think></think>, another token at its end, or EOS behind it
     """
-    for text in (turn.rstrip(), turn.removesuffix(special.eos).rstrip()):
-        # Only reasoning, its tags and white space around them may be left out.
-        begins = [0]
-        for tag in REASONING_TAGS.finditer(text):
-            space = len(text) - len(text[tag.end():].lstrip())
-            begins += range(tag.end(), space + 1)
-        for begin in begins:
-            left_out = squeeze(REASONING_TAGS.sub("", text[:begin]))
-            if left_out in ("", squeeze(reasoning_text(message))):
-                if whole.startswith(text[begin:], start):
-                    return start + len(text) - begin
+    stop = find_end_of(turn.rstrip(), message, whole, start)
+    if stop is not None:
+        return stop
+    # gpt-oss ends the last turn by <|return|> and the others by <|end|>.
+    stop = find_end_of(remove_end(turn, special.texts), message, whole, start)
+    ends = [end for end in special.texts if stop is not None and whole.startswith(end, stop)]
+    if ends:
+        return stop + max(map(len, ends))
+    return find_end_of(turn.removesuffix(special.eos).rstrip(), message, whole, start)
+
+
+def find_end_of(turn, message, whole, start):
+    """Return where a turn ends that begins at `start` in the whole, perhaps without its reasoning,
+    the tags of reasoning and white space around them. Return None if it is not there."""
+    begins = [0]
+    for tag in REASONING_TAGS.finditer(turn):
+        space = len(turn) - len(turn[tag.end():].lstrip())
+        begins += range(tag.end(), space + 1)
+    for begin in begins:
+        left_out = squeeze(REASONING_TAGS.sub("", turn[:begin]))
+        if left_out in ("", squeeze(reasoning_text(message))):
+            if whole.startswith(turn[begin:], start):
+                return start + len(turn) - begin
     return None
 
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import write_jsonl
 from layout_rows import ROWS, arena, bot, helpsteer, orca, pair, safe, says, shp, user, webgpt
 
+import data
 import layouts
 from conversations import split_prompt, split_row
 from errors import UserError
@@ -148,6 +149,16 @@ def test_parquet_adds_no_null_keys_to_calls_and_tools(tmp_path):
     assert json.loads(example["answers"][0]) == [bot("", tool_calls=calls)]
     assert json.loads(example["answers"][1]) == [bot("no")]
     assert json.loads(example["options"]) == {"tools": tools}
+
+
+def test_the_first_note_may_come_after_a_thousand_rows(tmp_path):
+    """`datasets` would take the types of the columns from the first thousand rows."""
+    rows = [pair("a", "b", prompt=[user(str(number))]) for number in range(1100)]
+    rows.append(pair("a", "b", prompt=[says("human", "hi")]))
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    text = data.load_text(Source(path), PAIRS, Shape())
+    assert text[1100]["notes"] == ["roles under other names"]
+    assert text[:]["labels"] == [[]] * 1101
 
 
 # --- The layout of a file

@@ -32,6 +32,7 @@ from losses import (
     needs_kl,
     needs_of,
     needs_reference,
+    one_row,
     plackett_luce,
     sigmoid,
     softmax_dpo,
@@ -169,6 +170,13 @@ def test_labels_and_masks_of_another_type_than_bool_are_refused(name, argument):
         call(name, rows | {argument: rows[argument].float()})
 
 
+@pytest.mark.parametrize("spec", [*LOSSES, "sigmoid,sft", "infonca,nca"])
+def test_one_row_has_all_arguments_of_a_loss(spec):
+    loss = find(spec)
+    given = {"beta": 0.1} if "beta" in hyperparameters(loss) else {}
+    assert loss(**one_row(loss), **given).shape == (1,)
+
+
 # --- The pages ------------------------------------------------------------------------------------
 
 HYPER = {
@@ -284,7 +292,7 @@ def test_kto_compares_a_log_ratio_with_kl_so_that_a_shift_of_both_changes_nothin
 
 def test_a_good_and_a_bad_answer_of_one_log_ratio_have_kto_losses_that_add_up_to_1():
     r = torch.linspace(-8, 8, 9, dtype=torch.float64)
-    good, bad = kto(**labeled(r, True), beta=1.0, kl=1.5), kto(**labeled(r, False), beta=1.0, kl=1.5)
+    good, bad = [kto(**labeled(r, label), beta=1.0, kl=1.5) for label in (True, False)]
     assert torch.allclose(good + bad, torch.ones_like(r), **EXACT)
     assert (good.diff() < 0).all() and (bad.diff() > 0).all()
 

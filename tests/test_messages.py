@@ -23,7 +23,9 @@ QWEN3 = """\
 {{ messages[0].content }}<|im_end|>
 {% endif %}
 {%- set ns = namespace(last=messages|length - 1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for m in messages %}
 {%- set content = m.content if m.content is string else '' %}
 {%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}
@@ -84,7 +86,9 @@ LLAMA = """\
 MISTRAL = """\
 {{- bos_token }}
 {%- set ns = namespace(last=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}
 {%- if tools and loop.index0 == ns.last %}
@@ -98,8 +102,8 @@ MISTRAL = """\
 {%- endfor %}{{ eos_token }}
 {%- elif m.role == 'assistant' %}{{ m.content + eos_token }}
 {%- elif m.role == 'tool' %}
-{{- '[TOOL_RESULTS]{"content": ' + (m.content | tojson) + ', "call_id": "' + m.tool_call_id + '"}' }}
-{{- '[/TOOL_RESULTS]' }}
+{{- '[TOOL_RESULTS]{"content": ' + (m.content | tojson) }}
+{{- ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
 {%- else %}{{ raise_exception('no such role') }}{% endif %}
 {%- endfor %}"""
 
@@ -649,3 +653,41 @@ def test_consecutive_turns_of_the_assistant_are_scored_without_the_header_betwee
         text = row_text(template, [user("count")], turns, "No.")
         texts = [part.removeprefix("<think>\n\n</think>\n\n") for part in scored(text)]
         assert texts == [word + end for word in ("One.", "Two.", "Three.")]
+
+
+def test_a_template_that_fails_on_the_beginning_of_an_answer_drops_the_row():
+    failing = "{% if messages|length == 3 %}{{ raise_exception('three') }}{% endif %}" + CHATML
+    turns = [assistant("One."), user("more"), assistant("Two.")]
+    text = row_text(failing, [user("count")], turns, "No.")
+    assert text.problem == "the chat template rewrites an answer as its turns follow"
+
+
+def test_a_prompt_ends_where_an_answer_without_the_opened_reasoning_begins():
+    """Both <think> and <b> begin with <, which belongs to the answer."""
+    text = row_text(DEEPSEEK, [user("hi")], "<b>yes</b>", "<think>\nx</think>no")
+    assert text.prompt.endswith("<|assistant|>") and text.notes == ("unserved",)
+    assert scored(text) == ["<b>yes</b><eos>"]
+    turns = [assistant("<b>yes</b>"), user("more"), assistant("<b>no</b>")]
+    assert scored(row_text(DEEPSEEK, [user("hi")], turns)) == [
+        "<b>yes</b><eos>", "<b>no</b><eos>"]
+
+
+def test_a_template_that_ends_the_last_turn_by_another_token_scores_the_end_of_each_turn():
+    """As gpt-oss, which ends the last turn by <|return|> and the others by <|end|>."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|user|>' + m.content }}"
+        "{{ '<eos>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}")
+    turns = [assistant("One."), user("more"), assistant("Two.")]
+    assert scored(row_text(template, [user("count")], turns)) == [
+        "<|user|>One.<|im_end|>", "<|user|>Two.<eos>"]
+
+
+def test_turns_that_no_token_ends_are_scored_up_to_their_last_letter():
+    for closing in ("", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"):
+        template = (
+            "{% for m in messages %}{{ m.role | title + ': ' + m.content + '\n\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}" + closing)
+        turns = [assistant("One. "), user("more"), assistant("Two.")]
+        first, last = scored(row_text(template, [user("count")], turns))
+        assert first == " One." and last.strip().startswith("Two.")

@@ -14,7 +14,6 @@ from registry import Needs
 from selection import Shape
 from sources import Source
 
-BOTH = ("chosen", "rejected")
 PAIRS = Needs()
 
 
@@ -214,12 +213,12 @@ def test_a_name_of_columns_that_matches_nothing_is_named_with_the_nearest(load, 
 def test_spaces_inside_a_mixture_are_forgiven(tmp_path, tokenizer):
     a = write_jsonl(tmp_path / "a.jsonl", make_rows(8))
     b = write_jsonl(tmp_path / "b.jsonl", make_rows(8, seed=1))
-    spaced = load_tokens(f" {a} : 1, {b}: 0.5 ", tokenizer, BOTH, Limits())[0]
-    assert spaced["id"][:] == load_tokens(f"{a}:1,{b}:0.5", tokenizer, BOTH, Limits())[0]["id"][:]
+    spaced = load_tokens(f" {a} : 1, {b}: 0.5 ", tokenizer, PAIRS, Limits())[0]
+    assert spaced["id"][:] == load_tokens(f"{a}:1,{b}:0.5", tokenizer, PAIRS, Limits())[0]["id"][:]
     with pytest.raises(UserError, match=r"c.jsonl: no such file; the nearest are .*\.jsonl"):
-        load_tokens(f"{a}:1, {tmp_path}/c.jsonl:1", tokenizer, BOTH, Limits())
+        load_tokens(f"{a}:1, {tmp_path}/c.jsonl:1", tokenizer, PAIRS, Limits())
     with pytest.raises(UserError, match="a file has no splits; a share is a number"):
-        load_tokens(f"{a}:70%,{b}:30%", tokenizer, BOTH, Limits())
+        load_tokens(f"{a}:70%,{b}:30%", tokenizer, PAIRS, Limits())
 
 
 # --- folders
@@ -271,7 +270,7 @@ def test_a_folder_is_read_by_its_splits_and_the_other_files_are_named(
     folder = make_folder(tmp_path / "rows", *names)
     for split, expected in reads.items():
         spec = f"{folder}:{split}" if split else folder
-        rows, account = load_tokens(spec, tokenizer, BOTH, Limits())
+        rows, account = load_tokens(spec, tokenizer, PAIRS, Limits())
         read = [name.rpartition("(id ")[2][:-1] for name in rows["id"]]
         assert list(dict.fromkeys(read)) == expected
         for name in set(names) - set(expected):
@@ -291,12 +290,12 @@ def test_a_folder_whose_training_rows_are_not_clear_is_an_error(
         tmp_path, tokenizer, names, split, message):
     folder = make_folder(tmp_path / "rows", *names)
     with pytest.raises(UserError, match=message):
-        load_tokens(folder + split, tokenizer, BOTH, Limits())
+        load_tokens(folder + split, tokenizer, PAIRS, Limits())
 
 
 def test_files_of_other_kinds_in_a_folder_are_named(tmp_path, tokenizer):
     folder = make_folder(tmp_path / "rows", "a.jsonl", "b.jsonl.gz", "README.md")
-    account = load_tokens(folder, tokenizer, BOTH, Limits())[1]
+    account = load_tokens(folder, tokenizer, PAIRS, Limits())[1]
     assert f"not read, of a kind that is not read: {folder}/b.jsonl.gz" in describe(account)
 
 
