@@ -796,10 +796,22 @@ def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
         {"chosen": dialogue("hi", "a"), "rejected": dialogue("hi", "b")},
     ]
     kept, account = load(rows, tokenizer=chat)
-    assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
-    chosen = dialogue("hi", "a") + [turn("system", "be kind")]
-    rows = [{"chosen": chosen, "rejected": dialogue("hi", "b")}, rows[-1]]
-    assert "1 dropped (turns of the system inside an answer: " in load(rows, tokenizer=chat)[1]
+    batch, scored = pad_rows(kept[:], 0), []
+    for row_labels in batch["labels"]:
+        for labels in row_labels:
+            scored.append(chat.decode(labels[labels != IGNORE]))
+    end = "<|im_end|>"
+    assert scored == [f"a{end}aa{end}", f"z{end}zz{end}", f"b{end}bb{end}", f"z{end}zz{end}",
+                      f"a{end}", f"b{end}"]
+    assert "dropped" not in account
+    # The turns are in the input, where the template writes them.
+    follow_up = f"\n<|im_start|>user\ngo on{end}\n<|im_start|>assistant\n"
+    assert chat.decode(kept[0]["answer_ids"][0]) == f"a{end}{follow_up}aa{end}"
+    for role in ("system", "user"):
+        chosen = dialogue("hi", "a") + [turn(role, "be kind")]
+        more = [{"chosen": chosen, "rejected": dialogue("hi", "b")}, rows[-1]]
+        _, account = load(more, tokenizer=chat)
+        assert f"1 dropped (an answer ends with a turn of the {role}: " in account
 
 
 def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
@@ -867,7 +879,7 @@ def test_a_part_of_a_mixture_without_usable_rows_is_an_error_and_rows_left_out_a
     with pytest.raises(UserError, match="c.jsonl: its share of the mixture is less than one row"):
         load_tokens(f"{a}:1,{c}:0.0001", tokenizer)
     _, account = load_tokens(f"{a}:1,{c}:0.5", tokenizer)
-    assert "30 of 40 rows kept, 10 left out by the shares" in describe(account)
+    assert "30 of 40 rows kept, 10 left out by the shares; layout trl" in describe(account)
 
 
 def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
@@ -1180,7 +1192,7 @@ def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anythin
     ):
         result = run_report(tmp_path / name, "--model", folder, *more)
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
-        assert "10 of 10 rows kept\n  1 rows: prompt truncated: " in result.stdout
+        assert "10 of 10 rows kept; layout trl\n  1 rows: prompt truncated: " in result.stdout
         assert "scored tokens in brackets" in result.stdout
 
 
