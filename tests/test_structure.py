@@ -26,7 +26,7 @@ ALLOWED_IMPORTS = {
     "templates": {"errors", "limits", "loading", "written"},
     "sources": {"errors", "files"},
     "unread": {"errors"},
-    "conversations": {"errors", "sources", "templates", "unread"},
+    "conversations": {"errors", "sources", "templates", "unread", "written"},
     "fields": {"conversations", "errors", "sources", "unread"},
     "selection": {"errors", "registry"},
     "formats": {"conversations", "errors", "fields", "registry", "selection"},
