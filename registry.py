@@ -49,7 +49,7 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
 
     Args   tags     properties that the signature cannot express: see losses.py
            update   of a loss with state, see `start_state`: a pure function (state, means, beta) ->
-                    state of the next step. `means` has the metrics of this step, over all pairs
+                    state of the next step. `means` has the metrics of this step, over all rows
            ranges   for every hyper-parameter its range, as `in_range` reads it. A tensor argument
                     may have one too: chosen_scores="> rejected_scores".
 

@@ -384,11 +384,12 @@ def test_bad_input_is_one_line_with_file_and_row(fails, row, message):
     assert message in fails([row], LABELS if "completion" in row else PAIRS)
 
 
-def test_labels_that_are_all_alike_are_an_error(read):
+def test_labels_that_are_all_alike_are_an_error_of_a_loss_of_labels(tmp_path, tokenizer):
     rows = [{"prompt": "p", "completion": str(i), "label": True} for i in range(3)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match="rows.jsonl: every answer has the label true"):
-        read(rows, LABELS)
-    assert len(read(rows, SFT)) == 3
+        data.load_tokens(path, tokenizer, LABELS)
+    assert data.load_tokens(path, tokenizer, SFT)[1]["kept"] == 3
 
 
 # --- Columns that are not read

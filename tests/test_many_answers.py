@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from printed import Page, values_of
 
+import train
 from losses import (
     LOSSES,
     apo_zero,
@@ -175,6 +176,14 @@ def test_one_row_has_all_arguments_of_a_loss(spec):
     loss = find(spec)
     given = {"beta": 0.1} if "beta" in hyperparameters(loss) else {}
     assert loss(**one_row(loss), **given).shape == (1,)
+
+
+@pytest.mark.parametrize("loss, rate", [("kto", 5e-7), ("plackett_luce", 5e-7), ("sft", 1e-5)])
+def test_the_learning_rate_of_a_loss_of_labels_or_lists_is_that_of_preferences(loss, rate):
+    flags = ["--loss", loss, "--model", "m", "--dataset", "d"]
+    assert train.parse_args(flags)[0].lr == rate
+    adapter = train.parse_args([*flags, "--lora_rank", "8"])[0]
+    assert adapter.lr == pytest.approx(10 * rate)
 
 
 # --- The pages ------------------------------------------------------------------------------------
@@ -380,7 +389,7 @@ def test_as_many_good_as_bad_labels_of_an_answer_leave_kto_where_it_is():
 
 
 def test_the_shift_of_bco_is_the_middle_of_both_means_however_uneven_the_labels_are():
-    state, means = start_state(bco), {"rewards/desirable": 3.0, "rewards/undesirable": -1.0}
+    state, means = start_state(bco), {"rewards/chosen": 3.0, "rewards/rejected": -1.0}
     deltas = []
     for _ in range(200):
         state = update_bco_labels(state, means, beta=0.1)
@@ -394,7 +403,7 @@ def test_a_step_without_answers_of_a_label_keeps_the_average_of_that_label():
     """With one answer in a step, each step has one label; δ settles in the middle all the same."""
     state = start_state(bco)
     for step in range(400):
-        name, value = ("rewards/desirable", 3.0) if step % 4 else ("rewards/undesirable", -1.0)
+        name, value = ("rewards/chosen", 3.0) if step % 4 else ("rewards/rejected", -1.0)
         state = update_bco_labels(state, {name: value}, beta=0.1)
     assert state["delta"] == pytest.approx(1.0, abs=1e-3)
     before = dict(state)
