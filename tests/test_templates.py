@@ -243,7 +243,8 @@ def test_text_that_spells_a_control_token_drops_messages_and_is_counted_in_texts
 def test_an_answer_that_ends_with_a_turn_that_the_model_does_not_write_is_dropped(read, role):
     output = {"role": role, "content": "wet"}
     *_, report = read([GOOD, pair([user("rain?")], [assistant("CALL"), output], "no idea")], CHATML)
-    assert f"1 dropped (an answer ends with a turn of the {role}: " in report
+    # The template gets all three as the role tool.
+    assert "1 dropped (an answer ends with a turn of the tool: " in report
     # Followed by a turn of the assistant, it stays in the answer, which test_messages.py checks.
     used = pair([user("rain?")], [assistant("CALL"), output, assistant("yes")], "no idea")
     _, chosen, _, report = read([used], CHATML, name="used.jsonl")
@@ -342,11 +343,11 @@ def test_messages_as_text_that_cannot_be_parsed_are_an_error_with_row_and_field(
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
-def test_one_message_as_text_is_an_error_with_row_and_field(read, write):
+def test_one_message_as_text_is_a_list_of_this_message(read, write):
     row = {"prompt": "hi", "chosen": write(assistant("yes")), "rejected": write(assistant("no"))}
-    message = "row 1: the field 'chosen' holds .* which is neither text nor a list of messages"
-    with pytest.raises(UserError, match=message):
-        read([row], CHATML)
+    prompts, chosen, rejected, _ = read([row], CHATML)
+    assert prompts == ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"]
+    assert (chosen, rejected) == (["yes<|im_end|>"], ["no<|im_end|>"])
 
 
 @pytest.mark.parametrize("answer", [
