@@ -411,7 +411,8 @@ def test_columns_that_would_leave_the_verdict_out_are_an_error_that_names_the_la
     names = tuple(zip(("prompt", "chosen", "rejected"), columns.split(",")))
     error = fails([row], columns=names)
     assert message in error and "--layout labelled_pair without --columns reads it" in error
-    ignored = ("labels", "score_A", "score_B", "better_response_id", "overall_preference")
+    ignored = ("labels", "score_A", "score_B", "better_response_id", "safer_response_id",
+               "overall_preference")
     assert len(read([row], columns=names, ignored=ignored)) == 1
 
 
