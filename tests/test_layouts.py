@@ -423,7 +423,8 @@ def test_columns_that_would_leave_the_verdict_out_are_an_error_that_names_the_la
     ("kto_tag", False, "kto"), ("score_A", 3, "labelled_pair"), ("images", ["a.png"], "remove the"),
     ("input", "more", "alpaca"), ("history", [["a", "b"]], "alpaca"), ("system", "s", "orca"),
     ("overall_preference", -3, "labelled_pair"),
-    ("Overall Preference", -3, "remove the row"), ("sample_weight", 2, "--columns weight=sample_we"),
+    ("Overall Preference", -3, "remove the row"),
+    ("sample_weight", 2, "--columns weight=sample_we"),
     ("chat_template_kwargs", {"enable_thinking": "no"}, "--template_kwargs"),
 ])
 def test_a_column_that_changes_the_meaning_is_an_error_that_names_what_reads_it(
