@@ -411,7 +411,8 @@ def test_columns_that_would_leave_the_verdict_out_are_an_error_that_names_the_la
     names = tuple(zip(("prompt", "chosen", "rejected"), columns.split(",")))
     error = fails([row], columns=names)
     assert message in error and "--layout labelled_pair without --columns reads it" in error
-    ignored = ("labels", "score_A", "score_B", "better_response_id", "overall_preference")
+    ignored = ("labels", "score_A", "score_B", "better_response_id", "safer_response_id",
+               "overall_preference")
     assert len(read([row], columns=names, ignored=ignored)) == 1
 
 
@@ -421,7 +422,9 @@ def test_columns_that_would_leave_the_verdict_out_are_an_error_that_names_the_la
     ("margin", 0.5, "losses with scores read chosen_score and rejected_score"),
     ("kto_tag", False, "kto"), ("score_A", 3, "labelled_pair"), ("images", ["a.png"], "remove the"),
     ("input", "more", "alpaca"), ("history", [["a", "b"]], "alpaca"), ("system", "s", "orca"),
-    ("overall_preference", -3, "labelled_pair"), ("sample_weight", 2, "--columns weight=sample_we"),
+    ("overall_preference", -3, "labelled_pair"),
+    ("Overall Preference", -3, "remove the row"),
+    ("sample_weight", 2, "--columns weight=sample_we"),
     ("chat_template_kwargs", {"enable_thinking": "no"}, "--template_kwargs"),
 ])
 def test_a_column_that_changes_the_meaning_is_an_error_that_names_what_reads_it(
