@@ -35,6 +35,7 @@ from model import load_model
 from ranges import real_number, whole_number
 
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers
+INPUTS = ("input_ids", "attention_mask", "labels")
 # For a model of your own. Good learning rates are 1e-7 to 1e-6, good betas 0.01 to 0.5.
 SETTINGS = {"lr": 5e-7, "lr_schedule": "linear", "batch_size": 8, "epochs": 1, "beta": 0.1}
 
@@ -95,10 +96,7 @@ def concatenated_inputs(batch):
     if "inputs" in batch:
         return batch["inputs"]
     exists = batch["mask"].T  # (K, B)
-    inputs = {}
-    for name in ("input_ids", "attention_mask", "labels"):
-        inputs[name] = batch[name].transpose(0, 1)[exists]  # (N, T)
-    return inputs
+    return {name: batch[name].transpose(0, 1)[exists] for name in INPUTS}  # (N, T) each
 
 
 def concatenated_forward(model, batch, **options):
@@ -146,10 +144,9 @@ def pair_tensors(tables, batch, loss):
     policy_chosen_logps and policy_rejected_logps, lengths chosen_lengths and rejected_lengths."""
     tensors = {name: batch[name] for name in ("weight",) if name in batch}
     for name, table in tables.items():
-        quantity = name.split("_")[-1]
-        owner = name.removesuffix(quantity)  # policy_, ref_ or nothing
+        owner, _, quantity = name.rpartition("_")  # "policy" and "logps", or "" and "lengths"
         for k, side in enumerate(sides_of(loss)):
-            tensors[f"{owner}{side}_{quantity}"] = table[:, k]
+            tensors[f"{owner}_{side}_{quantity}".lstrip("_")] = table[:, k]
     return tensors
 
 
@@ -169,8 +166,7 @@ def preference_loss(tensors, loss, hyper, score=None):
     losses = loss(**inputs, **hyper)  # (B,)
     if "weight" in tensors:  # a column of the data
         losses = losses * tensors["weight"].to(losses.dtype)
-    metrics = {"loss": losses}
-    metrics |= logps
+    metrics = {"loss": losses} | logps
     if len(logps) == 2:
         metrics |= rewards(loss, tensors, hyper.get("beta", 1.0))
     return losses, {name: value.detach() for name, value in metrics.items()}

@@ -106,6 +106,8 @@ def alpaca_prompt(row):
         for role, text in zip(("user", "assistant"), turn):
             messages += as_messages(role, row.check_text(text, "history"))
     question = "\n".join(text for text in texts if text)
+    if not question:
+        raise UserError(f"{row.where}: the fields 'instruction' and 'input' are missing or empty")
     messages += as_messages("user", question)
     return with_system(messages, row.text("system", ""), row.where)
 
@@ -162,15 +164,18 @@ def has_several_rejected(values):
     return is_list and is_chosen and all(isinstance(item, (str, list)) for item in rejected)
 
 
+def read_prompt_and_rejected(row, needs):
+    return read_several_rejected(row, needs)._replace(prompt=row.dialogue("prompt"))
+
+
 def read_several_rejected(row, needs):
     """One chosen answer, and rejected ones without an order."""
-    prompt = row.dialogue("prompt") if row.has("prompt") else None
     rejected = row.dialogues("rejected")
     scores = []
     if needs.scores:
         scores = [row.score("chosen_score"), *row.numbers("rejected_score", len(rejected))]
     ranks = [0] + [1] * len(rejected)
-    return Row(prompt, [row.dialogue("chosen"), *rejected], ranks=ranks, scores=scores)
+    return Row(None, [row.dialogue("chosen"), *rejected], ranks=ranks, scores=scores)
 
 
 def ranks_of(scores):
@@ -456,7 +461,7 @@ LAYOUTS = {
         form("input", *BOTH, read=read_orca, more=("system", *SCORES), check=has_system),
     ],
     "several_rejected": [
-        Form(("prompt", *BOTH), read_several_rejected, SCORES, has_several_rejected),
+        Form(("prompt", *BOTH), read_prompt_and_rejected, SCORES, has_several_rejected),
         Form(BOTH, read_several_rejected, SCORES, has_several_rejected),
     ],
 }

@@ -62,14 +62,15 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
         unchecked = hyperparameters(function).keys() - ranges.keys()
         if unchecked:
             raise TypeError(f"@loss of {function.__name__}: no range for {', '.join(unchecked)}")
-        names = tensor_arguments(function)
+        names, kind = tensor_arguments(function), kind_of(function)
+        check = check_shapes if kind == "pairs" else check_shapes_and_booleans
         for name in hyperparameters(function):
             read_range(ranges[name])  # a wrong range fails here, not at the first call
 
         @functools.wraps(function)
         def checked(*tensors, **named):
             given = dict(zip(names, tensors, strict=False)) | named
-            check_shapes(function, given)
+            check(function.__name__, kind, given)
             check_ranges(ranges, given)
             return function(*tensors, **named)
 
@@ -83,17 +84,22 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
     return register
 
 
-def check_shapes(function, given):
+def check_shapes(loss_name, kind, given):
     """Raise ValueError unless all tensors of rows have one shape, that of the kind of the loss."""
-    per, expected, dimensions = SHAPES[kind_of(function)]
-    shapes = {}
-    for name, value in given.items():
-        if name.endswith(ROW_TENSORS) and value is not None:
-            shapes[name] = tuple(value.shape)
-    is_wrong = any(len(shape) != dimensions for shape in shapes.values())
-    if is_wrong or len(set(shapes.values())) > 1:
-        raise ValueError(f"{function.__name__} takes one number per {per}, all tensors of one "
-                         f"shape {expected}, got {shapes}")
+    per, expected, dimensions = SHAPES[kind]
+    shapes = {name: tuple(value.shape) for name, value in given.items()
+              if name.endswith(ROW_TENSORS) and value is not None}
+    if len(set(shapes.values())) > 1 or any(len(each) != dimensions for each in shapes.values()):
+        raise ValueError(f"{loss_name} takes one number per {per}, all tensors of one shape "
+                         f"{expected}, got {shapes}")
+
+
+def check_shapes_and_booleans(loss_name, kind, given):
+    """Raise ValueError as check_shapes, and unless labels and mask are booleans."""
+    check_shapes(loss_name, kind, given)
+    for name in ("labels", "mask"):
+        if name in given and given[name].dtype != torch.bool:
+            raise ValueError(f"{name} must be a tensor of bool, got {given[name].dtype}")
 
 
 def check_ranges(ranges, given):

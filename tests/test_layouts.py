@@ -233,6 +233,12 @@ def test_columns_of_any_layout_may_be_renamed(read):
     assert {"prompt", "responses", "weight", "id", "label"} <= set(layouts.known_names())
 
 
+def test_an_empty_prompt_is_a_prompt(read):
+    example, = read([pair("The sky", ["The sea", "The sun"], prompt="")], LISTS)
+    assert (example["prompt"], example["has_own_prompt"]) == ("", True)
+    assert example["answers"] == ["The sky", "The sea", "The sun"]
+
+
 # --- What the loss needs
 
 FOUR = {"prompt": "p", "responses": ["a", "b", "c", "d"]}
@@ -373,6 +379,7 @@ def test_the_scores_of_a_pair_are_columns_in_every_layout_of_pairs(read, fails):
     (arena("m-7b"), "'winner' holds \"m-7b\"; it is one of model_a"),
     (helpsteer(None), "'overall_preference' is missing or null"),
     (pair("b", "c", instruction="a", history=[["x"]]), "'history' holds [\"x\"]; write each"),
+    (pair("b", "c", instruction="", input=""), "'instruction' and 'input' are missing or empty"),
     ({"conversations": [says("human", "x")], "chosen": "b", "rejected": 3}, "'rejected' holds 3"),
     (orca("s") | {"system": {"x": "y"}}, "'system' holds {\"x\": \"y\"}, which is not text"),
     ({"input": {"text": "x"}, "preferred_output": "a", "non_preferred_output": "b"},
