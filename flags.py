@@ -639,7 +639,7 @@ def read_variants(args: argparse.Namespace) -> Variants:
 def check_loss(args, loss, hyper):
     """Check the hyper-parameters' ranges and the variants, by calling the loss on one row."""
     kind = kind_of(loss)
-    if args.pairs and kind != "pairs":
+    if args.pairs and kind != "pairs" and not args.unpair:
         raise UserError(f"--pairs {args.pairs}: {loss.__name__} reads no pairs but {kind}")
     if args.unpair and kind != "labels":
         raise UserError(f"--unpair: {loss.__name__} reads no labels but {kind}")

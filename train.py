@@ -155,7 +155,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
-    data.check_template(args.chat_template, accounts)
+    data.check_template(args, accounts)
     data.check_ignored(shape.ignored, accounts)
     rows = loaded["--dataset"][0]
     if "--eval_dataset" in loaded:

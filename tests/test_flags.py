@@ -255,6 +255,16 @@ def test_a_flag_changes_the_run_or_is_refused(flag, paths, observe):
         assert differ(observe(base), observe(changed))
 
 
+def test_pairs_chooses_the_answers_that_unpair_gives_a_label(observe):
+    """Of three ranked answers, best_worst labels the first and the last."""
+    base = {"loss": "kto", "dataset": "RANKED", "unpair": True}
+    with pytest.raises(UserError, match="row 1: has 3 answers, .*; pass --pairs best_worst"):
+        observe(base)
+    observe(base | {"pairs": "best_worst"})
+    with pytest.raises(UserError, match="row 1: its answer 2 is the better one of one pair and the"):
+        observe(base | {"pairs": "all"})
+
+
 @pytest.mark.parametrize("name", HYPER)
 def test_a_hyper_parameter_changes_the_run_of_a_loss_that_reads_it(name, observe):
     default = hyperparameters(find(HYPER[name]))[name]
