@@ -40,6 +40,7 @@ ALLOWED_IMPORTS = {
         "registry", "selection", "shorten", "sources", "templates", "unread", "written",
     },
     "answers": {"data", "losses"},
+    "optimizers": {"errors"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
     "lora": {"errors", "files", "limits"},
@@ -52,11 +53,13 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
+        "checkpoint", "data", "errors", "losses", "lora", "optimizers", "ranges", "variants",
+        "world",
     },
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
     "log": {
-        "batches", "checkpoint", "files", "logps", "lora", "losses", "parallel", "reach", "world",
+        "batches", "checkpoint", "files", "logps", "lora", "losses", "optimizers", "parallel",
+        "reach", "world",
     },
     "reference": {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
