@@ -63,8 +63,13 @@ def read_rows(folder: str | pathlib.Path) -> list[dict]:
         raise UserError(f"{folder}: has no {METRICS_FILE}; give the folder of a run that has begun "
                         "to train")
     with reading(str(path)):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = []
+        text = path.read_text(encoding="utf-8")
+    return parse_rows(path, text)
+
+
+def parse_rows(path: pathlib.Path, text: str) -> list[dict]:
+    """Parse the text of metrics.jsonl."""
+    rows, lines = [], text.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         row = parse_row(line)
         if row is not None:

@@ -30,6 +30,7 @@ def become(script, arguments, environment, cwd, folder):
     os.chdir(cwd)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.modules["matplotlib"] = None  # as in conftest.no_curves
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(pathlib.Path(script).parent))
     runpy.run_path(str(script), run_name="__main__")

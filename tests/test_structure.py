@@ -32,6 +32,9 @@ ALLOWED_IMPORTS = {
     },
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
+    "plots": {"checkpoint", "errors", "files"},
+    "trackers": {"errors", "files"},
+    "hub": {"errors", "files"},
     "lora": {"errors", "files", "limits"},
     "reach": {"errors", "lora"},
     "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
@@ -42,10 +45,15 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
+        "checkpoint", "data", "errors", "hub", "losses", "lora", "ranges", "trackers", "variants",
+        "world",
     },
+    "card": {"checkpoint", "files", "flags", "losses", "plots"},
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
-    "log": {"batches", "checkpoint", "files", "logps", "lora", "parallel", "reach", "world"},
+    "log": {
+        "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "parallel", "plots",
+        "reach", "trackers", "world",
+    },
     "reference": {
         "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log", "logps",
         "lora", "losses", "model", "parallel",
