@@ -15,7 +15,7 @@ from checkpoint import FREE_ON_RESUME
 from files import RUN_FILE, read_json, read_list, read_run_file, write_text
 from flags import build_parser
 from losses import LOSSES, find, hyperparameters, kind_of
-from plots import CURVES_FILE, PANELS, read_rows, write_curves
+from plots import CURVES_FILE, PANELS, read_metrics, write_curves
 
 CARD_FILE = "README.md"
 
@@ -221,7 +221,7 @@ def loading_code(folder: pathlib.Path, flags: dict) -> str:
 def make_card(folder: pathlib.Path, flags: dict) -> str:
     """Return the text of the model card of a finished run."""
     loss = find(flags["loss"])
-    rows = read_rows(folder)
+    rows = read_metrics(folder)
     title = pathlib.Path(flags["push_to_hub"] or os.path.abspath(folder)).name
     kind = "LoRA adapter" if is_adapter(folder) else "model"
     flags_file = RUN_FILE if is_adapter(folder) else "config.json"

@@ -21,8 +21,8 @@ def check_hub_name(name: str | None) -> None:
         validate_repo_id(name)
     stop_hub_retries()
     if sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE:
-        raise UserError(f"--push_to_hub {name}: the Hub is not reached, because there is no network "
-                        "or HF_HUB_OFFLINE is set; leave it out, and push the finished run later")
+        raise UserError(f"--push_to_hub {name}: there is no network, or HF_HUB_OFFLINE is set; "
+                        "leave the flag out, and push the finished run by --resume")
     if huggingface_hub.get_token() is None:
         raise UserError(f"--push_to_hub {name}: there is no token of the Hub; run "
                         "`hf auth login`, or set HF_TOKEN")

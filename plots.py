@@ -56,7 +56,7 @@ class Curves(NamedTuple):
     rows: list[dict]
 
 
-def read_rows(folder: str | pathlib.Path) -> list[dict]:
+def read_metrics(folder: str | pathlib.Path) -> list[dict]:
     """Read metrics.jsonl of a run. Half of a last line, which the run is writing, is left out."""
     path = pathlib.Path(folder) / METRICS_FILE
     if not path.is_file():
@@ -106,13 +106,13 @@ def series(rows: list[dict], metric: str, training: bool) -> tuple[list, list]:
 
 
 def named_runs(folders: Sequence[str]) -> list[Curves]:
-    """Read runs. Each is named by its folder, and by the whole path if two folders have one name."""
+    """Read runs. Each is named by its folder; by the whole path if two folders have one name."""
     names = [pathlib.Path(os.path.abspath(folder)).name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = []
     for name, folder in zip(names, folders):
-        rows = read_rows(folder)
+        rows = read_metrics(folder)
         if not rows:
             print(f"{folder}: has no row yet")
         runs.append(Curves(name, rows))
@@ -217,7 +217,7 @@ def write_curves(folder: pathlib.Path) -> None:
     """Draw the curves of a run into its folder. Without matplotlib, a line says so: a run does not
     fail because of a picture."""
     try:
-        figure = draw_curves([Curves(folder.name, read_rows(folder))])
+        figure = draw_curves([Curves(folder.name, read_metrics(folder))])
     except UserError as error:
         print(f"{folder / CURVES_FILE} is not written: {error}")
         return

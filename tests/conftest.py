@@ -133,7 +133,7 @@ def no_curves(request):
     test_plots.py and test_card.py, which are about curves, have matplotlib."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_plots", "test_card"):
-            patch.setitem(sys.modules, "matplotlib", None)
+            forked.hide_matplotlib(patch.setitem)
         yield
 
 
