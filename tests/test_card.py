@@ -2,7 +2,6 @@
 import json
 import pathlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -79,8 +78,9 @@ def test_the_card_has_formula_and_paper_of_each_loss_from_its_docstring(name):
     assert not re.search(r"^(Paper|Gradient|Args|Elsewhere)", text, re.MULTILINE)
     assert "](https://arxiv.org/abs/" in text
     documented = {line.strip() for line in losses.LOSSES[name].__doc__.splitlines()}
-    assert set(formula.splitlines()[1:]) <= documented | {line.strip() for line in documented} or \
-        all(line.strip() in documented for line in formula.splitlines()[1:])
+    for line in formula.splitlines()[1:]:
+        assert line.strip() in documented
+    assert f"Formula    {formula.splitlines()[0]}" in documented
 
 
 def test_the_card_has_every_part_of_a_weighted_sum_with_its_weight():
@@ -102,7 +102,7 @@ def test_the_table_has_the_last_metrics_of_training_and_evaluation(fit):
 
 
 def test_the_card_has_the_hyperparameters_of_the_loss_and_every_changed_flag(fit):
-    out, _ = fit(loss="ipo", beta=0.3, shuffle="false", lora_rank=2, wpo=False or None)
+    out, _ = fit(loss="ipo", beta=0.3, shuffle="false", lora_rank=2)
     table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", read_card(out), re.MULTILINE))
     assert table["beta"] == "0.3" and table["shuffle"] == "False" and table["lora_rank"] == "2"
     assert table["lr"] == "0.01" and table["lora_alpha"] == "4" and table["batch_size"] == "8"
@@ -236,7 +236,8 @@ def refused(name):
 @pytest.mark.parametrize("name", ["a/b/c", "../x", "-a", "a b", "a/b.git", "x" * 97, "me/a--b"])
 def test_a_name_that_the_hub_does_not_allow_is_refused_before_a_model_is_loaded(
         hub_is_there, name):
-    assert refused(name).startswith(f"--push_to_hub {name}: Repo")
+    assert refused(name).startswith((
+        f"--push_to_hub {name}: Repo", f"--push_to_hub {name}: Cannot have --"))
 
 
 def test_without_a_token_or_network_the_flag_is_refused_before_a_model_is_loaded(
@@ -290,4 +291,3 @@ def test_a_refused_connection_is_one_line_and_the_model_is_saved(folder, pairs, 
     assert "Traceback" not in ended.stderr
     assert (out / "model.safetensors").exists() and (out / "README.md").exists()
     assert read_metrics(out)
-    shutil.rmtree(out)
