@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 
 from checkpoint import FREE_ON_RESUME
+from errors import UserError
 from files import RUN_FILE, read_json, read_list, read_run_file, write_text
 from flags import build_parser
 from losses import LOSSES, find, hyperparameters, kind_of
@@ -222,6 +223,8 @@ def make_card(folder: pathlib.Path, flags: dict) -> str:
     """Return the text of the model card of a finished run."""
     loss = find(flags["loss"])
     rows = read_metrics(folder)
+    if not rows:
+        raise UserError(f"{folder}: its metrics.jsonl has no row")
     title = pathlib.Path(flags["push_to_hub"] or os.path.abspath(folder)).name
     kind = "LoRA adapter" if is_adapter(folder) else "model"
     flags_file = RUN_FILE if is_adapter(folder) else "config.json"
@@ -255,5 +258,9 @@ def has_card(folder: pathlib.Path) -> bool:
 def document_run(folder: pathlib.Path) -> None:
     """Write the curves and the card of a finished run."""
     write_curves(folder)
-    flags = read_run_file(folder)["flags"]
-    write_text(folder / CARD_FILE, make_card(folder, flags))
+    try:
+        text = make_card(folder, read_run_file(folder)["flags"])
+    except UserError as error:  # a line of metrics.jsonl was changed
+        print(f"{folder / CARD_FILE} is not written: {error}")
+        return
+    write_text(folder / CARD_FILE, text)

@@ -134,6 +134,8 @@ OTHER_TRAINERS = {
     "save_total_limit": "--keep_checkpoints",
     "resume_from_checkpoint": "--resume, with the --output_dir of the run",
     "overwrite_output_dir": "leave it out, and give a new --output_dir",
+    "run_name": "leave it out: a tracker shows the name of --output_dir",
+    "logging_dir": "leave it out: TensorBoard's files are in tensorboard/ of --output_dir",
     "push_to_hub_model_id": "--push_to_hub",
     "hub_model_id": "--push_to_hub",
     "do_train": "leave it out",

@@ -17,6 +17,8 @@ def check_hub_name(name: str | None) -> None:
     """Raise a UserError, before the run begins, if it cannot be uploaded under this name."""
     if name is None:
         return
+    if name.lower() in ("true", "false"):  # as other trainers write it
+        raise UserError(f"--push_to_hub {name}: give the name of the repository on the Hub")
     with reading(f"--push_to_hub {name}"):
         validate_repo_id(name)
     stop_hub_retries()

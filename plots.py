@@ -26,7 +26,7 @@ NO_MATPLOTLIB = "; pip install matplotlib"
 PANELS = {
     "loss": ("loss", "mean per row"),
     "rewards/accuracies": ("accuracy", "share of rows"),
-    "rewards/margins": ("reward margin", "chosen − rejected, nats × β"),
+    "rewards/margins": ("reward margin", "nats × β"),
     "logps/chosen": ("log-prob of chosen", "nats per answer"),
     "logps/rejected": ("log-prob of rejected", "nats per answer"),
     "grad_norm": ("gradient norm", "before clipping"),
@@ -46,6 +46,7 @@ DPI = 100
 COLUMNS = 3
 WIDTH, HEIGHT = 9.6, 2.35  # inches: of the picture, and of a row of panels
 LEGEND = 0.24  # inches: a line of the legend
+LONGEST = 36  # characters of a name in the legend
 
 
 # --- Read -----------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def draw_curves(runs: list[Curves]) -> Any:
     with reading("the curves cannot be drawn", NO_MATPLOTLIB):
         from matplotlib.figure import Figure
 
-    found, last_step = set(), 0
+    found, last_step = set(), 1
     for row in itertools.chain(*[run.rows for run in runs]):
         found.update(row)
         last_step = max(last_step, row["step"])
@@ -196,14 +197,21 @@ def add_legend(figure, runs):
     """Name the colors of the runs and the two kinds of line, once for all panels."""
     from matplotlib.lines import Line2D
 
-    handles = []
+    handles, names = [], []
     for number, run in enumerate(runs):
-        handles.append(Line2D([], [], linewidth=1.6, label=run.name, **style(number)))
-    handles.append(Line2D([], [], color="0.35", linewidth=0.8, label="thin: training"))
-    handles.append(Line2D([], [], color="0.35", linewidth=1.6, marker="o", markersize=4.5,
-                          label="with markers: held out"))
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.06, 1), ncols=COLUMNS,
-                  fontsize=9, frameon=False)
+        handles.append(Line2D([], [], linewidth=1.6, **style(number)))
+        is_long = len(run.name) > LONGEST
+        names.append(f"…{run.name[-LONGEST:]}" if is_long else run.name)
+    handles.append(Line2D([], [], color="0.35", linewidth=0.8))
+    names.append("thin: training")
+    handles.append(Line2D([], [], color="0.35", linewidth=1.6, marker="o", markersize=4.5))
+    names.append("with markers: held out")
+    legend = figure.legend(handles, ["name"] * len(names), loc="upper left", ncols=COLUMNS,
+                           bbox_to_anchor=(0.06, 1), fontsize=9, frameon=False)
+    # matplotlib leaves out a label that begins with _, and reads formulas between dollar signs.
+    for text, name in zip(legend.get_texts(), names):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def plot_runs(folders: Sequence[str], path: str) -> None:
@@ -218,8 +226,7 @@ def write_curves(folder: pathlib.Path) -> None:
     fail because of a picture."""
     try:
         figure = draw_curves([Curves(folder.name, read_metrics(folder))])
+        with written_aside(folder / CURVES_FILE) as temporary, reading("matplotlib"):
+            figure.savefig(temporary)
     except UserError as error:
         print(f"{folder / CURVES_FILE} is not written: {error}")
-        return
-    with written_aside(folder / CURVES_FILE) as temporary:
-        figure.savefig(temporary)

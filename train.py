@@ -920,7 +920,7 @@ def finish_complete_run(folder, ranks):
     """Write the card of a run that was killed between its model and its card."""
     if ranks.rank == 0:
         print(f"the run in {folder} is complete")
-    if not has_card(folder):
+    if broadcast(not has_card(folder), ranks):
         with claim(folder, True, ranks), explained_write_errors(folder, ranks):
             if ranks.rank == 0:
                 document_run(folder)

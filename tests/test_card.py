@@ -14,6 +14,7 @@ from conftest import (
     command,
     read_metrics,
     resume,
+    run_training,
     tiny_model,
     to_arguments,
     unfinished,
@@ -202,6 +203,14 @@ def test_a_run_that_was_killed_before_its_card_gets_it_when_it_is_resumed(fit):
     assert read_card(out) == text and (out / "model.safetensors").read_bytes() == weights
 
 
+def test_two_processes_complete_a_run_that_was_killed_before_its_card(fit):
+    out, _ = fit(**STEPS)
+    (out / "README.md").unlink()
+    ended = run_training({"output_dir": out, "resume": True}, ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    assert read_card(out).startswith("---\n")
+
+
 def test_a_card_that_its_author_edited_stays_when_a_complete_run_is_resumed(fit):
     out, _ = fit(**STEPS)
     (out / "README.md").write_text(read_card(out) + "license: mit\n")
@@ -242,6 +251,7 @@ def test_a_name_that_the_hub_does_not_allow_is_refused_before_a_model_is_loaded(
 
 def test_without_a_token_or_network_the_flag_is_refused_before_a_model_is_loaded(
         hub_is_there, monkeypatch):
+    assert "give the name of the repository" in refused("true")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert "there is no token of the Hub; run `hf auth login`" in refused("me/mine")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -128,6 +128,14 @@ def test_each_run_has_a_color_and_marker_of_its_own_and_there_is_one_legend():
 
 
 @needs_matplotlib
+@pytest.mark.parametrize("name", ["_hidden", "$x^{$", "a" * 80, "-", "x\ny"])
+def test_a_run_of_any_name_is_in_the_legend(name, tmp_path):
+    figure = plots.draw_curves([plots.Curves(name, make_rows())])
+    assert figure.legends[0].get_texts()[0].get_text() in (name, f"…{name[-36:]}")
+    figure.savefig(tmp_path / "a.png")
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "much"])
 def test_a_value_that_is_no_number_leaves_a_gap(value, tmp_path):
     rows = make_rows()
@@ -181,6 +189,24 @@ def test_without_matplotlib_a_run_ends_and_a_line_says_how_to_install_it(fit, mo
     out, _ = fit()
     lines = [line for line in capsys.readouterr().out.splitlines() if "curves.png" in line]
     assert len(lines) == 1 and lines[0].endswith("; pip install matplotlib")
+    assert (out / "model.safetensors").exists() and not (out / "curves.png").exists()
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("what", ["metrics", "matplotlib"])
+def test_a_picture_that_cannot_be_drawn_fails_no_run(fit, monkeypatch, capsys, what):
+    if what == "metrics":
+        monkeypatch.setattr(plots, "parse_row", lambda line: None)
+    else:
+        from matplotlib.figure import Figure
+
+        def savefig(figure, path):
+            raise RuntimeError("no font was found")
+
+        monkeypatch.setattr(Figure, "savefig", savefig)
+    out, _ = fit()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{out / 'curves.png'} is not written: ") for line in lines)
     assert (out / "model.safetensors").exists() and not (out / "curves.png").exists()
 
 

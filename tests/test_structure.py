@@ -48,7 +48,7 @@ ALLOWED_IMPORTS = {
         "checkpoint", "data", "errors", "hub", "losses", "lora", "ranges", "trackers", "variants",
         "world",
     },
-    "card": {"checkpoint", "files", "flags", "losses", "plots"},
+    "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"data", "dpo", "packing", "parallel", "variants"},
     "log": {
         "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "parallel", "plots",
