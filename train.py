@@ -51,6 +51,7 @@ from batches import (
     raise_not_finite,
     split_step,
 )
+from card import document_run, has_card
 from checkpoint import (
     FREE_ON_RESUME,
     claim,
@@ -69,6 +70,7 @@ from checkpoint import (
 from dpo import preference_logps, train_sft
 from files import delete_if_abandoned, free_name, json_digest, missing_folders
 from flags import SCHEDULES, parse_args, read_variants
+from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
 from logps import FastLogps
@@ -880,16 +882,17 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
             if not last and (stopping or due):
                 write_checkpoint(args, run, number, state, ranks)
             if not last and stopping:
-                log.bar.close()
+                log.close()
                 say(f"stopped after step {number} of {steps}; to continue: "
                     f"{how_to_continue(folder, ranks)}")
                 return True
             since += time.perf_counter() - pause
 
-        log.bar.close()
+        log.close()
         save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
         if ranks.rank == 0:  # a kill may have come before this
             delete_old_checkpoints(folder, run.keep)
+            document_run(folder)
         say(f"saved in {folder}" + (world.sum_up(splits["world"]) if home else ""))
     return False
 
@@ -900,13 +903,28 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     args, loss, hyper = parse_args(argv, __doc__)
     folder, made = choose_folder(args, ranks)
     if args.resume and is_complete(folder):
-        if ranks.rank == 0:
-            print(f"the run in {folder} is complete")
-        return False
-    # The folder comes first: a run that may not write there has not spent an hour on its reference.
-    with claim(folder, args.resume, ranks, made):
-        home = make_world(ranks) if "world" in (args.model, args.dataset) else None
-        return train_policy(args, loss, hyper, folder, home, ranks)
+        finish_complete_run(folder, ranks)
+    else:
+        # The folder comes first: a run that may not write there has not spent an hour on its
+        # reference.
+        with claim(folder, args.resume, ranks, made):
+            home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+            stopped = train_policy(args, loss, hyper, folder, home, ranks)
+        if stopped:
+            return True
+    if args.push_to_hub and ranks.rank == 0:
+        push(folder, args.push_to_hub, how_to_continue(folder, ranks))
+    return False
+
+
+def finish_complete_run(folder, ranks):
+    """Write the card of a run that was killed between its model and its card."""
+    if ranks.rank == 0:
+        print(f"the run in {folder} is complete")
+    if broadcast(not has_card(folder), ranks):
+        with claim(folder, True, ranks), explained_write_errors(folder, ranks):
+            if ranks.rank == 0:
+                document_run(folder)
 
 
 def explain(error):

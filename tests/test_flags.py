@@ -94,6 +94,8 @@ CHANGES = {
     "eval_every": ({}, 1),
     "save_every": ({}, 1),
     "keep_checkpoints": ({"save_every": 1}, 1),
+    "report_to": ({}, "tensorboard"),
+    "push_to_hub": ({}, "me/mine"),
     "reference_free": ({}, True),
     "f_divergence": ({}, "js"),
     "f_alpha": ({"f_divergence": "alpha"}, 0.9),

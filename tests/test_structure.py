@@ -42,6 +42,9 @@ ALLOWED_IMPORTS = {
     "answers": {"data", "losses"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
+    "plots": {"checkpoint", "errors", "files"},
+    "trackers": {"errors", "files"},
+    "hub": {"errors", "files"},
     "lora": {"errors", "files", "limits"},
     "reach": {"errors", "lora"},
     "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
@@ -52,11 +55,14 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
+        "checkpoint", "data", "errors", "hub", "losses", "lora", "ranges", "trackers", "variants",
+        "world",
     },
+    "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
     "log": {
-        "batches", "checkpoint", "files", "logps", "lora", "losses", "parallel", "reach", "world",
+        "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "parallel", "plots",
+        "reach", "trackers", "world",
     },
     "reference": {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
