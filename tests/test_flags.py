@@ -263,7 +263,8 @@ def test_pairs_chooses_the_answers_that_unpair_gives_a_label(observe):
     with pytest.raises(UserError, match="row 1: has 3 answers, .*; pass --pairs best_worst"):
         observe(base)
     observe(base | {"pairs": "best_worst"})
-    with pytest.raises(UserError, match="row 1: its answer 2 is the better one of one pair and the"):
+    message = "row 1: its answer 2 is the better one of one pair and the"
+    with pytest.raises(UserError, match=message):
         observe(base | {"pairs": "all"})
 
 
