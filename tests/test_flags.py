@@ -1,6 +1,7 @@
 """No flag is accepted and ignored: each changes the results, files or forwards of a run, or it is
 refused."""
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -109,7 +110,10 @@ REFUSED = {
     "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
+    "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
 }
+if importlib.util.find_spec("tensorboard") is None:
+    REFUSED["report_to"] = "pip install tensorboard"
 # Without these flags, the run is refused.
 NEEDED = {"unpair": "row 1: has several answers of one prompt, and the loss reads answers with a"}
 
