@@ -159,6 +159,8 @@ def load_rows(args, loss, tokenizer, home, ranks):
     accounts = [account for _, account in loaded.values()]
     data.check_template(args, accounts)
     data.check_ignored(shape.ignored, accounts)
+    for flag, (part, _) in loaded.items():
+        check_weights(args, loss, f"{flag} {specs[flag]}", part)
     rows = loaded["--dataset"][0]
     if "--eval_dataset" in loaded:
         held_out = loaded["--eval_dataset"][0]
@@ -167,12 +169,28 @@ def load_rows(args, loss, tokenizer, home, ranks):
     if not len(rows):
         raise UserError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, "
                         "because they have so few prompts; lower it")
+    if kind_of(loss) == "labels":
+        data.check_labels(f"--dataset {specs['--dataset']}, without the held-out rows", rows)
     if ranks.rank == 0:
         for flag, (_, account) in loaded.items():
             print(f"{flag} {data.describe(account)}")
         print(data.describe_statistics(data.statistics(rows, held_out)))
         print(data.show(rows, tokenizer, most=300))
     return rows, held_out
+
+
+def check_weights(args, loss, where, rows):
+    """Raise if the rows have weights and the loss has no loss of a single row to multiply, or if
+    all weights are 0."""
+    if "weight" not in rows.column_names:
+        return
+    advice = "--ignore_columns weight trains without it"
+    if "batch" in loss.tags:
+        raise UserError(f"--loss {args.loss}: {where} has a column 'weight', and this loss compares "
+                        f"the pairs of a step with each other, so no pair has a weight; {advice}")
+    if not data.column(rows, "weight").any():
+        raise UserError(f"{where}: every row has the weight 0, so there is nothing to train on; "
+                        f"{advice}")
 
 
 # --- The models -----------------------------------------------------------------------------------
@@ -817,8 +835,6 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
     torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
     values = {"lr": run.scheduler.get_last_lr()[0]}
-    if "kl" in state:
-        values["kl"] = state["kl"].item()
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
                          args.max_grad_norm, stopping, ranks)
     run.scheduler.step()
