@@ -37,6 +37,11 @@ from lora import use_adapter
 from templates import read_special_tokens, render, texts_of_rows
 
 
+# The argument and output with the keys and values of earlier tokens, in versions of transformers,
+# and its name in models with a recurrent state.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
 class Sampling(NamedTuple):
     """How the tokens of an answer are chosen, and when it ends."""
     max_new_tokens: int = 128
@@ -95,16 +100,18 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
     running = lengths < most
     input_ids, mask = pad_left(prompts)  # (B, T)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), 0 for padding
-    cache, options = None, forward_options(model)
+    parameters = inspect.signature(model.forward).parameters
+    cache_name = next(name for name in CACHE_NAMES if name in parameters)
+    options = {"use_cache": True}
+    if "logits_to_keep" in parameters:  # logits of the whole prompt could be gigabytes
+        options["logits_to_keep"] = 1
     with evaluating(model):
         for step in range(settings.max_new_tokens):
-            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            if "position_ids" in parameters:
+                inputs["position_ids"] = positions
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            if "position_ids" not in options:
-                inputs.pop("position_ids")
-            if "logits_to_keep" in options:  # logits of the whole prompt could be gigabytes
-                inputs["logits_to_keep"] = 1
-            output = model(**inputs, past_key_values=cache, use_cache=True)
+            output = model(**inputs, **options)
 
             # The small rest runs on the CPU, where every kernel is deterministic.
             logits = output.logits[:, -1].cpu()  # (B, V)
@@ -117,7 +124,7 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
             running = running & ~is_end & (lengths + step + 1 < most)
             if not running.any():
                 return
-            cache = output.past_key_values
+            options[cache_name] = output[cache_name]
             input_ids = tokens[:, None]  # (B, 1)
             mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
             # An answer that has ended is computed with the others, within the model's positions.
@@ -187,10 +194,6 @@ def position_count(model) -> float:
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or math.inf
 
-
-def forward_options(model) -> set[str]:
-    """Return the optional arguments that the forward of this model has."""
-    return {"position_ids", "logits_to_keep"} & inspect.signature(model.forward).parameters.keys()
 
 
 # --- Text to tokens, and back ---------------------------------------------------------------------
