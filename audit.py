@@ -43,7 +43,7 @@ class Scores(NamedTuple):
     policy_logps: np.ndarray  # (N, K)
     ref_logps: np.ndarray  # (N, K), zeros where the loss reads no reference
     rewards: np.ndarray  # (N, K)
-    margins: np.ndarray | None  # (N,), None for single answers with a label
+    margins: np.ndarray  # (N,), or (0,) for single answers with a label
 
 
 # --- Rows -----------------------------------------------------------------------------------------
@@ -72,8 +72,7 @@ def load_scored_rows(opened: Opened, spec: str) -> tuple[Dataset, dict]:
 
 def score_rows(opened: Opened, rows: Dataset) -> Scores:
     """Compute the rewards of all answers, in the batches and by the attention of the run."""
-    args, loss = opened.args, opened.loss
-    reference = opened.reference
+    args, loss, reference = opened.args, opened.loss, opened.reference
     if args.reference_free or not needs_reference(loss):
         reference = None
     attention, masked = settle_attention(args, opened.policy, reference, rows, opened.dtype, ALONE)
@@ -90,9 +89,8 @@ def score_rows(opened: Opened, rows: Dataset) -> Scores:
     with contextlib.closing(batches):
         tables = of_all_pairs(compute, batches, pieces, len(rows), ALONE)
     answer_rewards, margins = reward_tables(task, tables, rows, needs_of_run(args, loss).kind)
-    names = ("mask", "lengths", "policy_logps", "ref_logps")
-    tensors = [*(tables[name] for name in names), answer_rewards, margins]
-    return Scores(*[None if tensor is None else tensor.cpu().numpy() for tensor in tensors])
+    tables |= {"rewards": answer_rewards, "margins": margins}
+    return Scores(**{name: table.cpu().numpy() for name, table in tables.items()})
 
 
 def logp_tables(task: Task, policy, reference, batch: dict) -> dict:
@@ -108,14 +106,14 @@ def logp_tables(task: Task, policy, reference, batch: dict) -> dict:
 
 
 def reward_tables(task: Task, tables: dict, rows: Dataset, kind: str) -> tuple:
-    """Compute rewards (N, K), as the evaluation of the loss does, and margins (N,) or None."""
+    """Compute rewards (N, K), as the evaluation of the loss does, and margins (N,), or (0,)."""
     beta = task.hyper.get("beta", 1.0)
     tensors = {name: tables[name] for name in ("policy_logps", "ref_logps", "mask")}
     if task.score:  # f-DPO
         tensors = task.score(tensors)
     answer_rewards = beta * (tensors["policy_logps"] - tensors["ref_logps"])  # (N, K)
     if kind == "labels":
-        return answer_rewards, None
+        return answer_rewards, answer_rewards.new_empty(0)
     if kind == "lists":
         return answer_rewards, list_metrics(tensors, beta)["rewards/margins"]
     if "average" in task.loss.tags:
@@ -137,22 +135,27 @@ def audit_order(scores: Scores) -> np.ndarray:
 
 def score_lines(scores: Scores, rows: Dataset) -> list[dict]:
     """Make one JSON object per row, in the order of the file. Lists have an entry per answer."""
-    lines = []
-    for i, name in enumerate(rows["id"]):
-        answers = scores.mask[i].astype(bool)
-        line = {"id": name}
-        for column in ("rewards", "policy_logps", "ref_logps"):
-            line[column] = getattr(scores, column)[i][answers].tolist()
-        line["lengths"] = scores.lengths[i][answers].astype(int).tolist()
-        lines.append(line)
-    if scores.margins is None:
-        for line, label in zip(lines, rows["desirable"]):
-            line["desirable"] = bool(label)
-        return lines
-    probabilities = right_probability(scores.margins)
-    for rank, i in enumerate(audit_order(scores).tolist(), 1):
-        lines[i] |= {"margin": scores.margins[i].item(), "label_is_right": probabilities[i].item(),
-                     "audit_rank": rank}
+    lines = [{"id": name} for name in rows["id"]]
+    tables = {
+        "rewards": scores.rewards,
+        "policy_logps": scores.policy_logps,
+        "ref_logps": scores.ref_logps,
+        "lengths": scores.lengths.astype(int),
+    }
+    for name, table in tables.items():
+        for line, values, mask in zip(lines, table, scores.mask):
+            line[name] = values[mask].tolist()
+
+    numbers = {}
+    if len(scores.margins):
+        numbers["margin"] = scores.margins
+        numbers["label_is_right"] = right_probability(scores.margins)
+        numbers["audit_rank"] = audit_order(scores).argsort() + 1
+    else:
+        numbers["desirable"] = data.column(rows, "desirable")
+    for name, values in numbers.items():
+        for line, value in zip(lines, values.tolist()):
+            line[name] = value
     return lines
 
 
@@ -166,21 +169,27 @@ def write_lines(path: str, lines: list[dict]) -> None:
 def accuracy_lines(scores: Scores) -> list[str]:
     """Format the accuracy over all pairs, by difference in length, and by decile of |margin|."""
     right = scores.margins > 0  # a tie is not accurate, as in the metrics of a run
-    lines = [f"{len(right)} pairs: accuracy {right.mean():.4f}, mean margin "
-             f"{scores.margins.mean():+.4f}"]
-    others = np.where(scores.mask, scores.lengths, 0)[:, 1:].sum(1)
-    difference = scores.lengths[:, 0] - others / scores.mask[:, 1:].sum(1)
+    mean = scores.margins.mean()
+    lines = [f"{len(right)} pairs: accuracy {right.mean():.4f}, mean margin {mean:+.4f}"]
+
+    # The chosen answer against the mean of the others.
+    others = scores.lengths[:, 1:].sum(1) / scores.mask[:, 1:].sum(1)
+    difference = scores.lengths[:, 0] - others
     groups = {"longer": difference > 0, "as long": difference == 0, "shorter": difference < 0}
     for name, members in groups.items():
         if members.any():
-            lines.append(f"  chosen is {name:8} {members.sum():6} pairs, accuracy "
-                         f"{right[members].mean():.4f}")
+            accuracy = right[members].mean()
+            lines.append(f"  chosen {name:8} {members.sum():6} pairs, accuracy {accuracy:.4f}")
+
+    # σ(|margin|) is the accuracy that the model expects.
     size = np.abs(scores.margins)
-    lines.append("  by decile of |margin|, the smallest first")
-    for members in np.array_split(np.argsort(size, kind="stable"), 10):
-        if len(members):
-            lines.append(f"  {size[members[0]]:8.4f} to {size[members[-1]]:8.4f} {len(members):6} "
-                         f"pairs, accuracy {right[members].mean():.4f}")
+    expected = right_probability(size)
+    lines.append("  by decile of |margin|:")
+    for members in np.array_split(np.argsort(size, kind="stable"), min(10, len(size))):
+        first, last = size[members[0]], size[members[-1]]
+        accuracy, mean = right[members].mean(), expected[members].mean()
+        lines.append(f"  {first:8.4f} to {last:8.4f} {len(members):6} pairs, "
+                     f"accuracy {accuracy:.4f}, expected {mean:.4f}")
     return lines
 
 
@@ -190,13 +199,14 @@ def audit_lines(scores: Scores, rows: Dataset, tokenizer) -> list[str]:
     order = order[scores.margins[order] < 0][:SHOWN]
     if not len(order):
         return ["no pair has a negative margin"]
-    probabilities = right_probability(scores.margins)
     lines = ["the labels that are the most surely flipped:"]
+    probabilities = right_probability(scores.margins)
     for rank, i in enumerate(order.tolist(), 1):
-        row = rows[i]
-        lines.append(f"{rank:4}. {printable(row['id'])}: margin {scores.margins[i]:+.4f}, right "
-                     f"with probability {probabilities[i]:.4f}")
-        lines.append(f"      prompt   {excerpt(tokenizer, row['prompt_ids'], from_end=True)}")
+        row, margin = rows[i], scores.margins[i]
+        lines.append(f"{rank:4}. {printable(row['id'])}: margin {margin:+.4f}, "
+                     f"right with probability {probabilities[i]:.4f}")
+        prompt = excerpt(tokenizer, row["prompt_ids"], from_end=True)
+        lines.append(f"      prompt   {prompt}")
         for name, ids in zip(("chosen", "rejected"), row["answer_ids"]):
             lines.append(f"      {name:8} {excerpt(tokenizer, ids)}")
     return lines
@@ -215,8 +225,8 @@ def label_lines(scores: Scores, rows: Dataset) -> list[str]:
     labels, lines = data.column(rows, "desirable"), []
     for name, members in (("desirable", labels), ("undesirable", ~labels)):
         if members.any():
-            lines.append(f"{members.sum()} {name} answers: mean reward "
-                         f"{scores.rewards[members, 0].mean():+.4f}")
+            mean = scores.rewards[members, 0].mean()
+            lines.append(f"{members.sum()} {name} answers: mean reward {mean:+.4f}")
     return lines
 
 
@@ -228,7 +238,7 @@ def score_file(opened: Opened, spec: str, out: str | None) -> None:
     if out:
         write_lines(out, score_lines(scores, rows))
         print(f"rewards, log-probs and lengths of {len(rows)} rows: {out}")
-    if scores.margins is None:
+    if not len(scores.margins):
         print("\n".join(label_lines(scores, rows)))
         return
     print("\n".join(accuracy_lines(scores)))

@@ -36,7 +36,6 @@ from loading import leaves_out, loses
 from lora import use_adapter
 from templates import read_special_tokens, render, texts_of_rows
 
-
 # The argument and output with the keys and values of earlier tokens, in versions of transformers,
 # and its name in models with a recurrent state.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -59,8 +58,8 @@ class Answer(NamedTuple):
 
 
 def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
-             settings: Sampling = Sampling(), generator: torch.Generator | None = None
-             ) -> list[Answer]:
+             settings: Sampling = Sampling(),
+             generator: torch.Generator | None = None) -> list[Answer]:
     """Generate one answer to each prompt.
 
     model       a causal LM of transformers, on any device. A bfloat16 run calls this under the
@@ -74,15 +73,17 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
     ends, answers = stop_ids(model, tokenizer), []
     for start in range(0, len(prompts), settings.batch_size):
         part = slice(start, start + settings.batch_size)
-        rows = [([], []) for _ in prompts[part]]  # tokens and log-probs of each answer
-        for tokens, logps, running in answer_steps(model, prompts[part], settings, ends,
-                                                   uniform[part]):
+        batch = prompts[part]
+        ids, logps = [[] for _ in batch], [[] for _ in batch]
+        steps = answer_steps(model, batch, settings, ends, uniform[part])
+        for step_tokens, step_logps, running in steps:
             for i in running.nonzero()[:, 0].tolist():
-                rows[i][0].append(int(tokens[i]))
-                rows[i][1].append(float(logps[i]))
-        for prompt, (ids, logps) in zip(prompts[part], rows):
-            text = answer_text(tokenizer, prompt, ids, ends)
-            answers.append(Answer(ids, logps, text, ids[-1:] != [] and ids[-1] in ends))
+                ids[i].append(step_tokens[i].item())
+                logps[i].append(step_logps[i].item())
+        for i, prompt in enumerate(batch):
+            text = answer_text(tokenizer, prompt, ids[i], ends)
+            ended = not ends.isdisjoint(ids[i][-1:])
+            answers.append(Answer(ids[i], logps[i], text, ended))
     return answers
 
 
@@ -98,6 +99,7 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
     most = position_count(model)
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
     running = lengths < most
+    end_ids = torch.tensor(sorted(ends))
     input_ids, mask = pad_left(prompts)  # (B, T)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), 0 for padding
     parameters = inspect.signature(model.forward).parameters
@@ -114,14 +116,14 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
             output = model(**inputs, **options)
 
             # The small rest runs on the CPU, where every kernel is deterministic.
-            logits = output.logits[:, -1].cpu()  # (B, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = output.logits[:, -1]  # (B, V)
+            logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
             tokens = choose_tokens(logits, settings, uniform[:, step])  # (B,)
             logps = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             yield tokens, logps, running
 
-            is_end = torch.tensor([token in ends for token in tokens.tolist()])
-            running = running & ~is_end & (lengths + step + 1 < most)
+            has_room = lengths + step + 1 < most
+            running = running & has_room & ~torch.isin(tokens, end_ids)
             if not running.any():
                 return
             options[cache_name] = output[cache_name]
@@ -179,8 +181,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reference_model(policy: torch.nn.Module, reference: Callable) -> Iterator[torch.nn.Module]:
-    """Yield the model of a reference of `reference.load_reference`, to generate from it. Where it is
-    the policy without its adapter, or with a frozen adapter, that is active inside."""
+    """Yield the model of a reference of `load_reference`, to generate from it. Where the reference
+    is the policy without its adapter, or with a frozen adapter, the policy is that inside."""
     if isinstance(reference, torch.nn.Module):
         yield reference.model
         return
@@ -227,7 +229,7 @@ def write_chats(chats: list[list[dict]], tokenizer: Any, **options) -> list[str]
 
 
 def encode_prompts(prompts: list, tokenizer: Any, names: list[str], **options) -> list[list[int]]:
-    """Turn prompts, each a text or a list of messages, into token ids, as data.py does for training.
+    """Turn prompts, each a text or a list of messages, into token ids, as data.py does in training.
 
     names       of the prompts, for errors
     options     of the chat template
@@ -256,8 +258,8 @@ def check_room(model: torch.nn.Module, prompts: list[list[int]], names: list[str
     most = position_count(model)
     for ids, name in zip(prompts, names):
         if len(ids) >= most:
-            raise UserError(f"{name}: has {len(ids):,} tokens, and the model has {most:,} positions "
-                            "for prompt and answer; shorten it")
+            raise UserError(f"{name}: has {len(ids):,} tokens, and the model has {most:,} "
+                            "positions for prompt and answer; shorten it")
 
 
 def answer_text(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int]) -> str:

@@ -16,18 +16,19 @@ import contextlib
 import os
 import pathlib
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 import world
+from batches import autocast_options, collate
 from checkpoint import checkpoints, is_complete, read_state
-from dpo import train_sft
+from dpo import concatenated_forward, train_sft
 from errors import UserError
 from files import read_run_file
 from flags import build_parser, default_reference, naming_flags
-from generation import position_count
+from generation import position_count, reference_model
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from logps import FastLogps
 from lora import read_adapter
@@ -212,3 +213,37 @@ def is_gone(source: str) -> bool:
     the Hub."""
     looks_local = os.path.isabs(source) or source.startswith(".") or source.count("/") > 1
     return looks_local and not os.path.isdir(source)
+
+
+# --- Using them -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
+    """Yield the model of the policy or of the reference, in the precision of the run."""
+    autocast = torch.autocast(**autocast_options(opened.dtype, ALONE.device))
+    if side == "policy":
+        with autocast:
+            yield opened.policy.model
+    else:
+        with autocast, reference_model(opened.policy, opened.reference) as model:
+            yield model
+
+
+@torch.no_grad()
+def measure(opened: Opened, beta: float, prompt: list[int], answers: list[list[int]]) -> list[dict]:
+    """Compute the log-probs of answers to one prompt under policy and reference, as training does,
+    and their implicit rewards."""
+    row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
+    batch = collate(row, opened.tokenizer, ALONE.device)
+    with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
+        logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
+        ref_logps = [None] * len(logps)
+        if opened.reference is not None:
+            ref_logps = concatenated_forward(opened.reference, batch)["logps"][0].tolist()
+    measured = []
+    for ids, logp, ref_logp in zip(answers, logps, ref_logps):
+        values = {"tokens": len(ids), "logp": logp}
+        if ref_logp is not None:
+            values |= {"ref_logp": ref_logp, "reward": beta * (logp - ref_logp)}
+        measured.append(values)
+    return measured

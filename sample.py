@@ -16,18 +16,14 @@ from errors import (  # first, see errors.py
     UserError,
     any_name,
     printable,
-    report,
     run_script,
 )
 import argparse
-import contextlib
 import json
-import math
 import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,21 +31,10 @@ import torch
 import data
 import world
 from audit import load_scored_rows, score_file, write_lines
-from batches import autocast_options, collate
-from dpo import concatenated_forward
-from generation import (
-    Answer,
-    Sampling,
-    answer_steps,
-    answer_text,
-    check_room,
-    encode_prompts,
-    generate,
-    reference_model,
-    stop_ids,
-)
+from chat import Chat, figures, sampling, shown, writes_chat
+from generation import Answer, answer_text, check_room, encode_prompts, generate, stop_ids
 from ranges import real_number, whole_number
-from runs import ALONE, Opened, open_run
+from runs import Opened, measure, open_run, speaker
 
 # --- Prompts --------------------------------------------------------------------------------------
 
@@ -62,7 +47,7 @@ class Prompt(NamedTuple):
 
 def read_prompts(path: str) -> tuple[list, list[str]]:
     """Read --prompts: a text file with a prompt on each line, or JSON lines, each a string, a list
-    of messages, or an object whose "prompt" is one of these. Returns the prompts and their names."""
+    of messages, or an object whose "prompt" is one of these -> prompts and their names."""
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -123,11 +108,6 @@ def collect_prompts(args, opened: Opened) -> list[Prompt]:
     return [Prompt(name, ids, {}) for name, ids in zip(names, rows)]
 
 
-def writes_chat(args, opened: Opened) -> bool:
-    """Return whether a text is sent as a message. A model without a chat template continues it."""
-    return opened.tokenizer.chat_template is not None and not args.plain
-
-
 def prompts_of_rows(args, opened: Opened) -> list[Prompt]:
     """Return the first --count rows of --dataset, read as training reads them."""
     rows, account = load_scored_rows(opened, args.dataset)
@@ -141,66 +121,35 @@ def prompts_of_rows(args, opened: Opened) -> list[Prompt]:
 
 # --- Answers and their rewards --------------------------------------------------------------------
 
-@contextlib.contextmanager
-def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
-    """Yield the model of the policy or of the reference, in the precision of the run."""
-    autocast = torch.autocast(**autocast_options(opened.dtype, ALONE.device))
-    if side == "policy":
-        with autocast:
-            yield opened.policy.model
-    else:
-        with autocast, reference_model(opened.policy, opened.reference) as model:
-            yield model
-
-
-@torch.no_grad()
-def measure(opened: Opened, beta: float, prompt: list[int], answers: list[list[int]]) -> list[dict]:
-    """Compute the log-probs of answers to one prompt under policy and reference, as training does,
-    and their implicit rewards."""
-    row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
-    batch = collate(row, opened.tokenizer, ALONE.device)
-    with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
-        logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
-        ref_logps = [None] * len(logps)
-        if opened.reference is not None:
-            ref_logps = concatenated_forward(opened.reference, batch)["logps"][0].tolist()
-    measured = []
-    for ids, logp, ref_logp in zip(answers, logps, ref_logps):
-        values = {"tokens": len(ids), "logp": logp, "logp_per_token": logp / len(ids)}
-        if ref_logp is not None:
-            values |= {"ref_logp": ref_logp, "reward": beta * (logp - ref_logp)}
-        measured.append(values)
-    return measured
-
-
 def answer_all(args, opened: Opened, beta: float, prompts: list[Prompt]) -> list[dict]:
     """Answer every prompt by policy and reference -> one object for each, as --out has it."""
     sides = ["policy"] + ["reference"] * (opened.reference is not None)
     settings, by_side = sampling(args), {}
+    rows = [prompt.ids for prompt in prompts]
     for side in sides:
         # Both sides get the same random numbers, so that they differ by their models alone.
         generator = torch.Generator().manual_seed(args.seed or 0)
         with speaker(opened, side) as model:
-            check_room(model, [prompt.ids for prompt in prompts], [p.name for p in prompts])
-            by_side[side] = generate(model, opened.tokenizer, [prompt.ids for prompt in prompts],
-                                     settings, generator)
-    lines = []
+            check_room(model, rows, [prompt.name for prompt in prompts])
+            by_side[side] = generate(model, opened.tokenizer, rows, settings, generator)
+    ends, lines = stop_ids(opened.policy.model, opened.tokenizer), []
     for i, prompt in enumerate(prompts):
         written = {side: by_side[side][i] for side in sides}
-        lines.append(describe_prompt(opened, beta, prompt, written))
+        lines.append(describe_prompt(opened, beta, prompt, written, ends))
     return lines
 
 
-def describe_prompt(opened: Opened, beta: float, prompt: Prompt, written: dict[str, Answer]) -> dict:
-    """Make the object of one prompt: of each answer its text, log-probs and reward, and in the world
-    its true reward."""
+def describe_prompt(opened: Opened, beta: float, prompt: Prompt,
+                    written: dict[str, Answer], ends: set[int]) -> dict:
+    """Make the object of one prompt: the text, log-probs and reward of each answer, and in the
+    world its true reward."""
     text = opened.tokenizer.decode(prompt.ids)
     line, ids = {"id": prompt.name, "prompt": text}, {}
     for side, answer in written.items():
         line[side] = {"text": answer.text, "ended": answer.ended}
         ids[side] = answer.ids
     for name, answer_ids in prompt.answers.items():
-        line[name] = {"text": answer_text(opened.tokenizer, prompt.ids, answer_ids, set())}
+        line[name] = {"text": answer_text(opened.tokenizer, prompt.ids, answer_ids, ends)}
         ids[name] = answer_ids
     measured = measure(opened, beta, prompt.ids, list(ids.values()))
     for name, values in zip(ids, measured):
@@ -212,22 +161,16 @@ def describe_prompt(opened: Opened, beta: float, prompt: Prompt, written: dict[s
 
 def true_reward_of(prompt: str, answer: str) -> float | None:
     """Return the true reward of an answer in the world, or None for one that is not three words."""
-    answer = answer.removesuffix(" <eos>")
     if prompt not in world.prompts() or answer not in world.answers():
         return None
     thing, number = world.prompts().index(prompt), world.answers().index(answer)
     return world.true_reward()[thing, number].item()
 
 
-def sampling(args) -> Sampling:
-    return Sampling(args.max_new_tokens or 256, args.temperature, args.top_p or 1.0,
-                    args.batch_size or 8)
-
-
 # --- Printed --------------------------------------------------------------------------------------
 
 def print_lines(lines: list[dict]) -> None:
-    """Print each prompt, the answers of policy and reference side by side, and those of its file."""
+    """Print each prompt, both answers side by side, and the answers of its file."""
     for line in lines:
         print(f"\n[{printable(line['id'])}] {shown(line['prompt']).strip()}")
         sides = [name for name in ("policy", "reference") if name in line]
@@ -236,8 +179,8 @@ def print_lines(lines: list[dict]) -> None:
         for row in range(max(map(len, columns))):
             cells = [column[row] if row < len(column) else "" for column in columns]
             print(" | ".join(f"{cell:{width}}" for cell in cells).rstrip())
-        for name in line.keys() - {"id", "prompt", "policy", "reference"}:
-            print(f"{name}: {figures(line[name])}\n  {shown(line[name]['text']).strip()}")
+        for name in [name for name in line if name not in ("id", "prompt", *sides)]:
+            print(f"-- {name}\n{shown(line[name]['text']).strip()}\n({figures(line[name])})")
 
 
 def answer_column(name: str, answer: dict, width: int) -> list[str]:
@@ -248,109 +191,6 @@ def answer_column(name: str, answer: dict, width: int) -> list[str]:
     if not answer["ended"]:
         lines[-1] += " …"
     return lines + textwrap.wrap(f"({figures(answer)})", width)
-
-
-def figures(answer: dict) -> str:
-    """Format the numbers of an answer."""
-    text = f"{answer['tokens']} tokens, log-prob per token {answer['logp_per_token']:.3f}"
-    if "reward" in answer:
-        text += f", reward {answer['reward']:+.3f}"
-    if "true_reward" in answer:
-        truth = answer["true_reward"]
-        text += ", malformed" if truth is None else f", true reward {truth:+.3f}"
-    return text
-
-
-def shown(text: str) -> str:
-    """Escape what could control the terminal, except line breaks and tabs."""
-    characters = [each if each in "\n\t" else printable(each) for each in text]
-    return "".join(characters)
-
-
-# --- Chat -----------------------------------------------------------------------------------------
-
-HELP = """/reset begins a new conversation    /reference switches between reference and policy
-/help prints this    /quit or Ctrl-D leaves    Ctrl-C stops an answer"""
-
-
-class Chat:
-    """A conversation in a terminal. Without a chat template each line is continued on its own."""
-
-    def __init__(self, args, opened: Opened, beta: float):
-        self.args, self.opened, self.beta = args, opened, beta
-        self.side, self.history = "policy", []
-        self.generator = torch.Generator().manual_seed(args.seed or 0)
-        self.ends = stop_ids(opened.policy.model, opened.tokenizer)
-
-    def run(self):
-        print(HELP)
-        if not writes_chat(self.args, self.opened):
-            print("each line is continued as text, because there is no chat template or --plain")
-        sys.stdin.reconfigure(errors="replace")
-        while True:
-            try:
-                line = input(f"\n{self.side}> ").strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print("\n(/quit or Ctrl-D leaves)", end="")
-                continue
-            if line == "/quit":
-                return
-            if line.startswith("/"):
-                self.obey(line)
-            elif line:
-                self.reply(line)
-
-    def obey(self, command: str):
-        """Carry out a command."""
-        if command == "/reset":
-            self.history = []
-            print("(a new conversation)")
-        elif command == "/reference" and self.opened.reference is None:
-            print("(there is no reference; give one by --ref_model)")
-        elif command == "/reference":
-            self.side = "policy" if self.side == "reference" else "reference"
-            print(f"(the {self.side} answers)")
-        else:
-            print(HELP)
-
-    def reply(self, line: str):
-        """Answer a line. The conversation keeps the answer, also one that Ctrl-C stopped."""
-        prompt = line
-        if writes_chat(self.args, self.opened):
-            prompt = [*self.history, {"role": "user", "content": line}]
-        try:
-            prompt_ids, = encode_prompts([prompt], self.opened.tokenizer, ["the conversation"])
-            check_room(self.opened.policy.model, [prompt_ids], ["the conversation (see /reset)"])
-        except UserError as error:
-            report(str(error))
-            return
-        ids = self.stream(prompt_ids)
-        if not ids:
-            return
-        if isinstance(prompt, list):
-            text = answer_text(self.opened.tokenizer, prompt_ids, ids, self.ends)
-            self.history = [*prompt, {"role": "assistant", "content": text}]
-        values, = measure(self.opened, self.beta, prompt_ids, [ids])
-        print(f"({figures(values)})")
-
-    def stream(self, prompt: list[int]) -> list[int]:
-        """Print an answer token by token, until it ends or Ctrl-C -> its ids."""
-        settings, ids, printed = sampling(self.args), [], ""
-        uniform = torch.rand((1, settings.max_new_tokens), generator=self.generator,
-                             dtype=torch.float64)
-        with contextlib.suppress(KeyboardInterrupt), speaker(self.opened, self.side) as model:
-            for tokens, _, _ in answer_steps(model, [prompt], settings, self.ends, uniform):
-                ids.append(int(tokens[0]))
-                text = answer_text(self.opened.tokenizer, prompt, ids, self.ends)
-                # The last token may end inside a character.
-                if not text.endswith("\ufffd"):
-                    print(shown(text[len(printed):]), end="", flush=True)
-                    printed = text
-        print()
-        return ids
 
 
 # --- The command line -----------------------------------------------------------------------------
