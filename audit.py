@@ -52,15 +52,18 @@ def needs_of_run(args: Namespace, loss) -> data.Needs:
     """Return the rows that a run's loss compares. Pairs, if the loss reads single answers and the
     run made them of pairs, or imitates chosen answers."""
     kind = kind_of(loss)
-    if kind == "labels" and args.unpair or kind == "pairs" and len(sides_of(loss)) < 2:
+    made_of_pairs = kind == "labels" and args.unpair
+    imitates = kind == "pairs" and len(sides_of(loss)) < 2
+    if made_of_pairs or imitates:
         return data.PAIRS
     return needs_of(loss)
 
 
 def load_scored_rows(opened: Opened, spec: str) -> tuple[Dataset, dict]:
     """Load rows as the run did, or the held-out rows of the world."""
-    args, needs = opened.args, needs_of_run(opened.args, opened.loss)
-    args = Namespace(**vars(args) | {"unpair": needs.kind == "labels" and args.unpair})
+    args = Namespace(**vars(opened.args))
+    needs = needs_of_run(args, opened.loss)
+    args.unpair = args.unpair and needs.kind == "labels"
     if spec == "world":
         name = "eval_lists.jsonl" if needs.kind == "lists" else "eval.jsonl"
         spec = str(world.folder() / name)

@@ -100,7 +100,7 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
     running = lengths < most
     end_ids = torch.tensor(sorted(ends))
-    input_ids, mask = pad_left(prompts)  # (B, T)
+    input_ids, mask = pad_left(prompts)  # (B, T) each
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), 0 for padding
     parameters = inspect.signature(model.forward).parameters
     cache_name = next(name for name in CACHE_NAMES if name in parameters)
@@ -119,7 +119,8 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
             logits = output.logits[:, -1]  # (B, V)
             logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
             tokens = choose_tokens(logits, settings, uniform[:, step])  # (B,)
-            logps = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            logps = logits.log_softmax(-1)  # (B, V)
+            logps = logps.gather(1, tokens[:, None])[:, 0]  # (B,)
             yield tokens, logps, running
 
             has_room = lengths + step + 1 < most
@@ -142,7 +143,7 @@ def choose_tokens(logits: torch.Tensor, settings: Sampling, uniform: torch.Tenso
     if settings.temperature == 0:
         return logits.argmax(-1)
     scaled = logits.double() / settings.temperature
-    probabilities, order = scaled.softmax(-1).sort(-1, descending=True, stable=True)  # (B, V)
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
     before = probabilities.cumsum(-1) - probabilities
     kept = before < settings.top_p
     kept[:, 0] = True
@@ -208,9 +209,11 @@ def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
     named = getattr(generation_config, "eos_token_id", None)
     ends.update(named if isinstance(named, list) else [named])
     if tokenizer.chat_template is not None:
-        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        text, = write_chats([turn], tokenizer, add_generation_prompt=False)
-        match = read_special_tokens(tokenizer).pattern.search(text.rpartition("answer")[2])
+        question = {"role": "user", "content": "question"}
+        reply = {"role": "assistant", "content": "answer"}
+        text, = write_chats([[question, reply]], tokenizer, add_generation_prompt=False)
+        end = text.rpartition("answer")[2]
+        match = read_special_tokens(tokenizer).pattern.search(end)
         if match:
             ends.add(tokenizer.convert_tokens_to_ids(match[0]))
     return ends - {None}
