@@ -1,18 +1,26 @@
 """A conversation with the policy of a run, or with its reference, in a terminal.
 
 An answer is printed token by token as generation.answer_steps yields them, and below it the figures
-that `runs.measure` computes. The conversation is the list of messages that the chat template
+that `runs.answer_rewards` computes. The conversation is the list of messages that the chat template
 writes; without a template, each line is a text to continue.
 """
 import contextlib
+import importlib
 import sys
 from argparse import Namespace
 
 import torch
 
 from errors import UserError, printable, report
-from generation import Sampling, answer_steps, answer_text, check_room, encode_prompts, stop_ids
-from runs import Opened, measure, speaker
+from generation import (
+    Sampling,
+    answer_steps,
+    answer_text,
+    check_prompt_room,
+    encode_prompts,
+    stop_ids,
+)
+from runs import Opened, answer_rewards, speaker
 
 HELP = """/reset begins a new conversation    /reference switches between reference and policy
 /help prints this    /quit or Ctrl-D leaves    Ctrl-C stops an answer"""
@@ -60,14 +68,17 @@ class Chat:
         if not writes_chat(self.args, self.opened):
             print("each line is continued as text, because there is no chat template or --plain")
         sys.stdin.reconfigure(errors="replace")
+        with contextlib.suppress(ImportError):  # on Windows
+            importlib.import_module("readline")  # then input() has arrow keys and a history
         while True:
+            print()
             try:
-                line = input(f"\n{self.side}> ").strip()
+                line = input(f"{self.side}> ").strip()
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
-                print("\n(/quit or Ctrl-D leaves)", end="")
+                print("\n(/quit or Ctrl-D leaves)")
                 continue
             if line == "/quit":
                 return
@@ -96,7 +107,8 @@ class Chat:
             prompt = [*self.history, {"role": "user", "content": line}]
         try:
             prompt_ids, = encode_prompts([prompt], self.opened.tokenizer, ["the conversation"])
-            check_room(self.opened.policy.model, [prompt_ids], ["the conversation (see /reset)"])
+            name = "the conversation (see /reset)"
+            check_prompt_room(self.opened.policy.model, [prompt_ids], [name])
         except UserError as error:
             report(str(error))
             return
@@ -106,7 +118,7 @@ class Chat:
         if isinstance(prompt, list):
             text = answer_text(self.opened.tokenizer, prompt_ids, ids, self.ends)
             self.history = [*prompt, {"role": "assistant", "content": text}]
-        values, = measure(self.opened, self.beta, prompt_ids, [ids])
+        values, = answer_rewards(self.opened, self.beta, prompt_ids, [ids])
         print(f"({figures(values)})")
 
     def stream(self, prompt: list[int]) -> list[int]:

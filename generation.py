@@ -143,7 +143,8 @@ def choose_tokens(logits: torch.Tensor, settings: Sampling, uniform: torch.Tenso
     if settings.temperature == 0:
         return logits.argmax(-1)
     scaled = logits.double() / settings.temperature
-    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    probabilities = scaled.softmax(-1)  # (B, V)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     kept = before < settings.top_p
     kept[:, 0] = True
@@ -256,7 +257,7 @@ def encode_prompts(prompts: list, tokenizer: Any, names: list[str], **options) -
     return rows
 
 
-def check_room(model: torch.nn.Module, prompts: list[list[int]], names: list[str]) -> None:
+def check_prompt_room(model: torch.nn.Module, prompts: list[list[int]], names: list[str]) -> None:
     """Raise a UserError if a prompt leaves the model no position for an answer."""
     most = position_count(model)
     for ids, name in zip(prompts, names):

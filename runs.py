@@ -68,9 +68,9 @@ def find_saved(name: str) -> Saved:
         return find_world_run()
     folder = pathlib.Path(name)
     flags = flags_of(folder)
-    if has_weights(folder) or not flags:
+    if has_model(folder) or not flags:
         return saved_in(folder, name, flags)
-    newest = [path for path in checkpoints(folder) if has_weights(path)]
+    newest = [path for path in checkpoints(folder) if has_model(path)]
     if not newest:
         raise UserError(f"{name}: this run has not saved a model yet; wait for its first "
                         "checkpoint (--save_every) or its end")
@@ -115,7 +115,7 @@ def flags_of(folder: pathlib.Path) -> dict:
     return flags
 
 
-def has_weights(folder: pathlib.Path) -> bool:
+def has_model(folder: pathlib.Path) -> bool:
     """Return whether a folder has a whole model or adapter, and not only the flags of a run."""
     adapted = (folder / "adapter_config.json").exists()
     return adapted or "model_type" in read_run_file(folder)
@@ -230,7 +230,8 @@ def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
 
 
 @torch.no_grad()
-def measure(opened: Opened, beta: float, prompt: list[int], answers: list[list[int]]) -> list[dict]:
+def answer_rewards(opened: Opened, beta: float, prompt: list[int],
+                   answers: list[list[int]]) -> list[dict]:
     """Compute the log-probs of answers to one prompt under policy and reference, as training does,
     and their implicit rewards."""
     row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}

@@ -32,9 +32,9 @@ import data
 import world
 from audit import load_scored_rows, score_file, write_lines
 from chat import Chat, figures, sampling, shown, writes_chat
-from generation import Answer, answer_text, check_room, encode_prompts, generate, stop_ids
+from generation import Answer, answer_text, check_prompt_room, encode_prompts, generate, stop_ids
 from ranges import real_number, whole_number
-from runs import Opened, measure, open_run, speaker
+from runs import Opened, answer_rewards, open_run, speaker
 
 # --- Prompts --------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ def answer_all(args, opened: Opened, beta: float, prompts: list[Prompt]) -> list
         # Both sides get the same random numbers, so that they differ by their models alone.
         generator = torch.Generator().manual_seed(args.seed or 0)
         with speaker(opened, side) as model:
-            check_room(model, rows, [prompt.name for prompt in prompts])
+            check_prompt_room(model, rows, [prompt.name for prompt in prompts])
             by_side[side] = generate(model, opened.tokenizer, rows, settings, generator)
     ends, lines = stop_ids(opened.policy.model, opened.tokenizer), []
     for i, prompt in enumerate(prompts):
@@ -151,7 +151,7 @@ def describe_prompt(opened: Opened, beta: float, prompt: Prompt,
     for name, answer_ids in prompt.answers.items():
         line[name] = {"text": answer_text(opened.tokenizer, prompt.ids, answer_ids, ends)}
         ids[name] = answer_ids
-    measured = measure(opened, beta, prompt.ids, list(ids.values()))
+    measured = answer_rewards(opened, beta, prompt.ids, list(ids.values()))
     for name, values in zip(ids, measured):
         line[name] |= values
         if opened.args.model == "world":
