@@ -2,6 +2,7 @@
 
 dpo.py computes the log-probs of any number of answers. For these losses, this file has
 
+    answer_tensors   the arguments of the loss, in place of dpo.pair_tensors
     answers_loss     the loss of each row and its metrics, in place of dpo.preference_loss
     group_means      the mean over the desirable answers alone, and over the others alone
     partners         rows whose prompts differ: KTO's reference point needs the log-probs of an
@@ -18,6 +19,19 @@ from datasets import Dataset
 
 import data
 from losses import hyperparameters, kind_of, tensor_arguments
+
+
+def answer_tensors(tables: dict, batch: dict, loss) -> dict:
+    """(B, K) tables -> the arguments of the loss: a list keeps its tables; an answer with a label
+    has one number in each, (N,), since K = 1."""
+    if kind_of(loss) == "lists":
+        tensors = tables | {"mask": batch["mask"]}
+    else:
+        tensors = {name: table[:, 0] for name, table in tables.items()}
+        tensors["labels"] = batch["desirable"]
+    if "weight" in batch:
+        tensors["weight"] = batch["weight"]
+    return tensors
 
 
 def answers_loss(tensors: dict, loss, hyper: dict, score=None) -> tuple:

@@ -26,7 +26,7 @@ import torch
 
 import data
 import packing
-from answers import answers_loss
+from answers import answer_tensors, answers_loss
 from dpo import concatenated_inputs, preference_logps, preference_loss
 from losses import kind_of
 from parallel import Ranks, gather, shard, sum_over_ranks
@@ -174,7 +174,10 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
               packed: bool = False, masked: bool = True, most_answers: int = 0) -> Task:
     """The Task of a loss with its variants."""
     options = {"reference_free": variants.reference_free}
-    loss_and_metrics = preference_loss if kind_of(loss) == "pairs" else answers_loss
+    loss_and_metrics = preference_loss
+    if kind_of(loss) != "pairs":
+        options["name_tensors"] = answer_tensors
+        loss_and_metrics = answers_loss
     if variants.wpo:
         clamp = variants.wpo_clamp
         loss = with_wpo(loss, clamp)

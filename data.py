@@ -57,13 +57,18 @@ import pyarrow
 import pyarrow.compute
 import torch
 
+import conversations
+import fields
+import formats
 import layouts
 import loading
+import selection
 import shorten
 import sources
 import templates
 import unread
-from layouts import COLUMNS, LAYOUTS, Shape, examples
+import written
+from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
 from ranges import whole_number
 from registry import Needs, needs_of
@@ -76,7 +81,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    layouts, loading, shorten, sources, templates, unread)]
+    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates,
+    unread, written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -95,7 +101,8 @@ def load_text(source, needs, shape):
         state = open_dataset(source)._fingerprint
     cache_key = {"code": SOURCE, "stamps": state}
     with reading_cache(Exception):
-        rows = datasets.Dataset.from_generator(examples, gen_kwargs=arguments | cache_key)
+        rows = datasets.Dataset.from_generator(
+            examples, layouts.example_features(), gen_kwargs=arguments | cache_key)
     check_whole(rows)
     return rows
 
@@ -293,7 +300,8 @@ def tokenize(batch, tokenizer, needs, limits, options):
 
     # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
     prompt_ids = encode(tokenizer, [text.prompt for text in texts])
-    whole_ids = iter(encode(tokenizer, [whole for text in texts for whole in text.wholes]))
+    wholes_of_all = itertools.chain.from_iterable(text.wholes for text in texts)
+    whole_ids = iter(encode(tokenizer, list(wholes_of_all)))
 
     # Token ids -> rows.
     rows = []
@@ -398,9 +406,10 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
-               "unread": {}, "not_read": {}}
+               "unread": {}, "not_read": {}, "layouts": {}}
     for source in mixture:
         text = load_text(source, needs, shape)
+        account["layouts"][source.name] = find_layout(source, needs, shape)
         count_unread(text, account["unread"])
         files, not_read = find_files(source)
         if len(files) > 1:
@@ -423,9 +432,19 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
                 f"{source.name}: none of its {len(rows)} rows can be used ({reasons})")
         parts.append(usable)
     rows = without_defaults(datasets.concatenate_datasets(mix(parts, mixture)))
+    if needs.kind == "labels":
+        check_labels(spec, rows)
     account["kept"] = len(rows)
     account["left_out"] = sum(map(len, parts)) - len(rows)
     return rows.remove_columns(["problem", "layout_notes", *NOTES]), account
+
+
+def check_labels(spec, rows):
+    """Raise if all answers have the same label."""
+    labels = set(column(rows, "desirable").tolist())
+    if len(labels) == 1:
+        raise UserError(f"{spec}: every answer has the label {str(labels.pop()).lower()}; a loss "
+                        "of labels needs good and bad answers")
 
 
 def without_defaults(rows):
@@ -621,8 +640,10 @@ def describe(account: dict) -> str:
     dropped = sum(entry["count"] for entry in account["dropped"].values())
     if dropped:
         line += f", {dropped} dropped ({list_rows(account['dropped'])})"
+    layouts_read = sorted(set(account["layouts"].values()))
     if account["left_out"]:
         line += f", {account['left_out']} left out by the shares"
+    line += f"; layout {', '.join(layouts_read)}"
     lines = [line]
     for name, entry in account["noted"].items():
         lines.append(f"  {entry['count']} rows: {list_rows({name: entry})}")
@@ -949,7 +970,7 @@ def read_template_kwargs(text):
 
 def read_columns(text):
     """Read --columns. Returns pairs (our name, the file's name)."""
-    ours = COLUMNS
+    ours = known_names()
     pairs = []
     for part in split_list(text):
         name, _, theirs = [word.strip() for word in part.partition("=")]

@@ -26,7 +26,6 @@ from loading import load_tokenizer
 from losses import (
     LOSSES,
     hyperparameters,
-    kind_of,
     needs_of,
     needs_reference,
     sides_of,
@@ -36,6 +35,7 @@ from model import load_model
 from ranges import real_number, whole_number
 
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers
+INPUTS = ("input_ids", "attention_mask", "labels")
 # For a model of your own. Good learning rates are 1e-7 to 1e-6, good betas 0.01 to 0.5.
 SETTINGS = {"lr": 5e-7, "lr_schedule": "linear", "batch_size": 8, "epochs": 1, "beta": 0.1}
 
@@ -96,10 +96,7 @@ def concatenated_inputs(batch):
     if "inputs" in batch:
         return batch["inputs"]
     exists = batch["mask"].T  # (K, B)
-    inputs = {}
-    for name in ("input_ids", "attention_mask", "labels"):
-        inputs[name] = batch[name].transpose(0, 1)[exists]  # (N, T)
-    return inputs
+    return {name: batch[name].transpose(0, 1)[exists] for name in INPUTS}  # (N, T) each
 
 
 def concatenated_forward(model, batch, **options):
@@ -117,13 +114,15 @@ def concatenated_forward(model, batch, **options):
     return tables
 
 
-def preference_logps(policy, reference, batch, loss, reference_free=False, **options):
-    """All tensors that a loss may take from a batch -> {name: tensor}, see `loss_arguments`.
+def preference_logps(policy, reference, batch, loss, reference_free=False, name_tensors=None,
+                     **options):
+    """All tensors that a loss may take from a batch -> {name: (B,)}, as `pair_tensors` names them.
 
     policy, reference   SequenceLogps, or a wrapper of one. The reference is not called if its
                         log-probs are in the batch. They are zeros if the loss has no `ref_*`
                         arguments, or with reference_free
     batch               optionally with scores and the cached ref_logps, (B, K) each
+    name_tensors        in place of pair_tensors, for other rows than pairs: see answers.py
     """
     tables = {name: batch[name] for name in ("scores", "ref_logps") if name in batch}
     # The reference runs first, so that its activations are freed before the policy's exist.
@@ -137,24 +136,17 @@ def preference_logps(policy, reference, batch, loss, reference_free=False, **opt
     if reference_free or "ref_logps" not in tables:
         tables["ref_logps"] = torch.zeros_like(logps)
     tables["ref_logps"] = tables["ref_logps"].to(logps.dtype)
-    return loss_arguments(tables, batch, loss)
+    return (name_tensors or pair_tensors)(tables, batch, loss)
 
 
-def loss_arguments(tables, batch, loss):
-    """Name (B, K) tables as the arguments of a loss. A pair's policy_logps become
-    policy_chosen_logps and policy_rejected_logps, (B,) each; a list keeps its tables."""
-    tensors, kind = {}, kind_of(loss)
+def pair_tensors(tables, batch, loss):
+    """Split (B, 2) tables by side, as the arguments of a loss: policy_logps become
+    policy_chosen_logps and policy_rejected_logps, lengths chosen_lengths and rejected_lengths."""
+    tensors = {name: batch[name] for name in ("weight",) if name in batch}
     for name, table in tables.items():
-        quantity = name.rpartition("_")[2]  # logps
-        owner = name.removesuffix(quantity)  # policy_, ref_ or nothing
-        if kind == "pairs":
-            for k, side in enumerate(sides_of(loss)):
-                tensors[f"{owner}{side}_{quantity}"] = table[:, k]
-        else:
-            tensors[name] = table[:, 0] if kind == "labels" else table
-    for ours, theirs in {"mask": "mask", "desirable": "labels", "weight": "weight"}.items():
-        if ours in batch:
-            tensors[theirs] = batch[ours]
+        owner, _, quantity = name.rpartition("_")  # "policy" and "logps", or "" and "lengths"
+        for k, side in enumerate(sides_of(loss)):
+            tensors[f"{owner}_{side}_{quantity}".lstrip("_")] = table[:, k]
     return tensors
 
 
@@ -174,8 +166,7 @@ def preference_loss(tensors, loss, hyper, score=None):
     losses = loss(**inputs, **hyper)  # (B,)
     if "weight" in tensors:  # a column of the data
         losses = losses * tensors["weight"].to(losses.dtype)
-    metrics = {"loss": losses}
-    metrics |= logps
+    metrics = {"loss": losses} | logps
     if len(logps) == 2:
         metrics |= rewards(loss, tensors, hyper.get("beta", 1.0))
     return losses, {name: value.detach() for name, value in metrics.items()}

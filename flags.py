@@ -22,8 +22,6 @@ import pathlib
 import re
 from collections.abc import Callable
 
-import torch
-
 import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
@@ -35,8 +33,8 @@ from losses import (
     hyperparameters,
     kind_of,
     needs_reference,
+    one_row,
     sides_of,
-    tensor_arguments,
 )
 from ranges import real_number, whole_number
 from variants import Variants, check_variants
@@ -370,10 +368,10 @@ def fill_defaults(args, loss, world_defaults):
     if not args.tokens_per_micro_batch:
         args.micro_batch_size = args.micro_batch_size or 4
     if not args.lr:
-        imitates = sides_of(loss) == ("chosen",)  # as sft does
-        args.lr = 1e-5 if imitates else 5e-7
+        is_sft = sides_of(loss) == ("chosen",)
+        args.lr = 1e-5 if is_sft else 5e-7
         if args.adapter or args.lora_rank:
-            args.lr = 1e-4 if imitates else 5e-6
+            args.lr = 1e-4 if is_sft else 5e-6
     if not args.max_steps:
         args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
@@ -640,19 +638,14 @@ def read_variants(args: argparse.Namespace) -> Variants:
 
 def check_loss(args, loss, hyper):
     """Check the hyper-parameters' ranges and the variants, by calling the loss on one row."""
-    kind, tensors = kind_of(loss), {}
+    kind = kind_of(loss)
     if args.pairs and kind != "pairs":
         raise UserError(f"--pairs {args.pairs}: {loss.__name__} reads no pairs but {kind}")
     if args.unpair and kind != "labels":
         raise UserError(f"--unpair: {loss.__name__} reads no labels but {kind}")
-    shape = (1, 2) if kind == "lists" else (1,)
-    for name in tensor_arguments(loss):
-        tensors[name] = torch.full(shape, 2.0 if "chosen" in name else 1.0)
-        if name in ("labels", "mask"):
-            tensors[name] = tensors[name].bool()
     with naming_flags([*hyper, *Variants._fields]):
         check_variants(loss, hyper, read_variants(args))
-        loss(**tensors, **hyper)
+        loss(**one_row(loss), **hyper)
 
 
 @contextlib.contextmanager

@@ -1,384 +1,300 @@
-"""Finds the prompt and the answers in a row of any layout.
+"""Reads rows of any common layout as one: a prompt, its answers, and what is known of them.
 
-    {"prompt": "a cat", "chosen": " sat", "rejected": " ran"}          texts
-    {"chosen": "... Assistant: sat", "rejected": ...}                  the prompt inside both
-    {"prompt": [{"role": "user", "content": "a cat"}], ...}            messages
-    {"prompt": "[{'role': 'user', ...}]", ...}                         messages as text
+    trl               prompt, chosen, rejected: texts or messages; the prompt may be inside both
+    hh                chosen, rejected: texts with "\\n\\nHuman:" and "\\n\\nAssistant:"
+    sharegpt          conversations of from and value; chosen, rejected
+    alpaca            instruction, input, history; chosen, rejected, or output: a list of two
+    kto               prompt, completion, label; messages and a label
+    ranked            prompt, responses from best to worst
+    scored            responses with scores, ratings or ranks
+    labelled_pair     two answers, and a column that says which one is better
+    openai            input.messages, preferred_output, non_preferred_output
+    orca              system, question, chosen, rejected
+    several_rejected  prompt, chosen, rejected: a list of answers
 
-`examples` yields one layout for all of them: a prompt and its answers, all of them texts or all of
-them lists of messages. Every row of a file must have the layout of the first.
+`examples` finds the layout by the fields of the first row, and every row of a file must have the
+layout of the first. formats.py has a small function for each form of a layout, with fields.py it
+reads the columns, conversations.py separates prompt and answers, selection.py chooses the answers
+that the loss needs, and unread.py lists the columns that nothing reads.
 """
-import ast
-import decimal
 import json
-import math
-import os
-import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
+import datasets
+
+from conversations import TURN, beginning, split_row
 from errors import UserError, nearest, printable
+from fields import Fields, quote_names, without_nulls
+from formats import BOTH, HAVE_VERDICTS, LAYOUTS, SCORES, Form, trl_forms
 from registry import Needs
-from sources import JSON, KeyTwiceError, Source, Unreadable, kind_of_split, read_rows
-from templates import begins_with
-from unread import list_unread
-
-# --- The fields of a row --------------------------------------------------------------------------
-
-# The text before each answer in HH-RLHF and in data sets of its format.
-TURN = "\n\nAssistant:"
+from selection import Shape, choose_answers
+from sources import Source, kind_of_split, read_rows
+from unread import list_unread, texts_of
 
 
-# A number as text. float() alone would read "1_0" and digits of every script too.
-NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+def known_names() -> tuple:
+    """List the names that --columns may give to a column."""
+    names = dict.fromkeys(("prompt", *BOTH, *SCORES, "id", "weight", "tools"))
+    for forms in LAYOUTS.values():
+        for form in forms:
+            names |= dict.fromkeys(form.fields + form.more)
+    return tuple(names)
 
 
-def rename_columns(row, columns, where):
-    """Apply --columns, {our name: the file's name}, to a row."""
-    existing = row if isinstance(row, dict) else {}
-    for name in columns.values():
-        if name not in existing:
-            raise UserError(f"{where}: --columns names {name!r}; the row has "
-                            f"{quote_names(existing)}{nearest(name, existing)}")
-    renamed = {name: value for name, value in row.items() if name not in columns.values()}
-    for ours, theirs in columns.items():
-        renamed[ours] = row[theirs]
-    return renamed
+# --- The layout of a file -------------------------------------------------------------------------
+
+def forms_of(layout, needs):
+    return trl_forms(needs) if layout == "trl" else LAYOUTS[layout]
 
 
-def quote_names(names):
-    return ", ".join(map(repr, names)) or "no fields at all"
+def find_form(layout, values, needs, must_check=True):
+    """Return the first form of a layout that a row may have, or None."""
+    for form in forms_of(layout, needs):
+        is_ok = form.check is None or not must_check
+        if values.keys() >= set(form.fields) and (is_ok or form.check(values)):
+            return form
+    return None
 
 
-def choose_fields(row, where, sides):
-    """Choose the fields to read from every row of a file, by its first row."""
-    names = set(row) if isinstance(row, dict) else set()
-    for fields in (("prompt", *sides), sides, ("chosen", "rejected")):
-        if not names.issuperset(fields):
-            continue
-        # One answer without a prompt must be a dialogue: a text does not mark where the answer
-        # begins.
-        if len(fields) > 1 or isinstance(row[fields[0]], list):
-            return fields
-    needed, existing = ", ".join(("prompt", *sides)), quote_names(sorted(names))
-    raise UserError(f"{where}: needs the fields {needed}, or chosen and rejected with the prompt "
-                    f"inside both (--columns renames other fields); it has {existing}")
+def find_forms(values, needs):
+    """Return {layout: form} of the layouts that a row may have. A form with more fields, or of the
+    same fields with a check of their values, is taken before another one."""
+    forms = {}
+    for layout in LAYOUTS:
+        form = find_form(layout, values, needs)
+        if form:
+            forms[layout] = form
+    return {layout: form for layout, form in forms.items() if not is_covered(form, forms.values())}
 
 
-def read_field(row, field, where):
-    """Read a text, or a list of messages {"role": text, "content": text}."""
-    value = row.get(field) if isinstance(row, dict) else None
-    if value is None:
-        raise UserError(f"{where}: the field '{field}' is missing or null")
-    if isinstance(value, str):
-        texts = [value]
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        value = [read_message(message, field, where) for message in value]
-        texts = []
-        for message in value:
-            texts += message.values()
-    elif isinstance(value, Unreadable):
-        raise UserError(f"{where}: the field '{field}' cannot be read: {value.reason}")
-    else:
-        raise UserError(f"{where}: the field '{field}' holds {beginning(value)}, which is "
-                        "neither text nor a list of messages")
-    if not all(map(is_unicode, texts)):
-        raise UserError(
-            f"{where}: the field '{field}' holds half of a surrogate pair, which is not text")
-    return value
+def is_covered(form, others):
+    for other in others:
+        fields, more = set(form.fields), set(other.fields)
+        if fields < more or (fields == more and other.check and not form.check):
+            return True
+    return False
 
 
-def read_message(message, field, where):
-    """Read the role and the content of a message. `list_unread` checks its other keys."""
-    texts = {key: message.get(key) for key in ("role", "content")}
-    if not all(isinstance(text, str) for text in texts.values()):
-        advice = ""
-        if "from" in message and "value" in message:  # ShareGPT
-            advice = "; rename from to role and value to content"
-        raise UserError(f"{where}: the field '{field}' holds the message {beginning(message, 80)}; "
-                        f"a message has a role and a content, both text{advice}")
-    return texts
+def choose_form(row: Fields, needs: Needs, layout: str) -> tuple[str, Form]:
+    """Choose the layout of a file by its first row. Returns (layout, form)."""
+    if layout not in ("auto", *LAYOUTS):
+        raise UserError(f"{row.where}: --layout {layout}: there is no such layout; there are auto, "
+                        f"{', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+    if layout != "auto":
+        form = find_form(layout, row.values, needs) or find_form(layout, row.values, needs, False)
+        if form is None:
+            raise UserError(describe_missing(row, needs, layout))
+        return layout, form
+    values = {name: value for name, value in row.values.items()
+              if row.name_of_file(name) not in row.ignored}
+    forms = find_forms(values, needs)
+    if len(forms) > 1:
+        kinds = [f"{name} ({', '.join(form.fields)})" for name, form in forms.items()]
+        raise UserError(f"{row.where}: may be of the layout {' or '.join(kinds)}; pass --layout "
+                        f"{' or --layout '.join(forms)}")
+    for name, form in forms.items():
+        return name, form
+    sides = needs.answers or BOTH
+    raise UserError(f"{row.where}: needs the fields {', '.join(('prompt', *sides))}, or chosen and "
+                    "rejected with the prompt inside both (--columns renames other fields); it has "
+                    f"{quote_names(sorted(row.values))}{nearest_layout(row.values)}")
 
 
-def beginning(value, most=60):
-    """Write the beginning of a value as JSON, for an error."""
-    try:
-        return json.dumps(value, default=str)[:most]
-    except (RecursionError, TypeError):  # nested too deep, or keys that are no texts
-        return f"a {type(value).__name__} that JSON cannot write"
+def describe_missing(row, needs, layout):
+    """Say which fields the layout of --layout needs and the row lacks."""
+    # The form with the most fields that are there.
+    fields = max((form.fields for form in forms_of(layout, needs)),
+                 key=lambda fields: len(row.values.keys() & set(fields)) / len(fields))
+    lacking = [name for name in fields if name not in row.values]
+    forms = find_forms(row.values, needs)
+    other = f"; it may be of the layout {' or '.join(forms)}" if forms else ""
+    if not forms:
+        other = nearest_layout(row.values)
+    if row.theirs and find_form(layout, row.of_file, needs):
+        other = "; leave --columns out, which renames them"
+    return (f"{row.where}: --layout {layout} needs the fields {', '.join(fields)}; the row lacks "
+            f"{quote_names(lacking)} and has {quote_names(sorted(row.values))}{other}")
 
 
-def is_unicode(text):
-    """Return False for half of a surrogate pair, which UTF-8 cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def nearest_layout(values):
+    """Name the layout of which a row has at least half of the fields, for the end of an error."""
+    share, near = 0.0, ""
+    for layout, forms in LAYOUTS.items():
+        for form in forms:
+            lacking = [name for name in form.fields if name not in values]
+            here = 1 - len(lacking) / len(form.fields)
+            if lacking and here >= 0.5 and here > share:
+                share = here
+                near = f"; the nearest layout is {layout}, without {quote_names(lacking)}"
+    return near
 
 
-def read_score(row, field, where):
-    """Read a finite number. CSV has it as text, so a text that is a number is one everywhere."""
-    value = row.get(field) if isinstance(row, dict) else None
-    is_number = isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool)
-    is_number = is_number or (isinstance(value, str) and NUMBER.fullmatch(value.strip()))
-    try:
-        score = float(value) if is_number else math.nan
-    except OverflowError:
-        score = math.inf
-    if not math.isfinite(score):
-        raise UserError(f"{where}: the loss reads the field '{field}', a finite number, "
-                        f"and the row has {beginning(value)}; rename a column with --columns "
-                        f"{field}=NAME")
-    return score
+def find_layout(source: Source, needs: Needs, shape: Shape) -> str:
+    """Return the name of the layout of the first row of a source."""
+    for where, row in read_rows(Source(*source)):
+        fields = Fields(row, where, shape.columns, shape.ignored)
+        return choose_form(fields, Needs(*needs), shape.layout)[0]
+    raise UserError(f"{source[0]}: there is no row in it")
+
+
+def layouts_that_read(name: str, row: Fields) -> str:
+    """Say which layout reads a column, or "". name: of the file."""
+    forms = find_forms(row.of_file, Needs())
+    for layout, form in forms.items():
+        if name in form.fields + form.more:
+            without = " without --columns" if row.theirs else ""
+            return f"--layout {layout}{without} reads it"
+    layouts = []
+    for layout, forms in LAYOUTS.items():
+        if any(name in form.fields + form.more for form in forms):
+            layouts.append(layout)
+    noun = "layout" if len(layouts) == 1 else "layouts"
+    return f"the {noun} {', '.join(layouts)} read a column of this name" if layouts else ""
+
+
+# --- The rows of a file ---------------------------------------------------------------------------
+
+def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterator[dict]:
+    """Yield the examples of every row: {id, chat, has_own_prompt, prompt, answers, ranks, scores,
+    labels, weight, options, notes, problem, unread}.
+
+    chat            whether prompt and answers are JSON of messages instead of text
+    has_own_prompt  whether the prompt is a field of the row, or is searched inside the answers
+    answers         best first, if their order is known; ranks, scores: one for each
+    labels          for a loss of labels: one bool
+    options         JSON of what the chat template gets with the messages
+    notes           reasons for the report; problem: why the row has to be dropped
+    unread          a JSON list of the columns and message keys that are not read
+    cache_key       unused here; `datasets` hashes it with the other arguments
+    """
+    source, needs, shape = Source(*source), Needs(*needs), Shape(*shape)
+    layout = form = file_is_chat = None
+    splits = set()
+    for where, row_of_file in read_rows(source):
+        row = Fields(row_of_file, where, shape.columns, shape.ignored)
+        # Every row of a file must have the layout of the first.
+        if form is None:
+            layout, form = choose_form(row, needs, shape.layout)
+        known = form.read(row, needs)
+        if known.prompt is None and "prompt" not in form.fields and row.has("prompt"):
+            raise UserError(f"{where}: has a prompt, and the first row of its file had none; "
+                            "give every row a prompt, or none")
+        names = known.names or [f"answer {i + 1}" for i in range(len(known.answers))]
+        prompt, answers = split_row(known.prompt, dict(zip(names, known.answers)), where)
+        is_chat = not isinstance(prompt, str)
+        if file_is_chat not in (None, is_chat):
+            kind, earlier = ("a list of messages", "text") if is_chat else ("text", "messages")
+            raise UserError(f"{where}: the row is {kind}, but earlier rows are {earlier}; write "
+                            "all rows of the file in one form")
+        file_is_chat = is_chat
+
+        common = {
+            "chat": is_chat,
+            "has_own_prompt": known.prompt is not None,
+            "prompt": json.dumps(prompt) if is_chat else prompt,
+            "weight": weight_of(row),
+            "options": read_options(row, known, is_chat),
+        }
+        common["unread"] = json.dumps(unread_of(row, known, layout))
+        check_one_split(row, splits)
+        written = [json.dumps(answer) if is_chat else answer for answer in answers]
+        for choice in choose_answers(known, needs, shape, where):
+            yield make_example(row, known, choice, written, needs, layout) | common
+
+
+def example_features() -> datasets.Features:
+    """Return the types of the columns of `examples`: `datasets` would take them from the first
+    thousand rows, where every list may be empty."""
+    types = dict.fromkeys(("id", "prompt", "options", "problem", "unread"), "string")
+    types |= {"chat": "bool", "has_own_prompt": "bool", "weight": "float64"}
+    features = {name: datasets.Value(kind) for name, kind in types.items()}
+    lists = {"answers": "string", "ranks": "int64", "scores": "float64", "labels": "bool",
+             "notes": "string"}
+    for name, kind in lists.items():
+        features[name] = datasets.Sequence(datasets.Value(kind))
+    return datasets.Features(features)
+
+
+def make_example(row, known, choice, written, needs, layout):
+    """Make what is different in the examples of one row."""
+    scores, ranks = [], [0] * len(choice.answers)
+    if needs.scores:
+        if not known.scores:
+            raise UserError(f"{row.where}: the loss reads a score of each answer, and this row of "
+                            f"the layout {layout} has none; the layout scored reads them")
+        scores = [float(known.scores[index]) for index in choice.answers]
+    if known.ranks:
+        ranks = [known.ranks[index] for index in choice.answers]
+        places = sorted(set(ranks))
+        ranks = [places.index(rank) for rank in ranks]
+    return {
+        "id": name_row(row) + choice.suffix,
+        "answers": [written[index] for index in choice.answers],
+        "ranks": ranks,
+        "scores": scores,
+        "labels": choice.labels,
+        "notes": [*choice.notes, *sorted(row.notes)],
+        "problem": known.problem or choice.problem,
+    }
+
+
+def weight_of(row):
+    """Read the weight of a row in the loss: 1 where there is no such column."""
+    if not row.has("weight"):
+        return 1.0
+    weight = row.number("weight")
+    if weight < 0:
+        raise UserError(f"{row.where}: the field 'weight' holds {weight:g}; a weight is at least 0")
+    return weight
+
+
+def read_options(row, known, is_chat):
+    """Return JSON of what the chat template gets with the messages: the tools."""
+    options = dict(known.options)
+    if row.has("tools"):
+        options["tools"] = row.list("tools")
+    if row.adds_nulls:
+        options = without_nulls(options)
+    if options and not is_chat:
+        raise UserError(f"{row.where}: the column 'tools' is not read: only a chat template writes "
+                        "tools, and the prompt and the answers are text; write them as messages; "
+                        "--ignore_columns tools trains without it")
+    return json.dumps(options) if options else ""
+
+
+def unread_of(row, known, layout):
+    """List the columns and the keys of messages that are not read."""
+    if row.name_of_file("id") in row.of_file:
+        row.read.add(row.name_of_file("id"))
+    first = known.prompt if known.prompt is not None else known.answers[0]
+    needs_prompt = known.prompt is None and not holds_prompt(first)
+    columns = list_unread(
+        row.of_file, row.read, row.ignored, texts_of(first), needs_prompt,
+        layout in HAVE_VERDICTS, lambda name: layouts_that_read(name, row), row.where)
+    return columns + list(row.unread_keys)
 
 
 def holds_prompt(dialogue):
     """Return whether an answer marks the end of the prompt inside it."""
     if isinstance(dialogue, str):
         return TURN in dialogue
-    roles = [item.get("role") for item in dialogue or [] if isinstance(item, dict)]
-    return len(roles) > 0 and roles[0] != "assistant"
+    return dialogue[0]["role"] != "assistant"
 
 
-# --- Messages that arrive as text -----------------------------------------------------------------
-
-# How messages begin that a CSV cell or a JSON string holds as text.
-MESSAGES_AS_TEXT = re.compile(r""""?\s*(\[\s*)?\{""")
-QUOTED_ROLE = re.compile(r"""["'](role|from)\\*["']\s*:""")
-# The keys of a message: of the usual format, and of ShareGPT.
-MESSAGE_KEYS = (("role", "content"), ("from", "value"))
-
-
-def parse_messages(row, theirs, where):
-    """Replace text that is a list of messages, as JSON or as Python writes it, by the list. theirs
-    has the file's names of our fields."""
-    if not isinstance(row, dict):
-        return row
-    parsed = {}
-    for field in ("prompt", "chosen", "rejected"):
-        name = theirs.get(field, field)
-        text = row.get(name)
-        if isinstance(text, str) and MESSAGES_AS_TEXT.match(text.lstrip()):
-            parsed[name] = parse_message_list(text, name, where)
-    return row | parsed if parsed else row
+def check_one_split(row, splits):
+    """Raise if the rows of a file name two splits. splits: those of the rows before, changed."""
+    if "split" in row.of_file and "split" not in row.read and "split" not in row.ignored:
+        splits.add(kind_of_split(str(row.of_file["split"])))
+    if len(splits - {None}) > 1:
+        raise UserError(f"{row.where}: its column 'split' has {row.of_file['split']!r}, and an "
+                        "earlier row has another split; write each split to a file of its own; "
+                        "--ignore_columns split reads all rows")
 
 
-def parse_message_list(text, field, where):
-    """Parse text that begins as a list of messages does. Other text is returned unchanged."""
-    if not QUOTED_ROLE.search(text):
-        return text
-    value = text
-    try:
-        # A JSON string may hold JSON.
-        while isinstance(value, str):
-            value = JSON.decode(value)
-    except KeyTwiceError as error:
-        raise UserError(f"{where}: the field '{field}' holds messages as text: {error}") from error
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            # Text in braces is an answer; a list with roles is a damaged list of messages.
-            if text.lstrip().startswith("{"):
-                return text
-            raise UserError(f"{where}: the field '{field}' holds a list of messages as text that "
-                            f"is not JSON: {text[:60]!r}; write it as JSON") from None
-    # read_field reports a single message, which is not in a list.
-    messages = [value] if isinstance(value, dict) else value
-    return value if is_message_list(messages) else text
-
-
-def is_message_list(value):
-    if not isinstance(value, list):
-        return False
-    for item in value:
-        keys = set(item) if isinstance(item, dict) else set()
-        if not any(keys.issuperset(pair) for pair in MESSAGE_KEYS):
-            return False
-    return True
-
-
-# --- Prompt and answers apart ---------------------------------------------------------------------
-
-def split_prompt(chosen: str, rejected: str) -> str:
-    """Find the prompt inside two dialogues: their common prefix up to the last turn of the
-    assistant, so that neither answer loses its beginning. Where turns are not marked, the prompt
-    ends before the last white space of the prefix."""
-    shared = os.path.commonprefix([chosen, rejected])
-    if TURN in shared:
-        return shared[:shared.rindex(TURN) + len(TURN)]
-    space = re.search(r"\s\S*$", shared)
-    return shared[:space.start()] if space else ""
-
-
-def split_messages(dialogues):
-    """Find the prompt inside dialogues that are lists of messages: the longest common prefix after
-    which every dialogue continues with a turn of the assistant. Turns of the assistant at the end
-    of this prefix belong to the answers."""
-    for length in range(min(map(len, dialogues)), 0, -1):
-        prompt = dialogues[0][:length]
-        if prompt[-1]["role"] == "assistant":
-            continue
-        answers = [dialogue[length:] for dialogue in dialogues]
-        are_equal = all(dialogue[:length] == prompt for dialogue in dialogues)
-        if are_equal and all(begins_with(answer, ("assistant",)) for answer in answers):
-            return prompt
-    return []
-
-
-def split_row(prompt, answers: dict, where: str):
-    """Separate prompt and answers, which may come in any of the formats.
-
-    answers are {field: answer}. prompt is None where they contain it. Returns prompt and answers,
-    all of them text or all of them lists of messages.
-    """
-    texts = list(answers.values())
-    if isinstance(prompt, list) or any(isinstance(text, list) for text in texts):
-        return split_conversation(prompt, answers, where)
-    if prompt is not None:
-        return prompt, texts
-    if len(texts) == 1:
-        raise UserError(f"{where}: one text without a prompt: where its answer begins is unknown; "
-                        "give it a prompt")
-    prompt = split_prompt(*texts)
-    return prompt, [text[len(prompt):] for text in texts]
-
-
-def split_conversation(prompt, answers_by_field, where):
-    """Separate prompt and answers, as split_row, where one of them is a list of messages."""
-    answers = list(answers_by_field.values())
-    if prompt is None and any(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: one of chosen and rejected is text, the other a list of "
-                        "messages; without a prompt, both must be lists")
-    answers = [as_messages("assistant", answer) for answer in answers]
-    # Answers that continue the prompt.
-    if prompt is not None and all(begins_with(answer, ("assistant", "tool")) for answer in answers):
-        return move_tool_outputs(as_messages("user", prompt), answers)
-    # Answers that are whole dialogues and repeat the prompt.
-    shared = prompt if isinstance(prompt, list) else split_messages(answers)
-    contents = [message["content"].strip() for message in shared]
-    has_prompt = not isinstance(prompt, str) or prompt.strip() in contents
-    repeats = [has_prompt and answer[:len(shared)] == shared for answer in answers]
-    for field, answer, is_repeat in zip(answers_by_field, answers, repeats):
-        if not is_repeat and not begins_with(answer, ("assistant", "tool")):
-            raise UserError(
-                f"{where}: {field} begins with the role {answer[0]['role']!r}; an answer begins "
-                "with the role 'assistant', or repeats the messages of the prompt")
-    if not all(repeats):
-        raise UserError(f"{where}: one answer begins with the role 'assistant', the other repeats "
-                        "the messages of the prompt; write both in one form")
-    return shared, [answer[len(shared):] for answer in answers]
-
-
-def move_tool_outputs(prompt, answers):
-    """Move the outputs of tools that begin all answers to the prompt: the model does not write
-    them. Returns (prompt, answers)."""
-    while begins_with(answers[0], ("tool",)):
-        output = answers[0][0]
-        if any(answer[:1] != [output] for answer in answers):
-            break
-        prompt = prompt + [output]
-        answers = [answer[1:] for answer in answers]
-    return prompt, answers
-
-
-def as_messages(role, value):
-    """Turn a text into one message of this role, and return a list of messages unchanged."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def old_examples(source: Source, sides: tuple, scored=False, columns=(), ignored=(),
-             **cache_key) -> Iterator[dict]:
-    """Yield {id, chat, has_own_prompt, prompt, chosen, rejected, unread} for every row.
-
-    scored          adds {side}_score
-    unread          a JSON list of the columns and message keys that are not read
-    chat            whether prompt and answers are JSON of messages instead of text
-    has_own_prompt  whether the prompt is a field of the row, or is searched inside the answers
-    cache_key       unused here; `datasets` hashes it with the other arguments
-    """
-    fields = file_is_chat = None
-    theirs, kinds = dict(columns), set()
-    for where, row_of_file in read_rows(Source(*source)):
-        row_of_file = parse_messages(row_of_file, theirs, where)
-        row = rename_columns(row_of_file, theirs, where) if columns else row_of_file
-        # Every row of a file must have the format of the first.
-        if fields is None:
-            fields = choose_fields(row, where, sides)
-        if "prompt" not in fields and isinstance(row, dict) and row.get("prompt") is not None:
-            raise UserError(f"{where}: has a prompt, and the first row of its file had none; "
-                            "give every row a prompt, or none")
-        # Columns and keys that are not read, which may be an error.
-        unread = []
-        if isinstance(row, dict):
-            names = {field: theirs.get(field, field) for field in fields}
-            score_names = [f"{side}_score" for side in sides] if scored else []
-            others = [theirs.get(name, name) for name in ("id", *score_names)]
-            read = {*names.values(), *others}
-            dialogue = row_of_file.get(names["chosen" if "chosen" in fields else "rejected"])
-            needs_prompt = "prompt" not in fields and not holds_prompt(dialogue)
-            unread = list_unread(row_of_file, names, dialogue, read, ignored, needs_prompt, where)
-        if "split" in unread and "split" not in ignored:
-            kinds.add(kind_of_split(str(row_of_file["split"])))
-        if len(kinds - {None}) > 1:
-            raise UserError(f"{where}: its column 'split' has {row_of_file['split']!r}, and an "
-                            "earlier row has another split; write each split to a file of its own; "
-                            "--ignore_columns split reads all rows")
-        values = {field: read_field(row, field, where) for field in fields}
-        prompt = values.pop("prompt", None)
-        prompt, answers = split_row(prompt, values, where)
-        is_chat = not isinstance(prompt, str)
-        if file_is_chat not in (None, is_chat):
-            form, earlier = ("a list of messages", "text") if is_chat else ("text", "messages")
-            raise UserError(f"{where}: the row is {form}, but earlier rows are {earlier}; write "
-                            "all rows of the file in one form")
-        file_is_chat = is_chat
-
-        example = {
-            "id": name_row(row, where),
-            "chat": is_chat,
-            "has_own_prompt": "prompt" in fields,
-            "unread": json.dumps(unread),
-        }
-        parts = {"prompt": prompt} | dict(zip(values, answers))
-        for name in ("prompt", *sides):
-            example[name] = json.dumps(parts[name]) if is_chat else parts[name]
-        if scored:
-            for side in sides:
-                name = f"{side}_score"
-                example[name] = read_score(row, name, where)
-        yield example
-
-
-def name_row(row, where):
+def name_row(row):
     """Return the name of a row in errors and logs: file and number, and its id if it has one."""
-    row_id = row.get("id")
+    row_id = row.values.get("id")
     if row_id is None:
-        return where
+        return row.where
     text = beginning(row_id) if isinstance(row_id, (list, dict)) else str(row_id)[:200]
-    return f"{where} (id {printable(text)})"
-
-
-class Shape(NamedTuple):
-    layout: str = "auto"
-    pairs: str | None = None
-    unpair: bool = False
-    columns: tuple = ()
-    ignored: tuple = ()
-
-
-LAYOUTS = {"trl": None}
-COLUMNS = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "id")
-
-
-def examples(source, needs, shape, **cache_key):
-    needs, shape = Needs(*needs), Shape(*shape)
-    for row in old_examples(source, needs.answers or ("chosen", "rejected"), needs.scores,
-                            shape.columns, shape.ignored):
-        sides = needs.answers or ("chosen", "rejected")
-        new = {name: row[name] for name in ("id", "chat", "has_own_prompt", "prompt", "unread")}
-        new |= {"answers": [row[side] for side in sides], "ranks": [0, 1][:len(sides)],
-                "scores": [row[f"{side}_score"] for side in sides] if needs.scores else [],
-                "labels": [], "weight": 1.0, "options": "", "notes": [], "problem": ""}
-        yield new
+    return f"{row.where} (id {printable(text)})"

@@ -104,6 +104,7 @@ from registry import (  # noqa: F401  (other files import these from here: LOSSE
     needs_reference,
     needs_rejected,
     needs_scores,
+    one_row,
     sides_of,
     start_state,
     tensor_arguments,
@@ -1328,16 +1329,17 @@ def update_bco_labels(state: dict, means: dict, beta: float) -> dict:
     """The state of `bco` for the next step: δ of BCO's eq. 7, ½ (mean of the rewards of good
     answers + mean of those of bad answers), with a moving average of each mean.
 
-    state   delta, and the two averages under the names rewards/chosen and rewards/rejected
+    state   delta, and the two averages, mean_chosen_reward and mean_rejected_reward
     means   over the step: rewards/chosen over its good answers, rewards/rejected over its bad ones.
             A step without answers of a label has no such mean, and that average stays.
 
     Where every step has both labels, δ is `update_delta`, as in `bco_pair`.
     """
     averages = {}
-    for name in ("rewards/chosen", "rewards/rejected"):
-        average = state.get(name, 0.0)
-        averages[name] = update_delta(average, means.get(name, average), means.get(name, average))
+    for side in ("chosen", "rejected"):
+        average = state.get(f"mean_{side}_reward", 0.0)
+        reward = means.get(f"rewards/{side}", average)
+        averages[f"mean_{side}_reward"] = update_delta(average, reward, reward)
     return {"delta": sum(averages.values()) / 2} | averages
 
 
@@ -1388,13 +1390,13 @@ def plackett_luce(policy_logps, ref_logps, mask, *, beta=0.1):
     """
     r = beta * (policy_logps - ref_logps)  # (B, K)
     r = r.masked_fill(~mask, 0.0)
-    difference = r[:, None, :] - r[:, :, None]  # (B, K, K): r_j − r_k, k before j
-    # y_k is chosen among itself and the answers after it, without padding.
-    both = mask[:, :, None] & mask[:, None, :]
+    # Choice k is among y_k itself and the answers y_j after it. In a row of padding it is certain.
+    both = mask[:, :, None] & mask[:, None, :]  # (B, K, K): y_k and y_j are answers
     itself = torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
-    takes_part = both.triu(1) | itself
-    choices = difference.masked_fill(~takes_part, -torch.inf).logsumexp(-1)  # (B, K), 0 for padding
-    return choices.sum(-1)
+    takes_part = both.triu() | itself
+    candidates = r[:, None, :].masked_fill(~takes_part, -torch.inf)  # (B, K, K)
+    log_q = candidates.log_softmax(-1).diagonal(dim1=1, dim2=2)  # (B, K): that y_k is chosen
+    return -log_q.sum(-1)
 
 
 @loss("one_best", beta="> 0")
@@ -1412,8 +1414,8 @@ def softmax_dpo(policy_logps, ref_logps, mask, *, beta=1.0):
                this function too.
     """
     r = beta * (policy_logps - ref_logps)  # (B, K)
-    difference = r - r[:, :1]
-    return difference.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    log_q = r.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return -log_q[:, 0]
 
 
 LOSSES["sdpo"] = softmax_dpo

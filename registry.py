@@ -49,7 +49,7 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
 
     Args   tags     properties that the signature cannot express: see losses.py
            update   of a loss with state, see `start_state`: a pure function (state, means, beta) ->
-                    state of the next step. `means` has the metrics of this step, over all pairs
+                    state of the next step. `means` has the metrics of this step, over all rows
            ranges   for every hyper-parameter its range, as `in_range` reads it. A tensor argument
                     may have one too: chosen_scores="> rejected_scores".
 
@@ -62,14 +62,15 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
         unchecked = hyperparameters(function).keys() - ranges.keys()
         if unchecked:
             raise TypeError(f"@loss of {function.__name__}: no range for {', '.join(unchecked)}")
-        names = tensor_arguments(function)
+        names, kind = tensor_arguments(function), kind_of(function)
+        check = check_shapes if kind == "pairs" else check_shapes_and_booleans
         for name in hyperparameters(function):
             read_range(ranges[name])  # a wrong range fails here, not at the first call
 
         @functools.wraps(function)
         def checked(*tensors, **named):
             given = dict(zip(names, tensors, strict=False)) | named
-            check_shapes(function, given)
+            check(function.__name__, kind, given)
             check_ranges(ranges, given)
             return function(*tensors, **named)
 
@@ -83,17 +84,19 @@ def loss(*tags: str, update: Callable | None = None, **ranges: str) -> Callable:
     return register
 
 
-def check_shapes(function, given):
+def check_shapes(loss_name, kind, given):
     """Raise ValueError unless all tensors of rows have one shape, that of the kind of the loss."""
-    per, expected, dimensions = SHAPES[kind_of(function)]
-    shapes = {}
-    for name, value in given.items():
-        if name.endswith(ROW_TENSORS) and value is not None:
-            shapes[name] = tuple(value.shape)
-    is_wrong = any(len(shape) != dimensions for shape in shapes.values())
-    if is_wrong or len(set(shapes.values())) > 1:
-        raise ValueError(f"{function.__name__} takes one number per {per}, all tensors of one "
-                         f"shape {expected}, got {shapes}")
+    per, expected, dimensions = SHAPES[kind]
+    shapes = {name: tuple(value.shape) for name, value in given.items()
+              if name.endswith(ROW_TENSORS) and value is not None}
+    if len(set(shapes.values())) > 1 or any(len(each) != dimensions for each in shapes.values()):
+        raise ValueError(f"{loss_name} takes one number per {per}, all tensors of one shape "
+                         f"{expected}, got {shapes}")
+
+
+def check_shapes_and_booleans(loss_name, kind, given):
+    """Raise ValueError as check_shapes, and unless labels and mask are booleans."""
+    check_shapes(loss_name, kind, given)
     for name in ("labels", "mask"):
         if name in given and given[name].dtype != torch.bool:
             raise ValueError(f"{name} must be a tensor of bool, got {given[name].dtype}")
@@ -227,6 +230,17 @@ def needs_kl(function: Callable) -> bool:
     """Return whether a loss takes `kl`: the mean, over all answers of the optimizer step, of the
     log-ratio of an answer to the prompt of another row. The trainer computes it in every step."""
     return "kl" in tensor_arguments(function)
+
+
+def one_row(function: Callable) -> dict[str, torch.Tensor]:
+    """Return the tensors of one row, with which a call of the loss checks its hyper-parameters."""
+    shape = (1,) * SHAPES[kind_of(function)][2]
+    tensors = {}
+    for name in tensor_arguments(function):
+        tensors[name] = torch.full(shape, 2.0 if "chosen" in name else 1.0)
+        if name in ("labels", "mask"):
+            tensors[name] = tensors[name].bool()
+    return tensors
 
 
 def start_state(function: Callable) -> dict[str, float]:

@@ -33,7 +33,11 @@ def shorten_texts(texts: list, most: int, tokenizer: Any) -> list:
     """Shorten the strings of each RowText whose first and last `most` tokens are all that
     truncation keeps of its prompt and of its answers."""
     limit = CHARACTERS * most + SLACK_CHARACTERS
-    long = [i for i, text in enumerate(texts) if max(map(len, text.wholes)) > limit]
+    # The spans of a row with unscored turns count characters, so such a row stays as it is.
+    long = []
+    for i, text in enumerate(texts):
+        if max(map(len, text.wholes)) > limit and not any(text.scored):
+            long.append(i)
     boundaries = find_boundaries(tokenizer) if long else None
     if boundaries is None:
         return texts

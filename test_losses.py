@@ -27,6 +27,7 @@ from losses import (
     bco_pair,
     beta_dpo,
     bpo,
+    bpo_hinge,
     cal_dpo,
     capped_exp,
     chipo,
@@ -42,6 +43,7 @@ from losses import (
     hyperparameters,
     hypo,
     ipo,
+    kind_of,
     kto_pair,
     nca_pair,
     needs_reference,
@@ -70,8 +72,9 @@ from losses import (
 )
 
 NAMES = [name for name, function in LOSSES.items() if name == function.__name__]
+OF_PAIRS = [name for name in NAMES if kind_of(LOSSES[name]) == "pairs"]
 PAIRWISE = [name for name in NAMES if compares_answers(LOSSES[name])]
-WITH_REFERENCE = [name for name in NAMES if needs_reference(LOSSES[name])]
+WITH_REFERENCE = [name for name in OF_PAIRS if needs_reference(LOSSES[name])]
 MARGIN = [name for name in NAMES if "margin" in LOSSES[name].tags]
 # The loss of a pair depends on the others.
 BATCH_COUPLED = {"aot", "aot_unpaired", "kto_pair", "beta_dpo", "dr_dpo"}
@@ -93,6 +96,36 @@ def random_pairs(size=6, seed=0, dtype=torch.float64):
     worse = torch.randn(size, generator=generator, dtype=dtype)
     better = worse + 0.1 + torch.rand(size, generator=generator, dtype=dtype)
     return pairs | {"rejected_scores": worse, "chosen_scores": better}
+
+
+def random_answers(size=6, seed=0, dtype=torch.float64):
+    """{argument: (N,)} of a loss of answers with labels."""
+    pairs = random_pairs(size, seed, dtype)
+    return {
+        "policy_logps": pairs["policy_chosen_logps"],
+        "ref_logps": pairs["ref_chosen_logps"],
+        "labels": torch.arange(size) % 3 > 0,
+    }
+
+
+def random_lists(size=6, seed=0, dtype=torch.float64, answers=4):
+    """{argument: (B, K)} of a loss of lists, where every third list has an answer less than K."""
+    pairs = random_pairs(size * answers, seed, dtype)
+    last_of_third = (torch.arange(size)[:, None] % 3 == 1) & (torch.arange(answers) == answers - 1)
+    return {
+        "policy_logps": pairs["policy_chosen_logps"].view(size, answers),
+        "ref_logps": pairs["ref_chosen_logps"].view(size, answers),
+        "mask": ~last_of_third,
+        "scores": pairs["rejected_scores"].view(size, answers),
+    }
+
+
+RANDOM = {"pairs": random_pairs, "labels": random_answers, "lists": random_lists}
+
+
+def random_rows(name, size=6, seed=0, dtype=torch.float64):
+    """The tensors of random pairs, answers or lists, whichever the loss of that name takes."""
+    return RANDOM[kind_of(LOSSES[name])](size, seed, dtype)
 
 
 def call(name, tensors, **hyper):
@@ -265,6 +298,7 @@ AT_REFERENCE = {  # lengths 1, scores that differ by 1, averages of −20 and �
     "rpo_fwd_kl": math.log1p(math.exp(-1)) + 0.5 - LOG_2,
     "dpo_shift": LOG_2,
     "bpo": LOG_2,
+    "bpo_hinge": 1.0,
     "hypo": LOG_2,
     "beta_dpo": LOG_2,
     "alpha_dpo": math.log1p(math.exp(1.5 - 2.5 * 10)),
@@ -313,10 +347,17 @@ def dr_dpo_in_words(t, a, b):
     return dw, -dw
 
 
+def bpo_hinge_in_words(t, a, b):
+    below = torch.minimum(a, -0.3 * b) < 1 / 0.1
+    chosen_lags, rejected_lags = below & (a < -0.3 * b), below & (a > -0.3 * b)
+    return -0.1 * chosen_lags.double(), 0.1 * 0.3 * rejected_lags.double()
+
+
 IN_WORDS = {  # pages whose Gradient is a sentence: ∂L/∂w, ∂L/∂l with the arguments of HYPER
     "aot": aot_in_words,
     "aot_unpaired": aot_unpaired_in_words,
     "dr_dpo": dr_dpo_in_words,
+    "bpo_hinge": bpo_hinge_in_words,
 }
 HYPER = {
     "sigmoid": dict(beta=0.3, label_smoothing=0.1),
@@ -362,7 +403,7 @@ def moderate_pairs():
     return pairs | {"policy_target_logps": pairs["policy_chosen_logps"].flip(0)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_every_form_of_the_formula_that_the_page_prints_is_the_loss(name):
     pairs, hyper = moderate_pairs(), HYPER.get(name, {}) | MORE_TERMS.get(name, {})
     forms = page_of(name, pairs, hyper).losses()
@@ -371,7 +412,7 @@ def test_every_form_of_the_formula_that_the_page_prints_is_the_loss(name):
         assert torch.allclose(call(name, pairs, **hyper), form, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_every_form_of_the_gradient_that_the_page_prints_is_the_derivative_of_the_loss(name):
     """If the page says it in words, IN_WORDS writes it out. The page of a margin loss may print
     ∂L/∂w alone: ∂L/∂l differs in the sign."""
@@ -940,6 +981,18 @@ def test_bpo_gives_each_side_half_of_its_gradient_at_a_tie_as_at_the_reference()
     assert dw.item() == pytest.approx(-0.1 / 4) and dl.item() == pytest.approx(0.3 * 0.1 / 4)
     tie = gradients(bpo, pair(3.0, tensor(-10.0)), beta=0.1, bpo_alpha=0.3)
     assert tie[0] < 0 < tie[1]
+
+
+def test_the_hinge_of_bpo_is_hinge_on_the_answer_that_lags_behind_and_ends_at_its_target():
+    pairs = random_pairs()
+    a, b = ratios(pairs)
+    lagging = torch.minimum(a, -0.3 * b)
+    expected = of(hinge, lagging, beta=0.02)
+    assert torch.allclose(call("bpo_hinge", pairs, beta=0.02, bpo_alpha=0.3), expected)
+    done, short, tie = pair(tensor(10.1, 9.9, 0.0), tensor(-34.0, -34.0, 0.0)), [-0.1, 0.0], 0.015
+    dw, dl = gradients(bpo_hinge, done, beta=0.1, bpo_alpha=0.3)
+    assert dw.tolist() == pytest.approx([0.0, short[0], -0.05])
+    assert dl.tolist() == pytest.approx([0.0, short[1], tie])
 
 
 def test_no_fall_of_the_rejected_answer_pays_for_a_fall_of_the_chosen_one_in_bpo():
@@ -1576,7 +1629,7 @@ def test_the_other_losses_with_a_reference_see_more_than_a_margin(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_agree_with_finite_differences(name):
-    pairs = random_pairs()
+    pairs = random_rows(name)
     for key in pairs:
         if "logps" in key:
             pairs[key] = pairs[key] / 20  # small, because χPO takes eᵃ
@@ -1598,22 +1651,25 @@ def test_gradients_agree_with_finite_differences(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_there_is_one_loss_per_pair_for_any_number_of_pairs(name, size):
-    pairs = random_pairs(5)
+def test_there_is_one_loss_per_row_for_any_number_of_rows(name, size):
+    pairs = random_rows(name, 5)
     mean_length = {"mean_chosen_length": 7.5}  # so that no loss averages over its batch
     whole = call(name, pairs | mean_length)
     part = call(name, {k: v[:size] for k, v in pairs.items()} | mean_length)
     assert part.shape == (size,)
     if name not in BATCH_COUPLED:
-        assert torch.equal(part, whole[:size])
+        rounding = 0 if kind_of(LOSSES[name]) == "pairs" else 1e-14
+        assert torch.allclose(part, whole[:size], rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_has_the_weighted_mean_loss_of_its_parts_unless_its_pairs_are_coupled(name):
-    pairs = random_pairs(12)
+    pairs = random_rows(name, 12)
     parts = [{k: v[i:j] for k, v in pairs.items()} for i, j in ((0, 3), (3, 4), (4, 12))]
     pooled = sum(call(name, part).sum() for part in parts) / 12
-    mean_length = {"mean_chosen_length": pairs["chosen_lengths"].double().mean()}
+    mean_length = {}
+    if "chosen_lengths" in pairs:
+        mean_length = {"mean_chosen_length": pairs["chosen_lengths"].double().mean()}
     with_mean_length = sum(call(name, part | mean_length).sum() for part in parts) / 12
     whole = call(name, pairs).mean()
     assert torch.allclose(whole, pooled) == (name not in BATCH_COUPLED | TOKEN_MEAN)
@@ -1623,10 +1679,11 @@ def test_a_batch_has_the_weighted_mean_loss_of_its_parts_unless_its_pairs_are_co
 
 @pytest.mark.parametrize("name", NAMES)
 def test_token_level_tensors_and_unequal_shapes_are_refused(name):
-    pairs = random_pairs(2)
-    with pytest.raises(ValueError, match="one number per pair"):
-        call(name, {k: v[:, None].expand(2, 3) for k, v in pairs.items()})
-    with pytest.raises(ValueError, match="one number per pair"):
+    pairs = random_rows(name, 2)
+    per = "pair" if kind_of(LOSSES[name]) == "pairs" else "answer"
+    with pytest.raises(ValueError, match=f"{name} takes one number per {per}"):
+        call(name, {k: v[..., None].expand(*v.shape, 3) for k, v in pairs.items()})
+    with pytest.raises(ValueError, match=f"{name} takes one number per {per}"):
         first = tensor_arguments(LOSSES[name])[0]
         call(name, pairs | {first: pairs[first][:1]})
 
@@ -1654,6 +1711,10 @@ OUT_OF_RANGE = {
     "alpha_dpo_alpha": [-0.1, math.inf, math.nan],
     "dr_beta": [0.0, -1.0, math.inf, math.nan],
     "repo_gamma": [-0.1, math.inf, math.nan],
+    "desirable_weight": [-1.0, math.inf, math.nan],
+    "undesirable_weight": [-1.0, math.inf, math.nan],
+    "nca_alpha": [0.0, -1.0, math.inf, math.nan],
+    "exo_beta_r": [0.0, -1.0, math.inf, math.nan],
 }
 AT_THE_EDGE = {  # in range
     "label_smoothing": [1e-9, 0.499],
@@ -1676,6 +1737,10 @@ AT_THE_EDGE = {  # in range
     "alpha_dpo_alpha": [0.0],
     "dr_beta": [1e-9],
     "repo_gamma": [0.0],
+    "desirable_weight": [0.0],
+    "undesirable_weight": [0.0],
+    "nca_alpha": [1e-9],
+    "exo_beta_r": [1e-9],
 }
 HYPERPARAMETERS = []
 for _name in NAMES:
@@ -1687,13 +1752,13 @@ def test_a_hyper_parameter_out_of_range_is_refused_by_name_and_value(name, param
     extra = [0.0] if (name, parameter) == ("exo_pair", "label_smoothing") else []
     for value in OUT_OF_RANGE[parameter] + extra:
         with pytest.raises(ValueError, match=rf"{parameter} must be .*{value}"):
-            call(name, random_pairs(), **{parameter: value})
+            call(name, random_rows(name), **{parameter: value})
 
 
 @pytest.mark.parametrize("name, parameter", HYPERPARAMETERS)
 def test_a_hyper_parameter_at_the_edge_of_its_range_is_accepted(name, parameter):
     for value in AT_THE_EDGE.get(parameter, []):
-        assert call(name, random_pairs(), **{parameter: value}).isfinite().all()
+        assert call(name, random_rows(name), **{parameter: value}).isfinite().all()
 
 
 @pytest.mark.parametrize("name, parameter", HYPERPARAMETERS)
@@ -1735,7 +1800,7 @@ def test_a_range_reads_as_in_mathematics(text, inside, outside):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_loss_reads_a_value_back_from_the_device(name):
     """A read makes the CPU wait for a GPU. Tensors on the meta device have no values to read."""
-    pairs = {key: value.to("meta") for key, value in random_pairs().items()}
+    pairs = {key: value.to("meta") for key, value in random_rows(name).items()}
     assert call(name, pairs).shape == (6,)
 
 
@@ -1773,10 +1838,10 @@ def test_the_capped_exponential_is_exact_below_its_cap_and_finite_and_rising_bey
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_changes_none_of_its_arguments_and_keeps_no_state(name):
-    pairs = random_pairs()
+    pairs = random_rows(name)
     before = {k: v.clone() for k, v in pairs.items()}
     first = call(name, pairs)
-    call(name, random_pairs(seed=1))
+    call(name, random_rows(name, seed=1))
     assert torch.equal(call(name, pairs), first)
     assert all(torch.equal(pairs[key], before[key]) for key in pairs)
 
@@ -1796,7 +1861,7 @@ def copied(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_of_a_loss_without_its_decorator_runs_with_torch_alone(name):
-    pairs = {k: v for k, v in random_pairs().items() if k in tensor_arguments(LOSSES[name])}
+    pairs = {k: v for k, v in random_rows(name).items() if k in tensor_arguments(LOSSES[name])}
     assert torch.equal(copied(name)(**pairs), call(name, pairs))
 
 
@@ -1805,7 +1870,7 @@ def test_the_signature_says_what_a_loss_needs():
     assert hyperparameters(sigmoid) == {"beta": 0.1, "label_smoothing": 0.0}
     assert not needs_reference(sft) and not needs_rejected(sft) and hyperparameters(sft) == {}
     free = {"cpo", "simpo", "alphapo", "repo", "simper", "orpo", "slic", "sft"}
-    assert set(NAMES) - set(WITH_REFERENCE) == free
+    assert set(OF_PAIRS) - set(WITH_REFERENCE) == free
     assert sides_of(sigmoid) == ("chosen", "rejected") and sides_of(sft) == ("chosen",)
     assert sides_of(npo) == ("rejected",) and needs_reference(npo)
     assert sides_of(find("npo,sft")) == ("chosen", "rejected")
@@ -1832,6 +1897,9 @@ def test_the_table_has_each_loss_once_in_the_group_of_what_it_reads():
     scores = {"odpo", "score_margin", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"}
     assert set(groups["Pairs with scores, and a reference"]) == scores
     assert set(groups["Pairs"]) == set(PAIRWISE) - set(WITH_REFERENCE)
+    assert set(groups["Labels"]) == {"kto", "apo_zero_unpaired", "bco"}
+    lists = {"plackett_luce", "softmax_dpo", "infonca", "nca", "exo"}
+    assert set(groups["Lists of K answers"]) == lists
 
 
 def test_a_figure_of_every_margin_loss_is_drawn(tmp_path):

@@ -362,16 +362,11 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
     A row of another kind than a pair is treated alike: see answers.py.
 
-    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs,
-               and those of the mismatched answers before for KTO
+    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs
     stopping   whether this rank caught a signal. The metric "stop" is above 0 if any rank did
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
-    # The reference point of KTO is a number of the whole step.
-    if needs_kl(task.loss):
-        kl = mismatched_kl(task, unwrap(policy), reference, batches, step.pieces, step.count, ranks)
-        step = step._replace(state=step.state | {"kl": kl})
     # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
     # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
     logp_grads, all_metrics = None, None
@@ -811,11 +806,17 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     tokens = run.tokens[window]
     mean_length = float(run.first_lengths[window].mean())
     state = {"mean_chosen_length": mean_length} | loss_state
-    step = Step(number, len(window), split_step(args, len(window), tokens, ranks), state)
+    pieces = split_step(args, len(window), tokens, ranks)
+    if needs_kl(run.task.loss):  # the reference point of KTO is a number of the whole step
+        state["kl"] = mismatched_kl(run.task, run.model, run.reference, batches, pieces,
+                                    len(window), ranks)
+    step = Step(number, len(window), pieces, state)
 
     # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
     torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
     values = {"lr": run.scheduler.get_last_lr()[0]}
+    if "kl" in state:
+        values["kl"] = state["kl"].item()
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
                          args.max_grad_norm, stopping, ranks)
     run.scheduler.step()

@@ -1,8 +1,8 @@
 """Lists the columns of a row, and the keys of a message, that are not read.
 
 The report names them with their number of rows. A row is an error if one of them holds a part of
-what the model should see (a system prompt, an image), or says that the row should not be trained on
-as it is (label: false):
+what the model should see (a system prompt, an image), or says which answer is better and no layout
+read it (labels, winner):
 
     {"prompt": ..., "chosen": ..., "rejected": ..., "source": "web", "system": "Be brief."}
                                                      listed           an error
@@ -12,7 +12,7 @@ Names are compared by `plain_name`.
 import functools
 import json
 import re
-from typing import Any
+from collections.abc import Callable
 
 from errors import UserError, nearest
 
@@ -35,10 +35,17 @@ PROMPT_NAMES = {
     "message", "conversation", "trajectory", "dialogue", "request", "post", "user", "human",
     "input", "context", "history",
 }
-# False says that a row or a message should not be trained on, or that an answer is bad.
-SWITCHES = {"label", "train", "trainable", "loss"}
-# Every row counts the same, so a weight may only be 1.
+# False says that a row or a message should not be trained on.
+SWITCHES = {"train", "trainable", "loss", "label"}
+# Only a column of the name `weight` is read, so these may only be 1.
 WEIGHTS = {"weight", "sampleweight", "lossweight"}
+# Columns that say which answer is good or better, or by how much. Names with digits, because
+# score_0 is a verdict, and score is not.
+VERDICTS = {
+    "label", "labels", "kto_tag", "better_response_id", "preference", "overall_preference",
+    "preference_strength", "winner", "winner_model_a", "winner_model_b", "margin",
+    "score_a", "score_b", "score_0", "score_1",
+}
 
 
 # Texts that hold nothing.
@@ -70,9 +77,14 @@ def is_blank(value):
 
 def texts_of(value):
     """Return the texts of a field: a text, or the contents of messages."""
-    items = value if isinstance(value, list) else [value]
-    items = [item.get("content") if isinstance(item, dict) else item for item in items]
-    return [item for item in items if isinstance(item, str)]
+    texts = []
+    for item in value if isinstance(value, list) else [value]:
+        content = item.get("content") if isinstance(item, dict) else item
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                texts.append(text)
+    return texts
 
 
 def is_repeated(value, texts):
@@ -99,7 +111,7 @@ def why_it_matters(name, value, context, texts):
     plain = plain_name(name)
     written = "" if isinstance(value, (list, dict)) else str(value).strip()
     if plain in WEIGHTS and written not in ("1", "1.0", "True"):
-        return "every row counts the same"
+        return "it is a weight, and every text would count the same"
     if plain in SWITCHES and written.lower() == "false":
         return "it says false, and the text would be trained on"
     holds_content = isinstance(value, (str, list, tuple, dict, bytes))
@@ -108,59 +120,86 @@ def why_it_matters(name, value, context, texts):
     return ""
 
 
-def list_unread(row: dict, fields: dict, dialogue: Any, read: set, ignored: tuple,
-                needs_prompt: bool, where: str) -> list:
-    """List the columns and the message keys that are not read: `source`, `chosen[].name`.
+def list_unread(row: dict, read: set, ignored: tuple, texts: list, needs_prompt: bool,
+                has_verdict: bool, layouts_that_read: Callable, where: str) -> list:
+    """List the columns that are not read.
 
-    fields          {our name: the file's name} of the prompt and the answers
-    dialogue        the value of the first answer, which may have the prompt inside
-    read            the names of all columns that are read
-    ignored         the names of --ignore_columns
-    needs_prompt    whether the row does not show where its prompt ends
+    read               the names of the columns that are read
+    ignored            the names of --ignore_columns
+    texts              the texts of the prompt, or of the first answer with the prompt inside
+    needs_prompt       whether the row does not show where its prompt ends
+    has_verdict        whether the layout reads from a column which answer is better
+    layouts_that_read  a function of a column's name: the advice which layout reads it, or ""
     """
     unread = []
-    prompt = texts_of(row.get(fields["prompt"]) if "prompt" in fields else dialogue)
     for name, value in row.items():
         if name in read or (is_blank(value) and name not in ignored):
             continue
         may_be_prompt = needs_prompt and (plain_name(name) in PROMPT_NAMES or is_question(value))
         context = CONTEXT | {plain_name(name)} if may_be_prompt else CONTEXT
-        reason = why_it_matters(name, value, context, prompt)
+        reason = why_it_matters(name, value, context, texts)
+        if not has_verdict and str(name).lower() in VERDICTS:
+            reason = "it says which answer is good or better, or by how much"
         if reason and name not in ignored:
-            advice = "write it into the prompt, or remove the column"
-            if plain_name(name) in WEIGHTS | SWITCHES:
-                advice = "remove the row or the column"
-            if may_be_prompt:
-                advice = f"if it is the prompt, pass --columns prompt={name}"
+            advice = advise(name, may_be_prompt, layouts_that_read(name))
             raise UserError(f"{where}: the column '{name}' is not read: {reason}; {advice}; "
                             f"--ignore_columns {name} trains without it")
         unread.append(name)
-    for field, name in fields.items():
-        unread += list_unread_keys(row.get(name), field, ignored, where)
     return unread
+
+
+def advise(name, may_be_prompt, layouts):
+    """Say what to do about a column that matters and is not read."""
+    advice = "write it into the prompt, or remove the column"
+    if plain_name(name) in WEIGHTS:
+        advice = "--columns weight=" + str(name) + " reads it"
+    elif plain_name(name) == "margin":
+        advice = "losses with scores read chosen_score and rejected_score"
+    elif plain_name(name) == "chattemplatekwarg":
+        advice = "--template_kwargs gives the chat template the same for all rows"
+    elif plain_name(name) in SWITCHES or str(name).lower() in VERDICTS:
+        advice = "remove the row or the column"
+    if may_be_prompt:
+        advice = f"if it is the prompt, pass --columns prompt={name}"
+    return f"{layouts}, or {advice}" if layouts else advice
 
 
 def is_question(value):
     return isinstance(value, str) and value.rstrip().endswith("?")
 
 
-def list_unread_keys(value, field, ignored, where):
-    """List the keys of the messages of one field, as list_unread."""
+def list_unread_keys(messages: list, field: str, kept: tuple, ignored: tuple, where: str) -> list:
+    """List the keys of the messages of one field that are not read: `chosen[].id`.
+
+    kept    the keys that messages keep besides role and content
+    """
     unread = {}
-    messages = value if isinstance(value, list) else []
     for message in messages:
-        items = message.items() if isinstance(message, dict) else ()
-        for key, content in items:
-            if key in ("role", "content") or (is_blank(content) and key not in ignored):
+        read = list(kept)
+        # ShareGPT's names, where the others are missing.
+        for name, other in (("role", "from"), ("content", "value")):
+            read.append(name if message.get(name) is not None else other)
+        for key, content in message.items():
+            if (key in read and key not in ignored) or (is_blank(content) and key not in ignored):
+                continue
+            if key in ("role", "content"):
                 continue
             reason = why_it_matters(key, content, MESSAGE_CONTEXT, texts_of([message]))
             if reason and key not in ignored:
                 raise UserError(
                     f"{where}: the field '{field}' holds a message with {key}, which is not read: "
-                    f"{reason}; write it into the content; --ignore_columns {key} trains without "
-                    "it")
+                    f"{reason}; {advise_key(key)}; --ignore_columns {key} trains without it")
             unread[f"{field}[].{key}"] = True
     return list(unread)
+
+
+def advise_key(key):
+    """Say what to do about a key of a message that matters and is not read."""
+    if plain_name(key) in SWITCHES | WEIGHTS:
+        return 'write "train": false to leave the message out of the loss'
+    if "think" in plain_name(key) or "reason" in plain_name(key):
+        return "name it reasoning_content, or write it into the content"
+    return "write it into the content"
 
 
 def count_unread(text, unread: dict):

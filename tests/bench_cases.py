@@ -12,9 +12,10 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from layouts import examples
+from layouts import Shape, examples
 from loading import load_tokenizer
 from model import new_model, save_model
+from registry import Needs
 from sources import Source
 
 # Hidden size and layers; the names say roughly how many weights there are without embeddings.
@@ -38,11 +39,10 @@ def pieces(tokenizer, ids, prompt, answer):
 def read_pairs(path):
     """The rows that training would keep."""
     rows = []
-    for example in examples(Source(path), ("chosen", "rejected")):
-        row = {name: example[name] for name in ("prompt", "chosen", "rejected")}
-        chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
-        if chosen and rejected and chosen != rejected:
-            rows.append(row)
+    for example in examples(Source(path), Needs(), Shape()):
+        chosen, rejected = example["answers"]
+        if chosen.strip() and rejected.strip() and chosen.strip() != rejected.strip():
+            rows.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected})
     return rows
 
 

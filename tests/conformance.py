@@ -10,6 +10,7 @@ measurements, and requires a reason for every difference. What each function of 
 takes (sums or averages, one gamma or another) is translated here; the rest is their code.
 """
 import ast
+import collections
 import datetime
 import importlib
 import importlib.metadata
@@ -24,9 +25,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from losses import find, hyperparameters, tensor_arguments
+from losses import find, hyperparameters, kind_of, tensor_arguments
 
 PAIRS = 64
+KL = 1.5  # the mean log-ratio of mismatched prompts and answers
 ROUNDING = 1e-6  # a larger difference is no rounding: TRL and Liger compute parts in float32
 PACKAGES = {
     "TRL": "trl",
@@ -66,8 +68,16 @@ def make_pairs():
 
 def ours(spec, tensors, hyper):
     loss = find(spec)
+    if kind_of(loss) == "labels":
+        tensors = as_answers(tensors)
     given = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
     return loss(**given, **hyperparameters(loss) | hyper).mean()
+
+
+def as_answers(tensors):
+    """Chosen answers as good ones, then rejected answers as bad ones, and kl. (2 * PAIRS,)"""
+    return {"policy_logps": torch.cat(sums(tensors)), "ref_logps": torch.cat(references(tensors)),
+            "labels": torch.arange(2 * PAIRS) < PAIRS, "kl": KL}
 
 
 def sums(tensors):
@@ -101,9 +111,8 @@ class TokenLogps(torch.nn.Module):
                                is_top1=zeros.bool(), log_sum_sq_probs=zeros, logits=zeros)
 
 
-def trl_dpo(names, tensors, hyper, weights=None):
-    """DPOTrainer's mean loss. The trainer is an object with the attributes that it reads."""
-    import trl
+def trl_trainer(tensors, settings):
+    """A trainer with the attributes that TRL's losses read, and the inputs of its losses."""
     lengths = torch.cat([tensors["chosen_lengths"], tensors["rejected_lengths"]])
     width = int(lengths.max()) + 1
     places = torch.arange(width)
@@ -114,16 +123,38 @@ def trl_dpo(names, tensors, hyper, weights=None):
     trainer = MagicMock()
     trainer.accelerator.device = torch.device("cpu")
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
-    trainer.args.discopop_tau = hyper.get("discopop_tau")
+    models = dict(model=TokenLogps(*sums(tensors), lengths),
+                  ref_model=TokenLogps(*references(tensors), lengths))
+    for name, value in (models | settings).items():
+        setattr(trainer, name, value)
+    return trainer, inputs
+
+
+def trl_dpo(names, tensors, hyper, weights=None):
+    """DPOTrainer's mean loss."""
+    import trl
     settings = dict(
         beta=0.1, label_smoothing=0.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5,
         ld_alpha=None, use_weighting=False, aux_loss_enabled=False, precompute_ref_logps=False,
         loss_types=names, loss_weights=weights or [1.0] * len(names), _total_train_tokens=0,
-        _tp_size=1, model=TokenLogps(*sums(tensors), lengths),
-        ref_model=TokenLogps(*references(tensors), lengths))
-    for name, value in (settings | hyper).items():
-        setattr(trainer, name, value)
+        _tp_size=1)
+    trainer, inputs = trl_trainer(tensors, settings | hyper)
+    trainer.args.discopop_tau = hyper.get("discopop_tau")
     return trl.DPOTrainer._compute_loss(trainer, trainer.model, inputs, False)
+
+
+def trl_kto(kind, tensors, hyper):
+    """KTOTrainer's mean loss, where the mismatched answers have a log-ratio of KL."""
+    import trl
+    settings = dict(
+        loss_type=kind, calculate_KL=kind == "kto", aux_loss_enabled=False,
+        precompute_ref_logps=False, _total_train_tokens=0, _tp_size=1,
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)))
+    trainer, inputs = trl_trainer(tensors, settings | hyper)
+    mismatched = {trainer.model: torch.full((2 * PAIRS,), KL), trainer.ref_model: torch.zeros(1)}
+    trainer._compute_kl_logps = lambda model, batch: mismatched[model]
+    inputs["label"] = as_answers(tensors)["labels"]
+    return trl.KTOTrainer._compute_loss(trainer, trainer.model, inputs, False)
 
 
 def trl_cpo(kind, logps, hyper):
@@ -180,6 +211,7 @@ SIMPO = {"beta": 2.0, "gamma": 0.7}
 SMOOTH = {"beta": 0.1, "label_smoothing": 0.2, "cpo_alpha": 0.0}
 ORPO = {"beta": 0.1, "nll_weight": 0.0}
 ALPHAPO = {"beta": 2.5, "gamma": 0.1, "alphapo_alpha": 0.25}
+KTO = {"beta": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
 MPO = "sigmoid:0.8,bco_pair:0.2,sft:1"
 
 
@@ -197,6 +229,8 @@ def list_cases() -> list:
         lambda t: trl_dpo(["sigmoid"], t, CDPO))
     add("MPO", MPO, {}, "TRL",
         lambda t: trl_dpo(["sigmoid", "bco_pair", "sft"], t, {}, [0.8, 0.2, 1.0]))
+    for name in ("kto", "apo_zero_unpaired"):
+        add(name, name, KTO, "TRL", lambda t, n=name: trl_kto(n, t, KTO))
     for name in LIGER_LOSSES:
         hyper = hyperparameters(find(name))
         add(name, name, hyper, "Liger",
@@ -292,7 +326,8 @@ to 1e-6 are rounding, since TRL and Liger compute parts in float32.
 
 The comparison translates what goes in: averages or sums of log-probs, each project's own gamma.
 `bco_pair` is compared at δ = 0, because TRL and Liger leave δ out; `cpo` and one row of `orpo`
-without their likelihood term.
+without their likelihood term. `kto` and `apo_zero_unpaired` get the 64 pairs as 128 answers with
+labels, and `kto` the same mean log-ratio of mismatched answers, which is not estimated here.
 
 {table(measure())}
 

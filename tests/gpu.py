@@ -177,14 +177,17 @@ def try_heads(heads, key_heads, size, window):
         head_dim=size, sliding_window=window, initializer_range=0.05, max_position_embeddings=4096)
     module = FastLogps(AutoModelForCausalLM.from_config(config)).to(DEVICE)
     random = np.random.default_rng(0)
-    lengths = {"prompt_ids": (90, 3, 40), "chosen_ids": (70, 20, 1), "rejected_ids": (10, 60, 33)}
-    rows = {"id": ["a", "b", "c"]}
-    for name, counts in lengths.items():
-        rows[name] = [random.integers(2, WORDS, size=count).tolist() for count in counts]
+    lists = []
+    for counts in ((90, 3, 40), (70, 20, 1), (10, 60, 33)):  # of prompts, chosen, rejected
+        lists.append([random.integers(2, WORDS, size=count).tolist() for count in counts])
+    prompts, *answers = lists
+    pairs = [list(pair) for pair in zip(*answers)]
+    rows = {"id": ["a", "b", "c"], "prompt_ids": prompts, "answer_ids": pairs}
 
     exact = logps_and_gradient(module, data.pad_rows(rows, 1), torch.float32)
     padded = logps_and_gradient(module, data.pad_rows(rows, 1), torch.bfloat16)
-    packed = logps_and_gradient(module, {"inputs": packing.pack_rows(rows)}, torch.bfloat16)
+    packed_batch = data.known_of_answers(rows) | {"inputs": packing.pack_rows(rows)}
+    packed = logps_and_gradient(module, packed_batch, torch.bfloat16)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         verdict = verify.can_pack(module)
     return relative_errors(packed, exact), relative_errors(padded, exact), verdict
@@ -196,7 +199,7 @@ def logps_and_gradient(module, batch, dtype):
     module.zero_grad()
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = concatenated_forward(module, batch)
-    logps = torch.cat([out["chosen_logps"], out["rejected_logps"]])
+    logps = out["logps"].T.flatten()
     logps.sum().backward()
     gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
     return logps.detach().double(), torch.cat(gradients).double()

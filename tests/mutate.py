@@ -1,7 +1,7 @@
 """Change the bodies of the losses, one thing at a time, and list the changes that no test finds.
 
     python tests/mutate.py                      # all losses and helpers of losses.py: minutes
-    python tests/mutate.py --claims ipo sft     # these two, against tests/test_claims.py alone
+    python tests/mutate.py --claims ipo sft     # these two, without test_losses.py
 
 The changes: a sign, a factor, a term that is dropped, a detach more or less, a sum for an average,
 a clamp, hinge or sort that is dropped, two arguments that are swapped. A change replaces the code
@@ -19,24 +19,28 @@ from _pytest.runner import runtestprotocol
 sys.path.insert(0, ".")  # it runs in the root of the repository
 import losses
 
-HELPERS = [
-    losses.f_divergence_score, losses.update_delta, losses.update_gap, losses.capped_exp,
-]
+HELPERS = [losses.f_divergence_score, losses.update_delta, losses.update_gap,
+           losses.update_bco_labels, losses.capped_exp]
 FORMULAS = {f.__name__: inspect.unwrap(f) for f in [*losses.LOSSES.values(), *HELPERS]}
 OPERATIONS = {
     ast.Add: ("({0}) - ({1})", "{0}", "{1}"),
     ast.Sub: ("({0}) + ({1})", "{0}", "-({1})"),
     ast.Mult: ("({0}) / ({1})", "{0}", "{1}"),
     ast.Div: ("({0}) * ({1})", "{0}"),
-    ast.Pow: ("{0}", "({0}).abs()"), ast.USub: ("{0}",),
+    ast.Pow: ("{0}", "({0}).abs()"), ast.USub: ("{0}",), ast.Invert: ("{0}",),
+    ast.BitAnd: ("{0}", "{1}"), ast.BitOr: ("{0}", "{1}"),
     ast.Return: ("-({0})", "2 * ({0})", "({0}).mean() + 0 * ({0})"),
 }
 CALLS = {  # {0} is the object of the method, or the first argument of a function of torch
     "detach": ["{0}"], "clamp": ["{0}"], "to": ["{0}"], "relu": ["{0}", "2 * {0}"],
     "mean": ["{0}.sum()", "{0}"], "sort": ["torch.stack([{0}]).max(0)"], "is_tensor": [],
     "ones_like": [],  # the values of its argument do not matter
+    "masked_fill": ["{0}"], "triu": ["{0}", "{0}.triu()"], "eye": [], "where": [],
+    "softmax": ["{0}.softmax(0)", "{0}.log_softmax(-1)"], "exp": ["{0}"],
+    "log_softmax": ["{0}.log_softmax(0)", "{0}.softmax(-1)", "{0}"], "sum": ["{0}.mean(-1)"],
 }
-SWAPS = [("chosen", "rejected"), ("rejected", "chosen"), ("policy", "ref"), ("ref", "policy")]
+SWAPS = [("chosen", "rejected"), ("rejected", "chosen"), ("policy", "ref"), ("ref", "policy"),
+         ("undesirable", "desirable"), ("desirable", "undesirable")]
 
 
 def replacements(node, arguments):
@@ -120,5 +124,6 @@ def passes(item):
 
 if __name__ == "__main__":
     names = [name for name in sys.argv[1:] if name != "--claims"]
-    files = ["tests/test_claims.py"] + ["test_losses.py"] * ("--claims" not in sys.argv)
+    files = ["tests/test_claims.py", "tests/test_many_answers.py"]
+    files += ["test_losses.py"] * ("--claims" not in sys.argv)
     pytest.main(["-n0", "-q", "-s", *files], plugins=[Run(names or FORMULAS)])

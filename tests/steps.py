@@ -115,15 +115,18 @@ class Words(types.SimpleNamespace):
 
 def make_columns(seed=1, prompts=(9, 1, 14, 3, 7), chosen=(5, 8, 1, 12, 3),
                  rejected=(4, 1, 10, 2, 9)):
-    """{column: lists of random token ids} from the lengths of these lists. By default, some prompts
-    and answers have one token."""
+    """{column: list} of rows of random token ids, from the lengths of their prompts and answers. By
+    default, some prompts and answers have one token. rejected=None: rows of one answer."""
     random = np.random.default_rng(seed)
-    lengths = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
-    columns = {"id": [f"row {i}" for i in range(len(prompts))]}
-    for name, counts in lengths.items():
+    lists = []
+    for counts in (prompts, chosen, rejected):
         if counts is not None:
-            columns[name] = [random.integers(1, VOCABULARY, count).tolist() for count in counts]
-    return columns
+            lists.append([random.integers(1, VOCABULARY, count).tolist() for count in counts])
+    return {
+        "id": [f"row {i}" for i in range(len(prompts))],
+        "prompt_ids": lists[0],
+        "answer_ids": [list(answers) for answers in zip(*lists[1:])],
+    }
 
 
 def make_batch(columns, packed=False, pad=0, full_logits=True, masked=True, **variants):

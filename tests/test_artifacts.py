@@ -395,12 +395,12 @@ def test_a_run_whose_data_file_changed_a_score_is_not_resumed(fit, tmp_path):
 
 def test_the_digest_of_rows_depends_on_their_order_selection_and_numbers_and_not_on_their_storage(
         tokenizer, pairs):
-    rows, _ = data.load_tokens(pairs, tokenizer, ("chosen", "rejected"), data.Limits(64))
+    rows, _ = data.load_tokens(pairs, tokenizer, limits=data.Limits(64))
     digests = {data.digest(rows.select(indices)) for indices in
                ([0, 1, 2], [2, 1, 0], [0, 1], [0, 1, 1, 2], [], [5])}
     assert len(digests) == 6
     assert data.digest(rows.select([3, 1, 7])) == data.digest(
         rows.select([3, 1, 7]).flatten_indices())
-    with_scores = {data.digest(rows.add_column("chosen_score", scores)) for scores in
-                   ([0.5] * 22, [0.5] * 21 + [0.25], [float("nan")] * 22)}
+    with_scores = {data.digest(rows.add_column("scores", scores)) for scores in (
+        [[0.5, 0.5]] * 22, [[0.5, 0.5]] * 21 + [[0.5, 0.25]], [[float("nan"), 0.5]] * 22)}
     assert len(with_scores) == 3

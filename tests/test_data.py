@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-import layouts
+from conversations import split_prompt, split_row
 from data import (
     IGNORE,
     Limits,
@@ -27,7 +27,9 @@ from data import (
     window,
 )
 from errors import UserError
-from layouts import examples, split_prompt
+from layouts import examples
+from registry import Needs
+from selection import Shape
 from sources import Source
 
 BOTH = ("chosen", "rejected")
@@ -52,7 +54,9 @@ def load(tokenizer, tmp_path):
             path.write_text(rows, encoding="utf-8")
         else:
             write_jsonl(path, rows)
-        rows, account = load_tokens(str(path), tokenizer, sides, limits, strict, scored, columns)
+        needs = Needs(answers=sides, scores=scored, ordered_scores=scored and len(sides) == 2)
+        shape = Shape(columns=columns)
+        rows, account = load_tokens(str(path), tokenizer, needs, limits, shape, strict)
         return rows, describe(account)
 
     return run
@@ -86,7 +90,7 @@ def test_the_same_rows_give_the_same_tokens_from_every_kind_of_file(load, tmp_pa
     write_csv(tmp_path / "rows.csv", rows)
     write_parquet(tmp_path / "rows.parquet", rows)
     for name in ("rows.json", "rows.csv", "rows.parquet"):
-        kept, _ = load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())
+        kept, _ = load_tokens(str(tmp_path / name), tokenizer)
         assert kept.remove_columns("id")[:] == expected, name
 
 
@@ -101,7 +105,7 @@ def test_a_json_list_has_the_texts_of_the_same_json_lines(tmp_path, optional):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_jsonl(tmp_path / "rows.jsonl", rows)
     files = [Source(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
-    from_list, from_lines = (list(examples(file, BOTH)) for file in files)
+    from_list, from_lines = (list(examples(file, Needs(), Shape())) for file in files)
     assert [text.pop("id") for text in from_list] == [
         f"{tmp_path}/rows.json, row 1", f"{tmp_path}/rows.json, row 2",
     ]
@@ -116,7 +120,7 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(load, tmp_pat
     folder.mkdir()
     write_jsonl(folder / "b.jsonl", make_rows(3, seed=1))
     write_jsonl(folder / "a.jsonl", make_rows(2, seed=2))
-    ids = load_tokens(str(folder), tokenizer, BOTH, Limits())[0]["id"]
+    ids = load_tokens(str(folder), tokenizer)[0]["id"]
     expected = [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3)]
     assert list(ids) == [f"{folder}/{name}.jsonl, row {number}" for name, number in expected]
 
@@ -143,7 +147,7 @@ def test_explicit_prompts_and_prompts_inside_both_give_the_same_tokens(load):
 def test_sft_needs_no_rejected_answer(load):
     rows = [{"prompt": "a", "chosen": " b"}, {"prompt": "a", "chosen": " c"}]
     kept, _ = load(rows, sides=("chosen",))
-    assert len(kept) == 2 and "rejected_ids" not in kept.column_names
+    assert list(map(len, kept["answer_ids"])) == [1, 1]
 
 
 # --- tokens
@@ -157,9 +161,9 @@ def test_the_scored_tokens_decode_to_the_answer_and_eos(load, tokenizer):
     ]
     kept, _ = load(rows)
     for tokens, text in zip(kept, rows):
-        for side in BOTH:
-            assert tokens[f"{side}_ids"][-1] == tokenizer.eos_token_id
-            whole = tokens["prompt_ids"] + tokens[f"{side}_ids"][:-1]
+        for side, answer in zip(BOTH, tokens["answer_ids"], strict=True):
+            assert answer[-1] == tokenizer.eos_token_id
+            whole = tokens["prompt_ids"] + answer[:-1]
             assert tokenizer.decode(whole) == text["prompt"] + text[side]
             assert whole == tokenizer(text["prompt"] + text[side])["input_ids"]
 
@@ -178,8 +182,8 @@ def test_both_answers_have_the_same_prompt_when_tokens_merge_across_the_boundary
     kept, _ = load([row("ab", "cd", "xd")], tokenizer=merging_tokenizer())
     ids = merging_tokenizer().convert_tokens_to_ids
     assert kept[0]["prompt_ids"] == ids(["a"])
-    assert kept[0]["chosen_ids"] == ids(["bc", "d", "<eos>"])
-    assert kept[0]["rejected_ids"] == ids(["b", "x", "d", "<eos>"])
+    assert kept[0]["answer_ids"][0] == ids(["bc", "d", "<eos>"])
+    assert kept[0]["answer_ids"][1] == ids(["b", "x", "d", "<eos>"])
 
 
 def bos_tokenizer(tokenizer):
@@ -199,7 +203,7 @@ def bos_tokenizer(tokenizer):
 def test_bos_is_first_and_appears_once_even_if_the_text_begins_with_it(load, tokenizer, prompt):
     with_bos = bos_tokenizer(tokenizer)
     tokens = load([row(prompt)], tokenizer=with_bos)[0][0]
-    whole = tokens["prompt_ids"] + tokens["chosen_ids"]
+    whole = tokens["prompt_ids"] + tokens["answer_ids"][0]
     assert whole[0] == with_bos.bos_token_id and whole.count(with_bos.bos_token_id) == 1
 
 
@@ -212,16 +216,17 @@ def test_a_tokenizer_without_bos_adds_none_and_a_prompt_without_tokens_is_droppe
 
 def test_an_answer_that_ends_with_eos_gets_no_second_one(load, tokenizer):
     kept, _ = load([row(chosen=" sat<eos>")])
-    assert kept[0]["chosen_ids"].count(tokenizer.eos_token_id) == 1
+    assert kept[0]["answer_ids"][0].count(tokenizer.eos_token_id) == 1
 
 
 def test_a_cut_answer_loses_eos_and_an_answer_that_just_fits_keeps_it(load, tokenizer):
-    length = len(load([row()])[0][0]["chosen_ids"])
+    length = len(load([row()])[0][0]["answer_ids"][0])
     rows = [row(rejected=" ran far from home")]
     kept = load(rows, limits=Limits(max_completion_length=length))[0][0]
-    assert kept["chosen_ids"][-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in kept["rejected_ids"]
-    assert len(kept["rejected_ids"]) == length
+    chosen, rejected = kept["answer_ids"]
+    assert chosen[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in rejected
+    assert len(rejected) == length
 
 
 # --- truncation
@@ -251,10 +256,10 @@ def test_a_prompt_of_10000_tokens_leaves_the_answers_whole_and_keeps_its_end(loa
     long = "x" * 10_000 + " end"
     kept, account = load([row(long)], limits=Limits(max_length=64))
     tokens = kept[0]
-    assert tokenizer.decode(tokens["chosen_ids"]) == " sat<eos>"
+    assert tokenizer.decode(tokens["answer_ids"][0]) == " sat<eos>"
     assert "1 rows: prompt truncated" in account
     assert tokenizer.decode(tokens["prompt_ids"]).endswith("x end")
-    assert len(tokens["prompt_ids"]) + max(len(tokens[f"{side}_ids"]) for side in BOTH) == 64
+    assert len(tokens["prompt_ids"]) + max(map(len, tokens["answer_ids"])) == 64
 
 
 # --- rows without a training signal
@@ -294,18 +299,17 @@ def test_scores_are_read_from_json_and_csv_for_a_loss_that_needs_them(load):
         r |= {"chosen_score": better, "rejected_score": worse}
     from_json = load(rows, scored=True)[0]
     batch = pad_rows(from_json[[0, 1]], 0)
-    assert batch["chosen_scores"].tolist() == [2, 1e9 + 1e-6]
-    assert batch["rejected_scores"].tolist() == [-0.5, 1e9]
+    assert batch["scores"].tolist() == [[2, -0.5], [1e9 + 1e-6, 1e9]]
     lines = ["prompt,chosen,rejected,chosen_score,rejected_score"]
     lines += [",".join(map(str, r.values())) for r in rows]
     from_csv = load("\n".join(lines) + "\n", "rows.csv", scored=True)[0]
     assert from_csv.remove_columns("id")[:] == from_json.remove_columns("id")[:]
-    assert "chosen_score" not in load(rows)[0].column_names
+    assert "scores" not in load(rows)[0].column_names
 
 
 def test_a_score_is_read_without_a_rejected_answer(load):
     kept, _ = load([row() | {"chosen_score": 2}], sides=("chosen",), scored=True)
-    assert kept["chosen_score"][:] == [2]
+    assert kept["scores"][:] == [[2]]
 
 
 def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_number_is_an_error(
@@ -330,15 +334,15 @@ def test_a_score_against_the_preference_drops_the_row_and_a_score_that_is_no_num
 def test_a_rejected_answer_is_read_alone_and_beside_a_chosen_one(load):
     alone = {"prompt": "a cat", "rejected": " ran"}
     kept, report = load([alone], sides=("rejected",))
-    assert "chosen_ids" not in kept.column_names
     pairs, _ = load([row()], "pairs.jsonl", sides=("rejected",))
     both = load([row()], "pairs.jsonl")[0]
-    assert kept["rejected_ids"][:] == pairs["rejected_ids"][:] == both["rejected_ids"][:]
-    assert data.statistics(kept)["lengths"].keys() == {"prompt", "rejected"}
+    assert kept["answer_ids"][:] == pairs["answer_ids"][:] == [[both[0]["answer_ids"][1]]]
+    assert data.statistics(kept)["lengths"].keys() == {"prompt", "answer"}
     dialogue = {"chosen": "\n\nHuman: hi\n\nAssistant: sat", "rejected":
                 "\n\nHuman: hi\n\nAssistant: ran"}
     split, _ = load([dialogue], "dialogue.jsonl", sides=("rejected",))
-    assert split["rejected_ids"][:] == load([dialogue], "dialogue.jsonl")[0]["rejected_ids"][:]
+    both = load([dialogue], "dialogue.jsonl")[0]
+    assert split["answer_ids"][:] == [[both[0]["answer_ids"][1]]]
     with pytest.raises(UserError, match="needs the fields prompt, rejected"):
         load([{"prompt": "a cat", "chosen": " sat"}], sides=("rejected",))
 
@@ -347,7 +351,7 @@ def test_a_rejected_answer_is_read_alone_and_beside_a_chosen_one(load):
 def test_real_dialogues_split_where_their_last_answer_begins():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     path = SHARED / "data" / "hh_harmless_512.jsonl"
-    kept, account = load_tokens(str(path), tokenizer, BOTH, Limits(max_length=4096))
+    kept, account = load_tokens(str(path), tokenizer, limits=Limits(max_length=4096))
     assert "511 of 512 rows kept, 1 dropped (empty answer: " in describe(account)
     assert "row 87)" in describe(account)
     texts = [json.loads(line) for line in open(path)]
@@ -355,9 +359,8 @@ def test_real_dialogues_split_where_their_last_answer_begins():
         prompt = tokenizer.decode(tokens["prompt_ids"])
         text = texts[int(tokens["id"].split("row ")[1]) - 1]
         assert prompt.endswith("\n\nAssistant:")
-        for side in BOTH:
-            answer = tokenizer.decode(tokens[f"{side}_ids"])
-            assert prompt + answer == text[side] + "<|endoftext|>"
+        for side, answer in zip(BOTH, tokens["answer_ids"], strict=True):
+            assert prompt + tokenizer.decode(answer) == text[side] + "<|endoftext|>"
 
 
 # --- bad files
@@ -441,12 +444,12 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(
 ):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_tokens(str(tmp_path / name), tokenizer, BOTH, Limits())
+        load_tokens(str(tmp_path / name), tokenizer)
 
 
 def test_a_missing_file_is_an_error(tmp_path, tokenizer):
     with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
-        load_tokens(str(tmp_path / "nowhere.jsonl"), tokenizer, BOTH, Limits())
+        load_tokens(str(tmp_path / "nowhere.jsonl"), tokenizer)
 
 
 def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_changes(
@@ -455,7 +458,7 @@ def test_a_data_set_of_the_hub_is_read_like_a_file_and_read_again_when_it_change
     for count in (3, 4):
         rows = datasets.Dataset.from_list(make_rows(count))
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split, rows=rows: rows)
-        kept, _ = load_tokens("org/pairs", tokenizer, BOTH, Limits())
+        kept, _ = load_tokens("org/pairs", tokenizer)
         assert kept["id"][count - 1] == f"org/pairs, row {count}"
 
 
@@ -465,7 +468,7 @@ def test_an_unknown_split_of_the_hub_is_named_with_the_splits_that_exist(monkeyp
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"^org/pairs:trian: Unknown split .* \['train', 'test'\]"):
-        load_tokens("org/pairs:trian", tokenizer, BOTH, Limits())
+        load_tokens("org/pairs:trian", tokenizer)
 
 
 def test_a_changed_file_is_read_again(load):
@@ -531,17 +534,23 @@ def test_a_batch_is_padded_on_the_right_and_scores_answers_alone():
     rows = {
         "id": ["a", "b"],
         "prompt_ids": [[5, 6], [7]],
-        "chosen_ids": [[8, 0], [9, 9, 0]],
-        "rejected_ids": [[1, 2, 3, 0], [0]],
+        "answer_ids": [[[8, 0], [1, 2, 3, 0]], [[9, 9, 0], [0]]],
     }
     batch = pad_rows(rows, pad_token_id=4)
-    assert batch["chosen_input_ids"].tolist() == [[5, 6, 8, 0, 4, 4], [7, 9, 9, 0, 4, 4]]
-    assert batch["chosen_labels"].tolist() == [
-        [IGNORE, IGNORE, 8, 0, IGNORE, IGNORE],
-        [IGNORE, 9, 9, 0, IGNORE, IGNORE],
+    assert batch["input_ids"].tolist() == [
+        [[5, 6, 8, 0, 4, 4], [5, 6, 1, 2, 3, 0]],
+        [[7, 9, 9, 0, 4, 4], [7, 0, 4, 4, 4, 4]],
     ]
-    assert batch["rejected_input_ids"].tolist() == [[5, 6, 1, 2, 3, 0], [7, 0, 4, 4, 4, 4]]
-    assert batch["rejected_attention_mask"].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [
+        [[IGNORE, IGNORE, 8, 0, IGNORE, IGNORE], [IGNORE, IGNORE, 1, 2, 3, 0]],
+        [[IGNORE, 9, 9, 0, IGNORE, IGNORE], [IGNORE, 0, IGNORE, IGNORE, IGNORE, IGNORE]],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [[1, 1, 1, 1, 0, 0], [1] * 6],
+        [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]],
+    ]
+    assert batch["mask"].tolist() == [[True, True], [True, True]]
+    assert batch["places"].tolist() == [0, 1, 2, 3]
 
 
 # --- conversations
@@ -601,7 +610,7 @@ def test_json_and_parquet_give_the_same_messages(load, tmp_path, tokenizer):
     rows = [next(every_format(row())), next(every_format(row(chosen=" slept")))]
     chat = chat_tokenizer(tokenizer, CHATML)
     write_parquet(tmp_path / "rows.parquet", rows)
-    from_parquet, _ = load_tokens(str(tmp_path / "rows.parquet"), chat, BOTH, Limits())
+    from_parquet, _ = load_tokens(str(tmp_path / "rows.parquet"), chat)
     from_json, _ = load(rows, tokenizer=chat)
     assert from_parquet.remove_columns("id")[:] == from_json.remove_columns("id")[:]
 
@@ -637,8 +646,8 @@ def test_the_chat_template_writes_the_prompt_and_the_end_of_the_turn_is_the_last
             "<|im_start|>assistant\nhello<|im_end|>\n"
             "<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n"
         )
-        assert chat.decode(tokens["chosen_ids"]) == "sat<|im_end|>"
-        assert chat.decode(tokens["rejected_ids"]) == "ran<|im_end|>"
+        assert chat.decode(tokens["answer_ids"][0]) == "sat<|im_end|>"
+        assert chat.decode(tokens["answer_ids"][1]) == "ran<|im_end|>"
 
 
 def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
@@ -646,8 +655,8 @@ def test_a_cut_answer_has_no_end_of_turn(load, tokenizer):
     rows = [{"prompt": [turn("user", "hi")], "chosen": "sat on a mat", "rejected": "ran"}]
     kept, account = load(rows, tokenizer=chat, limits=Limits(max_completion_length=3))
     end = chat.convert_tokens_to_ids("<|im_end|>")
-    assert end not in kept[0]["chosen_ids"]
-    assert len(kept[0]["chosen_ids"]) == 3
+    assert end not in kept[0]["answer_ids"][0]
+    assert len(kept[0]["answer_ids"][0]) == 3
     assert "1 rows: answers truncated" in account
 
 
@@ -678,8 +687,8 @@ def test_dialogues_split_at_a_turn_of_the_assistant_even_if_the_answers_begin_al
         },
     ]
     kept, account = load(rows, tokenizer=chat)
-    assert chat.decode(kept[0]["chosen_ids"]) == "so. yes<|im_end|>"
-    assert chat.decode(kept[0]["rejected_ids"]) == "so. no<|im_end|>"
+    assert chat.decode(kept[0]["answer_ids"][0]) == "so. yes<|im_end|>"
+    assert chat.decode(kept[0]["answer_ids"][1]) == "so. no<|im_end|>"
     assert "1 dropped (chosen equals rejected: " in account
 
 
@@ -707,7 +716,7 @@ def test_a_file_may_not_change_its_format(load, tokenizer):
     with pytest.raises(UserError, match=message):
         load(mixed, tokenizer=chat_tokenizer(tokenizer, CHATML))
     with pytest.raises(UserError, match="row 1: one text without a prompt"):
-        layouts.split_row(None, {"chosen": "hi"}, "row 1")
+        split_row(None, {"chosen": "hi"}, "row 1")
 
 
 LOOP_LAST = (
@@ -740,7 +749,7 @@ def test_a_row_is_dropped_if_the_template_writes_its_prompt_differently_before_a
         ([turn("system", "s")], [turn("user", "hi"), turn("assistant", "a")]),
         ([turn("user", "2+2?")], [turn("user", "bye"), turn("assistant", "a")]),
         ("2+2?", [turn("user", "bye"), turn("assistant", "a")]),
-        ([turn("user", "hi")], [turn("gpt", "a")]),
+        ([turn("user", "hi")], [turn("model", "a")]),
     ],
 )
 def test_answers_that_begin_with_another_prompt_are_an_error(load, tokenizer, prompt, answer):
@@ -770,7 +779,7 @@ def test_the_turn_of_a_tool_may_follow_the_prompt(load, tokenizer):
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
     tokens = load(rows, tokenizer=chat)[0][0]
     assert "rain?" in chat.decode(tokens["prompt_ids"])
-    assert chat.decode(tokens["chosen_ids"]).endswith("dry<|im_end|>")
+    assert chat.decode(tokens["answer_ids"][0]).endswith("dry<|im_end|>")
 
 
 def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
@@ -787,21 +796,33 @@ def test_a_turn_of_the_user_is_never_scored(load, tokenizer):
         {"chosen": dialogue("hi", "a"), "rejected": dialogue("hi", "b")},
     ]
     kept, account = load(rows, tokenizer=chat)
-    assert len(kept) == 1 and "2 dropped (turns of the user inside an answer: " in account
-    chosen = dialogue("hi", "a") + [turn("system", "be kind")]
-    rows = [{"chosen": chosen, "rejected": dialogue("hi", "b")}, rows[-1]]
-    assert "1 dropped (turns of the system inside an answer: " in load(rows, tokenizer=chat)[1]
+    batch, scored = pad_rows(kept[:], 0), []
+    for row_labels in batch["labels"]:
+        for labels in row_labels:
+            scored.append(chat.decode(labels[labels != IGNORE]))
+    end = "<|im_end|>"
+    assert scored == [f"a{end}aa{end}", f"z{end}zz{end}", f"b{end}bb{end}", f"z{end}zz{end}",
+                      f"a{end}", f"b{end}"]
+    assert "dropped" not in account
+    # The turns are in the input, where the template writes them.
+    follow_up = f"\n<|im_start|>user\ngo on{end}\n<|im_start|>assistant\n"
+    assert chat.decode(kept[0]["answer_ids"][0]) == f"a{end}{follow_up}aa{end}"
+    for role in ("system", "user"):
+        chosen = dialogue("hi", "a") + [turn(role, "be kind")]
+        more = [{"chosen": chosen, "rejected": dialogue("hi", "b")}, rows[-1]]
+        _, account = load(more, tokenizer=chat)
+        assert f"1 dropped (an answer ends with a turn of the {role}: " in account
 
 
 def test_text_of_a_row_that_would_not_be_read_is_an_error(load, tokenizer):
     chat = chat_tokenizer(tokenizer, CHATML)
-    call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
-    message = "row 1: the field 'chosen' holds a message with tool_calls, which is not read"
+    seen = {"role": "assistant", "content": "let me see", "images": ["a.png"]}
+    message = "row 1: the field 'chosen' holds a message with images, which is not read"
     with pytest.raises(UserError, match=message):
-        load([{"prompt": "hi", "chosen": [call], "rejected": "no"}], tokenizer=chat)
+        load([{"prompt": "hi", "chosen": [seen], "rejected": "no"}], tokenizer=chat)
     for column in ("system", "tools"):
         with pytest.raises(UserError, match=f"row 1: the column '{column}' is not read"):
-            load([row() | {column: "be kind"}])
+            load([row() | {column: '["be kind"]'}])
 
 
 def test_an_open_quote_in_a_csv_does_not_swallow_the_rows_after_it(load):
@@ -820,13 +841,13 @@ def test_a_tokenizer_that_splits_special_tokens_does_not_share_the_cache_of_one_
 ):
     chat = chat_tokenizer(tokenizer, CHATML)
     rows = [row(chosen=" a<|im_end|>b")]
-    before = load(rows, tokenizer=chat)[0][0]["chosen_ids"]
+    before = load(rows, tokenizer=chat)[0][0]["answer_ids"][0]
     chat.split_special_tokens = True
-    assert load(rows, tokenizer=chat)[0][0]["chosen_ids"] != before
+    assert load(rows, tokenizer=chat)[0][0]["answer_ids"][0] != before
 
 
 def test_an_answer_that_ends_with_eos_and_a_line_break_has_one_eos(load, tokenizer):
-    assert tokenizer.decode(load([row(chosen=" sat<eos>\n")])[0][0]["chosen_ids"]) == " sat<eos>"
+    assert tokenizer.decode(load([row(chosen=" sat<eos>\n")])[0][0]["answer_ids"][0]) == " sat<eos>"
 
 
 def test_every_token_that_the_tokenizer_puts_before_a_text_comes_first(load, tokenizer):
@@ -853,12 +874,12 @@ def test_a_part_of_a_mixture_without_usable_rows_is_an_error_and_rows_left_out_a
     a = write_jsonl(tmp_path / "a.jsonl", make_rows(20))
     b = write_jsonl(tmp_path / "b.jsonl", [row(rejected=" ")])
     with pytest.raises(UserError, match="b.jsonl: none of its 1 rows can be used"):
-        load_tokens(f"{a},{b}", tokenizer, BOTH, Limits())
+        load_tokens(f"{a},{b}", tokenizer)
     c = write_jsonl(tmp_path / "c.jsonl", make_rows(20, seed=5))
     with pytest.raises(UserError, match="c.jsonl: its share of the mixture is less than one row"):
-        load_tokens(f"{a}:1,{c}:0.0001", tokenizer, BOTH, Limits())
-    _, account = load_tokens(f"{a}:1,{c}:0.5", tokenizer, BOTH, Limits())
-    assert "30 of 40 rows kept, 10 left out by the shares" in describe(account)
+        load_tokens(f"{a}:1,{c}:0.0001", tokenizer)
+    _, account = load_tokens(f"{a}:1,{c}:0.5", tokenizer)
+    assert "30 of 40 rows kept, 10 left out by the shares; layout trl" in describe(account)
 
 
 def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
@@ -870,7 +891,7 @@ def test_sft_trains_on_the_last_turn_of_a_dialogue(load, tokenizer):
         turn("assistant", "see you"),
     ]
     kept = load([{"chosen": dialogue}], sides=("chosen",), tokenizer=chat)[0]
-    assert chat.decode(kept[0]["chosen_ids"]) == "see you<|im_end|>"
+    assert chat.decode(kept[0]["answer_ids"][0]) == "see you<|im_end|>"
     assert chat.decode(kept[0]["prompt_ids"]).count("<|im_end|>") == 3
 
 
@@ -893,9 +914,9 @@ def test_a_template_that_fails_on_a_row_is_an_error_that_names_the_row(load, tok
     [
         ([], "holds \\[\\], which is neither text nor a list of messages"),
         ([turn("user", "a"), "b"], "which is neither text nor a list"),
-        ([{"from": "human", "value": "hi"}], "both text; rename from to role and value to content"),
+        ([{"from": "human", "text": "hi"}], "both text"),
         ([turn("user", None)], "a message has a role and a content"),
-        ([turn("user", [{"type": "text", "text": "a"}])], "both text"),
+        ([turn("user", [{"type": "image", "image": "a"}])], "only parts of type text are read"),
         ([turn("user", "\ud83d")], "half of a surrogate pair"),
     ],
 )
@@ -960,10 +981,10 @@ def test_prompt_and_answer_ids_are_the_ids_of_the_text_and_both_answers_share_th
     assert len(kept) > 100
     for tokens in kept:
         text = rows[int(tokens["id"].split("row ")[1]) - 1]
-        for side in BOTH:
-            assert tokens[f"{side}_ids"][-1] == tokenizer.eos_token_id
+        for side, answer in zip(BOTH, tokens["answer_ids"], strict=True):
+            assert answer[-1] == tokenizer.eos_token_id
             whole = tokenizer(text["prompt"] + text[side], add_special_tokens=False)["input_ids"]
-            assert tokens["prompt_ids"] + tokens[f"{side}_ids"][:-1] == whole
+            assert tokens["prompt_ids"] + answer[:-1] == whole
         alone = tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]
         assert alone[: len(tokens["prompt_ids"])] == tokens["prompt_ids"]
 
@@ -1020,8 +1041,7 @@ def test_under_any_limits_every_row_has_a_prompt_and_scored_tokens_within_the_li
     longest = limits.max_completion_length or length
     for tokens in kept:
         assert tokens["prompt_ids"]
-        for side in BOTH:
-            count = len(tokens[f"{side}_ids"])
+        for count in map(len, tokens["answer_ids"]):
             assert 0 < count <= limits.max_length - len(tokens["prompt_ids"])
             assert count <= longest
 
@@ -1044,7 +1064,7 @@ def test_columns_may_have_other_names(load):
 def test_several_files_are_read_one_after_the_other(tmp_path, tokenizer):
     one = write_jsonl(tmp_path / "one.jsonl", make_rows(2, seed=0))
     two = write_jsonl(tmp_path / "two.jsonl", make_rows(3, seed=1))
-    rows, account = load_tokens(f"{one},{two}", tokenizer, BOTH, Limits())
+    rows, account = load_tokens(f"{one},{two}", tokenizer)
     assert list(rows["id"]) == [
         f"{one}, row 1", f"{one}, row 2", f"{two}, row 1", f"{two}, row 2", f"{two}, row 3",
     ]
@@ -1054,13 +1074,13 @@ def test_several_files_are_read_one_after_the_other(tmp_path, tokenizer):
 def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
     a = write_jsonl(tmp_path / "a.jsonl", make_rows(70))
     b = write_jsonl(tmp_path / "b.jsonl", make_rows(100))
-    rows, account = load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())
+    rows, account = load_tokens(f"{a}:0.7,{b}:0.3", tokenizer)
     names = list(rows["id"])
     assert len(names) == len(set(names)) == 100
     assert sum(name.startswith(a) for name in names) == 70
     assert account["kept"] == 100
-    assert names == list(load_tokens(f"{a}:0.7,{b}:0.3", tokenizer, BOTH, Limits())[0]["id"])
-    assert len(load_tokens(f"{a}:1,{b}:1", tokenizer, BOTH, Limits())[0]) == 140
+    assert names == list(load_tokens(f"{a}:0.7,{b}:0.3", tokenizer)[0]["id"])
+    assert len(load_tokens(f"{a}:1,{b}:1", tokenizer)[0]) == 140
 
 
 @pytest.mark.parametrize(
@@ -1077,7 +1097,7 @@ def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, tokenizer):
 def test_a_wrong_data_set_name_is_refused(tmp_path, tokenizer, spec, message):
     path = write_jsonl(tmp_path / "a.jsonl", make_rows(3))
     with pytest.raises(UserError, match=message):
-        load_tokens(spec.format(a=path), tokenizer, BOTH, Limits())
+        load_tokens(spec.format(a=path), tokenizer)
 
 
 def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
@@ -1087,15 +1107,15 @@ def test_a_folder_of_save_to_disk_is_read_by_its_splits(tmp_path, tokenizer):
     }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     parts["test"].save_to_disk(tmp_path / "one")
-    assert len(load_tokens(f"{tmp_path}/both", tokenizer, BOTH, Limits())[0]) == 4
-    assert len(load_tokens(f"{tmp_path}/both:test", tokenizer, BOTH, Limits())[0]) == 3
-    one, _ = load_tokens(f"{tmp_path}/one", tokenizer, BOTH, Limits())
+    assert len(load_tokens(f"{tmp_path}/both", tokenizer)[0]) == 4
+    assert len(load_tokens(f"{tmp_path}/both:test", tokenizer)[0]) == 3
+    one, _ = load_tokens(f"{tmp_path}/one", tokenizer)
     assert one[0]["id"] == f"{tmp_path}/one, row 1"
-    account = load_tokens(f"{tmp_path}/both", tokenizer, BOTH, Limits())[1]
+    account = load_tokens(f"{tmp_path}/both", tokenizer)[1]
     assert "not read, other splits of the folder: test" in describe(account)
     for spec in ("both:dev", "one:test"):
         with pytest.raises(UserError, match="there is no split"):
-            load_tokens(f"{tmp_path}/{spec}", tokenizer, BOTH, Limits())
+            load_tokens(f"{tmp_path}/{spec}", tokenizer)
 
 
 # --- the report
@@ -1172,7 +1192,7 @@ def test_python_data_py_reports_every_kind_of_file_and_no_library_prints_anythin
     ):
         result = run_report(tmp_path / name, "--model", folder, *more)
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
-        assert "10 of 10 rows kept\n  1 rows: prompt truncated: " in result.stdout
+        assert "10 of 10 rows kept; layout trl\n  1 rows: prompt truncated: " in result.stdout
         assert "scored tokens in brackets" in result.stdout
 
 

@@ -55,7 +55,7 @@ def test_a_bug_in_a_script_shows_its_traceback(tmp_path):
 # Each of these bugs raises a ValueError in the code of the product.
 @pytest.mark.parametrize("bug", [lambda: int("x"), lambda: max([]), lambda: float("1,5")])
 @pytest.mark.parametrize("name, function", [
-    ("data.py", (data, "read_limits")),
+    ("data.py", (data, "read_flags")),
     ("bench.py", (bench, "measure")),
     ("train.py", (train, "parse_args")),
     ("model.py", (model, "load_tokenizer")),

@@ -28,11 +28,11 @@ import train
 import world
 from errors import Parser, UserError, any_name
 from flags import build_parser
-from losses import LOSSES, find, hyperparameters
+from losses import LOSSES, find, hyperparameters, kind_of
 from ranges import real_number, whole_number
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{{ word }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 LORA = {"lora_rank": 4}
@@ -81,6 +81,10 @@ CHANGES = {
     "columns": ({}, "chosen=rejected,rejected=chosen"),
     "ignore_columns": ({}, "sources"),
     "chat_template": ({"dataset": "CHAT"}, "TEMPLATE"),
+    "layout": ({}, "kto"),
+    "pairs": ({"dataset": "RANKED", "loss": "sigmoid", "pairs": "best_worst"}, "all"),
+    "unpair": ({"loss": "kto"}, True),
+    "template_kwargs": ({"dataset": "CHAT"}, '{"word": "hm"}'),
     "strict": ({"dataset": "TIES"}, True),
     "shuffle": ({}, "false"),
     "seed": ({}, 1),
@@ -100,9 +104,12 @@ CHANGES = {
 REFUSED = {
     "resume": "--output_dir out does not exist",
     "parallel": "one process alone has nothing to share",
+    "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
 }
+# Without these flags, the run is refused.
+NEEDED = {"unpair": "row 1: has several answers of one prompt, and the loss reads answers with a"}
 
 
 def first_readers():
@@ -132,18 +139,21 @@ def paths(tokenizer, tmp_path_factory):
         return [{"role": role, "content": text}]
 
     # Files of rows.
-    rows, conversations = [], []
+    rows, conversations, ranked = [], [], []
     for i, row in enumerate(make_rows(22)):
         rows.append(row | {"chosen_score": 2.0 + i, "rejected_score": 1.0})
         conversation = {"prompt": turn("user", row["prompt"])}
         for side in ("chosen", "rejected"):
             conversation[side] = turn("assistant", row[side])
         conversations.append(conversation)
+        answers = [row["chosen"], row["rejected"], " worst"]
+        ranked.append({"prompt": row["prompt"], "responses": answers})
     files = {
         "PAIRS": rows,
         "ROWS": make_rows(14, seed=3),
         "TIES": rows + [rows[0] | {"chosen": "same", "rejected": "same"}],
         "CHAT": conversations,
+        "RANKED": ranked,
     }
     paths = {}
     for name, content in files.items():
@@ -155,7 +165,7 @@ def paths(tokenizer, tmp_path_factory):
     paths["RUNS"].mkdir()
     start, other = tiny_model("llama", tokenizer), tiny_model("llama", tokenizer)
     other.lm_head.weight.data.mul_(2)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{{ word }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     models.save_model(start, tokenizer, paths["START"])
     models.save_model(other, tokenizer, paths["OTHER"])
     tokenizer.chat_template = None
@@ -234,6 +244,10 @@ def test_a_flag_changes_the_run_or_is_refused(flag, paths, observe):
     if flag in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[flag]):
             observe(changed)
+    elif flag in NEEDED:
+        with pytest.raises(ValueError, match=NEEDED[flag]):
+            observe(base)
+        observe(changed)
     elif flag == "output_dir":
         observe(changed)
         assert (paths["ELSEWHERE"] / "model.safetensors").exists()
@@ -246,6 +260,8 @@ def test_a_hyper_parameter_changes_the_run_of_a_loss_that_reads_it(name, observe
     default = hyperparameters(find(HYPER[name]))[name]
     value = VALUES.get(name, (default or 1.0) * 1.5)
     base = {"loss": HYPER[name], "max_steps": 3}
+    if kind_of(find(HYPER[name])) == "labels":
+        base["unpair"] = True
     assert differ(observe(base), observe(base | {name: value}))
 
 

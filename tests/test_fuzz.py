@@ -274,8 +274,7 @@ def test_the_json_of_a_saved_data_set(tokenizer, tmp_path, name):
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "rows")
 
     def read():
-        loaded, _ = data.load_tokens(f"{tmp_path}/rows", tokenizer, ("chosen", "rejected"),
-                                     data.Limits(64))
+        loaded, _ = data.load_tokens(f"{tmp_path}/rows", tokenizer, limits=data.Limits(64))
         return data.digest(loaded)
 
     expected = read()

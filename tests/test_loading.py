@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import limits
 import loading
 import model as models
-from data import Limits, load_tokens
+from data import load_tokens
 from errors import UserError
 from limits import run_limited
 from logps import FastLogps
@@ -453,8 +453,7 @@ def test_a_row_that_a_tokenizer_without_unknown_token_cannot_write_is_dropped_an
     good = {"prompt": "the", "chosen": " the", "rejected": " the the"}
     rows = [good, good | {"chosen": " zebra"}, good | {"prompt": "x", "chosen": " the the the"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept, account = load_tokens(
-        str(tmp_path / "rows.jsonl"), no_unknown_token(kind), ("chosen", "rejected"), Limits())
+    kept, account = load_tokens(str(tmp_path / "rows.jsonl"), no_unknown_token(kind))
     assert len(kept) == 1 and len(kept[0]["prompt_ids"]) >= 1
     (reason, names), = account["dropped"].items()
     assert "no token for some of its text" in reason

@@ -122,8 +122,7 @@ def single_row_terms(model, prompt, answer):
 def reference_free_sigmoid(model, wpo=False, ld_alpha=1.0):
     """The losses of COLUMNS (B,), by the formulas of the papers, one row at a time."""
     losses = []
-    rows = zip(COLUMNS["prompt_ids"], COLUMNS["chosen_ids"], COLUMNS["rejected_ids"])
-    for prompt, chosen, rejected in rows:
+    for prompt, (chosen, rejected) in zip(COLUMNS["prompt_ids"], COLUMNS["answer_ids"]):
         common = min(len(chosen), len(rejected))
         margin, alignment = 0.0, 0.0
         for answer, sign in ((chosen, 1), (rejected, -1)):

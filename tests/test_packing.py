@@ -26,7 +26,7 @@ import data
 import lora
 import model as models
 import packing
-from dpo import SIDES, concatenated_forward
+from dpo import concatenated_forward
 from logps import FastLogps
 from losses import sft, sigmoid
 
@@ -42,8 +42,7 @@ def llama():
 
 def side_logps(module, batch):
     """(2B,) log-probs, of the chosen answers first."""
-    outputs = concatenated_forward(module, batch)
-    return torch.cat([outputs[f"{side}_logps"] for side in SIDES])
+    return concatenated_forward(module, batch)["logps"].T.flatten()
 
 
 # --- Packed rows equal padded rows ----------------------------------------------------------------
@@ -132,7 +131,7 @@ def test_rows_without_rejected_answers_are_prompt_and_answer(llama):
     columns = make_columns(rejected=None)
     packed_batch = make_batch(columns, packed=True)
     tokens = 0
-    for prompt, answer in zip(columns["prompt_ids"], columns["chosen_ids"]):
+    for prompt, (answer,) in zip(columns["prompt_ids"], columns["answer_ids"]):
         tokens += len(prompt) + len(answer) - 1
     assert packed_batch["inputs"]["input_ids"].shape == (1, tokens)
     packed, packed_gradient = outcome(llama, packed_batch, sft)
@@ -290,7 +289,7 @@ def test_attention_refuses_an_argument_that_packed_rows_cannot_have(argument):
 # --- Fewer tokens, and nothing else changes -------------------------------------------------------
 
 def test_a_prompt_is_computed_once_and_nothing_is_padded():
-    columns = {"prompt_ids": [[5, 6, 7]], "chosen_ids": [[8, 9, 0]], "rejected_ids": [[4, 0]]}
+    columns = {"prompt_ids": [[5, 6, 7]], "answer_ids": [[[8, 9, 0], [4, 0]]]}
     batch = packing.pack_rows(columns)
     # The last token of an answer predicts nothing and is not fed.
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
@@ -326,16 +325,16 @@ def test_a_model_with_a_window_runs_padded_rows_with_its_window_after_packed_one
 
 def change_answer(columns, side, index):
     """The columns with other tokens, and as many, in one answer."""
-    answers = list(columns[f"{side}_ids"])
-    answers[index] = [(token + 1) % 97 for token in answers[index]]
-    return columns | {f"{side}_ids": answers}
+    answers = [list(row) for row in columns["answer_ids"]]
+    answers[index][side] = [(token + 1) % 97 for token in answers[index][side]]
+    return columns | {"answer_ids": answers}
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "Olmo2"])
 def test_another_answer_leaves_every_other_log_prob_bitwise_equal(name):
     module = FastLogps(build(name, **PACKS[name]))
     before = side_logps(module, PACKED)  # (2B,)
-    for row, (side, index) in enumerate(itertools.product(SIDES, range(5))):
+    for row, (side, index) in enumerate(itertools.product((0, 1), range(5))):
         columns = change_answer(COLUMNS, side, index)
         after = side_logps(module, make_batch(columns, packed=True))
         changed = (after != before).nonzero().flatten()

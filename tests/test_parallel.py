@@ -37,7 +37,7 @@ import packing
 import parallel
 import train
 from checkpoint import saved_flags, write_flags
-from losses import LOSSES, find, hyperparameters, needs_reference
+from losses import LOSSES, find, hyperparameters, kind_of, needs_reference
 
 SUMS = ["sigmoid:0.8,bco_pair:0.2,sft:1", "aot,sft"]
 # Name: micro_batch_size. The two steps have 8 and 3 pairs.
@@ -86,14 +86,39 @@ def world(tokenizer, tmp_path_factory):
             scores = {"chosen_score": 2.0 + i % 3, "rejected_score": 1.0 + 0.1 * i}
             rows.append(row | scores)
         write_jsonl(home / f"{name}.jsonl", rows)
+        write_jsonl(home / f"{name}_labels.jsonl", labelled(rows))
+        write_jsonl(home / f"{name}_lists.jsonl", listed(rows))
     return home
+
+
+def labelled(rows):
+    """One answer of each pair, with a label, and a weight where the row has an odd number."""
+    made = []
+    for i, row in enumerate(rows):
+        side = "rejected" if i % 3 else "chosen"
+        made.append({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen",
+                     "weight": 1.0 + i % 2})
+    return made
+
+
+def listed(rows):
+    """Two, three or four answers to each prompt, with scores."""
+    made = []
+    for i, row in enumerate(rows):
+        answers = [row["chosen"], row["rejected"], " a dog ran", " the sun sat on a mat"]
+        count = 2 + i % 3
+        scores = [3.0, 2.5, 1.0, 0.25 * i - 5]
+        made.append({"prompt": row["prompt"], "responses": answers[:count],
+                     "scores": scores[:count]})
+    return made
 
 
 def flags_of(world, loss, **more):
     """The flags of a run with this loss on the files of `world`."""
+    end = {"pairs": "", "labels": "_labels", "lists": "_lists"}[kind_of(find(loss))]
     flags = COMMON | {
-        "loss": loss, "model": world / "policy", "dataset": world / "rows.jsonl",
-        "eval_dataset": world / "held_out.jsonl",
+        "loss": loss, "model": world / "policy", "dataset": world / f"rows{end}.jsonl",
+        "eval_dataset": world / f"held_out{end}.jsonl",
     }
     if "beta" in hyperparameters(find(loss)):
         flags["beta"] = 0.3

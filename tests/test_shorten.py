@@ -158,7 +158,7 @@ def load(tmp_path, monkeypatch):
             if whole:
                 patch.setattr(data, "shorten_texts", lambda texts, most, tokenizer: texts)
             rows = write_jsonl(tmp_path / "rows.jsonl", rows)
-            rows, account = load_tokens(rows, tokenizer, BOTH, limits)
+            rows, account = load_tokens(rows, tokenizer, limits=limits)
             return rows[:], account
 
     return run
@@ -243,6 +243,7 @@ def test_a_template_that_writes_the_end_of_the_prompt_otherwise_gives_the_same_t
     tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif", opened)
     rows = []
     for row in long_rows(3):
+        row = {name: text.replace("<eos>", "end") for name, text in row.items()}
         messages = {"prompt": [{"role": "user", "content": row["prompt"]}]}
         for side in BOTH:
             messages[side] = [{"role": "assistant", "content": row[side]}]

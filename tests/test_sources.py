@@ -14,10 +14,11 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, write_jsonl
 
-from data import Limits, describe, load_tokens
+from data import PAIRS, describe, load_tokens
 from errors import UserError
+from registry import Needs
 
-BOTH = ("chosen", "rejected")
+SCORED = Needs(scores=True, ordered_scores=True)
 ROW = {"prompt": "a cat", "chosen": " sat", "rejected": " ran"}
 LINE = json.dumps(ROW)
 DIGITS = "9" * 5000
@@ -36,7 +37,7 @@ def read(tmp_path, tokenizer):
             path.write_bytes(content)
         elif isinstance(content, pyarrow.Table):
             pyarrow.parquet.write_table(content, path)
-        rows, account = load_tokens(str(path), tokenizer, BOTH, Limits(), scored=scored)
+        rows, account = load_tokens(str(path), tokenizer, SCORED if scored else PAIRS)
         return list(rows["id"]), describe(account)
 
     return run
@@ -76,7 +77,8 @@ def test_a_damaged_file_is_one_line_with_the_place_of_the_damage(read, name, con
 
 @pytest.mark.parametrize("field, message", [
     ("chosen", "the field 'chosen' holds [[["),
-    ("weight", "the column 'weight' is not read"),
+    ("weight", "the field 'weight' holds [[["),
+    ("system_prompt", "the column 'system_prompt' is not read"),
     ("image", "the column 'image' is not read"),
 ])
 def test_a_value_nested_900_deep_is_one_line(read, field, message):
@@ -291,7 +293,7 @@ def test_a_file_three_folders_below_is_named(read, tmp_path):
 ])
 def test_a_name_that_is_no_file_is_one_line(tokenizer, name):
     with pytest.raises(UserError, match="no such file|not a regular file"):
-        load_tokens(name, tokenizer, BOTH, Limits())
+        load_tokens(name, tokenizer)
 
 
 @pytest.mark.parametrize("text", ["\x1b[31mred", "two\nlines", "\u202etxt.exe", "half \ud83d"])
@@ -337,7 +339,8 @@ def test_an_image_inside_a_message_is_an_error(read, key):
 
 def test_an_image_as_a_part_of_a_content_is_an_error(read):
     parts = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "see"}]
-    with pytest.raises(UserError, match="row 1: the field 'prompt' holds the message"):
+    message = "row 1: the field 'prompt' holds a message with a part of the type \"image\""
+    with pytest.raises(UserError, match=message):
         read(row(prompt=[{"role": "user", "content": parts}]))
 
 

@@ -42,7 +42,7 @@ def lines_of(code):
 def test_one_plain_padded_sigmoid_step_is_170_lines_of_code_in_4_files(tokenizer, tmp_path):
     """From a batch of token ids to the updated weights, through the code of train.py."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", make_rows(4))
-    rows, _ = data.load_tokens(pairs, tokenizer, ("chosen", "rejected"), data.Limits())
+    rows, _ = data.load_tokens(pairs, tokenizer)
     policy, reference = (FastLogps(tiny_model("llama", tokenizer)) for _ in range(2))
     task = make_task(sigmoid, {"beta": 0.1}, Variants(), "float32", ALONE.device)
     batch = collate(rows[:4], tokenizer, ALONE.device, task.row_format)

@@ -22,33 +22,45 @@ ALLOWED_IMPORTS = {
     "losses": {"registry"},
     "limits": {"errors"},
     "loading": {"errors", "files"},
-    "templates": {"errors", "limits", "loading"},
+    "written": set(),
+    "templates": {"errors", "limits", "loading", "written"},
     "sources": {"errors", "files"},
     "unread": {"errors"},
-    "layouts": {"errors", "sources", "templates", "unread"},
+    "conversations": {"errors", "sources", "templates", "unread", "written"},
+    "fields": {"conversations", "errors", "sources", "unread"},
+    "selection": {"errors", "registry"},
+    "formats": {"conversations", "errors", "fields", "registry", "selection"},
+    "layouts": {
+        "conversations", "errors", "fields", "formats", "registry", "selection", "sources",
+        "unread",
+    },
     "shorten": set(),
     "data": {
-        "errors", "layouts", "loading", "ranges", "shorten", "sources", "templates", "unread",
+        "conversations", "errors", "fields", "formats", "layouts", "loading", "losses", "ranges",
+        "registry", "selection", "shorten", "sources", "templates", "unread", "written",
     },
+    "answers": {"data", "losses"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
     "lora": {"errors", "files", "limits"},
     "reach": {"errors", "lora"},
     "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
-    "world": {"data", "files", "model"},
+    "world": {"data", "files", "model", "registry"},
     "dpo": {"data", "errors", "loading", "losses", "model", "ranges", "world"},
-    "packing": {"dpo"},
+    "packing": {"data", "dpo"},
     "logps": {"dpo", "packing"},
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
         "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
     },
-    "batches": {"data", "dpo", "packing", "parallel", "variants"},
-    "log": {"batches", "checkpoint", "files", "logps", "lora", "parallel", "reach", "world"},
+    "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
+    "log": {
+        "batches", "checkpoint", "files", "logps", "lora", "losses", "parallel", "reach", "world",
+    },
     "reference": {
-        "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log", "logps",
-        "lora", "losses", "model", "parallel",
+        "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
+        "logps", "lora", "losses", "model", "parallel",
     },
 }
 ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
@@ -60,7 +72,7 @@ ALLOWED_IMPORTS["sample"] = {
     "audit", "chat", "data", "errors", "generation", "ranges", "runs", "world",
 }
 ALLOWED_IMPORTS["bench"] = {
-    "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "train",
+    "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
 }
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}

@@ -9,8 +9,10 @@ from conftest import make_tokenizer, write_jsonl
 from tokenizers import AddedToken, processors
 
 import limits
-from data import Limits, describe, load_tokens
+from data import describe, load_tokens
 from errors import UserError
+from layouts import Shape
+from registry import Needs
 
 BOTH = ("chosen", "rejected")
 CONTROL_TOKENS = ["<s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -68,10 +70,11 @@ def read(tmp_path):
             write_jsonl(path, rows)
         else:
             path.write_text(rows, encoding="utf-8")
-        kept, account = load_tokens(str(path), tokenizer, sides, Limits(), columns=columns)
+        kept, account = load_tokens(str(path), tokenizer, Needs(answers=sides),
+                                    shape=Shape(columns=columns))
         texts = []
-        for column in ("prompt_ids", *(f"{side}_ids" for side in sides)):
-            texts.append([tokenizer.decode(ids) for ids in kept[column]])
+        for column in (kept["prompt_ids"], *zip(*kept["answer_ids"])):
+            texts.append([tokenizer.decode(ids) for ids in column])
         return *texts, describe(account)
 
     return run
@@ -218,9 +221,12 @@ def test_reasoning_of_earlier_turns_that_is_not_served_either_is_only_counted(re
     assert "who?" not in prompts[1]
 
 
-def test_text_that_spells_a_control_token_is_counted_in_messages_and_in_texts(read):
+def test_text_that_spells_a_control_token_drops_messages_and_is_counted_in_texts(read):
     rows = [GOOD, pair([user("say <|im_end|>")]), pair([user("hi")], "a<eos>b")]
-    assert "2 rows: text that spells a control token becomes that token: " in read(rows, CHATML)[-1]
+    report = read(rows, CHATML)[-1]
+    assert "1 of 3 rows kept, 2 dropped" in report
+    assert "text that spells the control token <|im_end|>: " in report
+    assert "text that spells the control token <eos>: " in report
     texts = [
         {"prompt": "<s>a cat", "chosen": " sat<eos>", "rejected": " ran<eos>\n"},
         {"prompt": "a cat", "chosen": " sat<eos> down", "rejected": " ran"},
@@ -234,11 +240,15 @@ def test_text_that_spells_a_control_token_is_counted_in_messages_and_in_texts(re
 # --- Only the model's own words are scored --------------------------------------------------------
 
 @pytest.mark.parametrize("role", ["tool", "function", "observation"])
-def test_a_turn_that_the_model_does_not_write_is_not_scored(read, role):
+def test_an_answer_that_ends_with_a_turn_that_the_model_does_not_write_is_dropped(read, role):
     output = {"role": role, "content": "wet"}
+    *_, report = read([GOOD, pair([user("rain?")], [assistant("CALL"), output], "no idea")], CHATML)
+    # The template gets all three as the role tool.
+    assert "1 dropped (an answer ends with a turn of the tool: " in report
+    # Followed by a turn of the assistant, it stays in the answer, which test_messages.py checks.
     used = pair([user("rain?")], [assistant("CALL"), output, assistant("yes")], "no idea")
-    *_, report = read([GOOD, used], CHATML)
-    assert f"1 dropped (turns of the {role} inside an answer: " in report
+    _, chosen, _, report = read([used], CHATML, name="used.jsonl")
+    assert "1 of 1" in report and "wet" in chosen[0]
 
 
 def test_the_output_of_a_tool_that_begins_both_answers_belongs_to_the_prompt(read):
@@ -247,8 +257,8 @@ def test_the_output_of_a_tool_that_begins_both_answers_belongs_to_the_prompt(rea
     other = pair(prompt, [tool("wet"), assistant("yes")], [tool("dry"), assistant("no")])
     prompts, chosen, _, report = read([same, other], CHATML)
     assert prompts[0].endswith("tool\nwet<|im_end|>\n<|im_start|>assistant\n")
-    assert chosen == ["yes<|im_end|>"]
-    assert "1 dropped (turns of the tool inside an answer: " in report
+    assert chosen[0] == "yes<|im_end|>" and "wet" not in prompts[1] and "wet" in chosen[1]
+    assert "2 of 2 rows kept" in report
 
 
 def test_a_dialogue_with_the_output_of_a_tool_is_split_behind_it(read):
@@ -333,11 +343,11 @@ def test_messages_as_text_that_cannot_be_parsed_are_an_error_with_row_and_field(
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
-def test_one_message_as_text_is_an_error_with_row_and_field(read, write):
+def test_one_message_as_text_is_a_list_of_this_message(read, write):
     row = {"prompt": "hi", "chosen": write(assistant("yes")), "rejected": write(assistant("no"))}
-    message = "row 1: the field 'chosen' holds .* which is neither text nor a list of messages"
-    with pytest.raises(UserError, match=message):
-        read([row], CHATML)
+    prompts, chosen, rejected, _ = read([row], CHATML)
+    assert prompts == ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"]
+    assert (chosen, rejected) == (["yes<|im_end|>"], ["no<|im_end|>"])
 
 
 @pytest.mark.parametrize("answer", [

@@ -362,8 +362,10 @@ def test_train_step_is_an_update_by_the_mean_loss_and_reads_no_number_from_the_d
 
     # Rows as columns of token ids, and the micro-batches.
     columns = {"id": list("abcdefg")}
-    for name in ("prompt", "chosen", "rejected"):
-        columns[f"{name}_ids"] = [tokenizer(row[name])["input_ids"] for row in make_rows(7)]
+    columns |= {"prompt_ids": [], "answer_ids": []}
+    for row in make_rows(7):
+        columns["prompt_ids"].append(tokenizer(row["prompt"])["input_ids"])
+        columns["answer_ids"].append(tokenizer([row["chosen"], row["rejected"]])["input_ids"])
     pieces, micro_batches = [], []
     for first in (0, 3, 6):
         pieces.append(train.Piece(slice(first, min(first + 3, 7)), 1.0))
@@ -597,7 +599,7 @@ def test_on_a_real_model_rounding_stays_below_half_of_its_bound(dtype):
     tokenizer = models.load_tokenizer(folder)
     module = FastLogps(models.load_model(folder))
     path = str(SHARED / "data" / "hh_harmless_512.jsonl")
-    rows, _ = data.load_tokens(path, tokenizer, ("chosen", "rejected"), data.Limits(1024))
+    rows, _ = data.load_tokens(path, tokenizer)
     short = [i for i, tokens in enumerate(data.column(rows, "tokens")) if tokens < 300]
     rows = rows.select(short[:8])
 
@@ -608,8 +610,7 @@ def test_on_a_real_model_rounding_stays_below_half_of_its_bound(dtype):
             some, row_format = rows[first:first + size], RowFormat(packed)
             batch = train.collate(some, tokenizer, ALONE.device, row_format)
             with torch.no_grad(), torch.autocast(**autocast_options(dtype, ALONE.device)):
-                logps = concatenated_forward(module, batch)
-            parts.append(torch.stack([logps["chosen_logps"], logps["rejected_logps"]], 1))
+                parts.append(concatenated_forward(module, batch)["logps"])
         return torch.cat(parts).double()
 
     variants = []
@@ -617,7 +618,8 @@ def test_on_a_real_model_rounding_stays_below_half_of_its_bound(dtype):
         variants += [all_logps(size, packed=False), all_logps(size, packed=True)]
     stacked = torch.stack(variants)
     spread = stacked.amax(0) - stacked.amin(0)
-    bound = references.rounding(dtype, references.answer_lengths(rows), ALONE.device)
+    lengths = torch.tensor([list(map(len, answers)) for answers in rows["answer_ids"]])
+    bound = references.rounding(dtype, lengths, ALONE.device)
     assert 0 < (spread / bound).max() < 0.5
 
 

@@ -24,8 +24,11 @@ VOCABULARY = 13
 ROWS = {
     "id": ["a", "b", "c"],
     "prompt_ids": [[1, 2, 3], [4], [5, 6]],
-    "chosen_ids": [[7, 8, 0], [9, 10, 11, 12, 0], [1, 0]],
-    "rejected_ids": [[2, 0], [3, 4, 5, 0], [6, 7, 8, 9, 10, 0]],
+    "answer_ids": [
+        [[7, 8, 0], [2, 0]],
+        [[9, 10, 11, 12, 0], [3, 4, 5, 0]],
+        [[1, 0], [6, 7, 8, 9, 10, 0]],
+    ],
 }
 
 
@@ -193,7 +196,7 @@ def test_token_ids_equal_trl_except_that_trl_moves_the_common_start_of_two_answe
     path = SHARED / "data" / f"{name}.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     limits = data.Limits(max_length=4096)
-    rows, _ = data.load_tokens(str(path), tokenizer, ("chosen", "rejected"), limits)
+    rows, _ = data.load_tokens(str(path), tokenizer, limits=limits)
     texts = datasets.Dataset.from_list([json.loads(line) for line in open(path)])
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_end")
     trainer = SimpleNamespace(_tokenizer=tokenizer)
@@ -202,10 +205,12 @@ def test_token_ids_equal_trl_except_that_trl_moves_the_common_start_of_two_answe
     differing = 0
     for row in rows:
         trl_row = trl_rows[int(row["id"].split("row ")[1]) - 1]
-        if any(row[part] != trl_row[part] for part in ("prompt_ids", "chosen_ids", "rejected_ids")):
+        prompt, trl_prompt = row["prompt_ids"], trl_row["prompt_ids"]
+        answers, trl_answers = row["answer_ids"], [trl_row["chosen_ids"], trl_row["rejected_ids"]]
+        if (prompt, answers) != (trl_prompt, trl_answers):
             differing += 1
-            assert len(trl_row["prompt_ids"]) > len(row["prompt_ids"])
-        for side in ("chosen_ids", "rejected_ids"):
-            assert row["prompt_ids"] + row[side] == trl_row["prompt_ids"] + trl_row[side]
-    begin_alike = sum(row["chosen_ids"][0] == row["rejected_ids"][0] for row in rows)
+            assert len(trl_prompt) > len(prompt)
+        for answer, trl_answer in zip(answers, trl_answers, strict=True):
+            assert prompt + answer == trl_prompt + trl_answer
+    begin_alike = sum(chosen[0] == rejected[0] for chosen, rejected in rows["answer_ids"])
     assert differing == (0 if "prompt" in texts.column_names else begin_alike)

@@ -9,26 +9,30 @@ import data
 import train
 from data import Limits, describe, load_tokens
 from errors import UserError
+from layouts import examples
+from registry import Needs
+from selection import Shape
+from sources import Source
 
-BOTH = ("chosen", "rejected")
-CHATML = (
-    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+PAIRS = Needs()
+
+
+SFT = Needs(answers=("chosen",))
 
 
 @pytest.fixture
-def load(tokenizer, tmp_path):
-    """Write rows to a file and load them -> account."""
-    def run(rows, sides=BOTH, **options):
+def load(tmp_path):
+    """Write rows to a file and read them -> the number of examples, and the rows with each column
+    or key that is not read."""
+    def run(rows, needs=PAIRS, **shape):
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
-        return load_tokens(path, tokenizer, sides, Limits(), **options)[1]
+        found = list(examples(Source(path), needs, Shape(**shape)))
+        unread = {}
+        for example in found:
+            for name in json.loads(example["unread"]):
+                unread[name] = unread.get(name, 0) + 1
+        return {"kept": len(found), "unread": unread}
     return run
-
-
-@pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
 
 
 def pair(**more):
@@ -51,14 +55,16 @@ def dialogue(**keys):
     ("chat_history", [["hello", "hi"]]),
     ("image", {"bytes": None, "path": "cat.png"}),
     ("audios", ["a.wav"]),
-    ("tools", '[{"name": "weather"}]'),
     ("functions", [{"name": "weather"}]),
     ("input", "apples and rocks"),
     ("context", "Pears are green and grow on trees."),
     ("documents", [{"text": "Pears are green."}]),
     ("chat_template_kwargs", {"enable_thinking": False}),
-    ("weight", 0.5),
+    ("loss_weight", 0.5),
     ("label", False),
+    ("label", 1),
+    ("margin", 0.5),
+    ("score_A", 3),
 ])
 def test_a_column_that_changes_what_a_row_means_is_an_error_unless_it_is_ignored(
         load, tmp_path, name, value):
@@ -72,20 +78,19 @@ def test_a_column_that_changes_what_a_row_means_is_an_error_unless_it_is_ignored
 
 @pytest.mark.parametrize("name, value", [
     ("source", "set A"), ("index", 3), ("meta", {"author": "x"}), ("score_chosen", 8),
-    ("model", "m-7b"), ("created", "2020-01-01"), ("label", 1), ("weight", 1), ("images", 0),
+    ("model", "m-7b"), ("created", "2020-01-01"), ("sample_weight", 1), ("images", 0),
     ("messages", [{"role": "user", "content": "Name a fruit."}]), ("question", "Name a fruit."),
     ("reasoning", "The judge prefers fruit."), ("chosen_score", 2.0),
 ])
 def test_a_column_of_bookkeeping_is_listed_with_its_rows(load, name, value):
     account = load([pair(**{name: value}), pair(), pair(**{name: value})])
     assert account["kept"] == 3 and account["unread"] == {name: 2}
-    assert f"columns and message keys not read: {name} (2 rows)" in describe(account)
 
 
 @pytest.mark.parametrize("value", [None, "", " ", [], {}, "[]", [None], {"bytes": None}])
 def test_a_column_without_content_is_not_mentioned(load, value):
-    account = load([pair(system=value, images=value)])
-    assert account["unread"] == {} and "not read" not in describe(account)
+    account = load([pair(system=value, images=value, labels=value)])
+    assert account["kept"] == 1 and account["unread"] == {}
 
 
 def test_what_the_prompt_repeats_is_not_lost(load):
@@ -100,8 +105,8 @@ def test_what_the_prompt_repeats_is_not_lost(load):
 
 def test_the_scores_and_the_id_are_read_where_the_loss_reads_them(load):
     rows = [pair(id="x", chosen_score=2.0, rejected_score=1.0)]
-    assert load(rows, scored=True)["unread"] == {}
-    assert load(rows, sides=("chosen",))["unread"] == {
+    assert load(rows, Needs(scores=True))["unread"] == {}
+    assert load(rows, SFT)["unread"] == {
         "rejected": 1, "chosen_score": 1, "rejected_score": 1}
 
 
@@ -138,12 +143,11 @@ def test_rows_of_two_splits_in_one_file_are_an_error(load):
 # --- keys of a message
 
 @pytest.mark.parametrize("key, value", [
-    ("tool_calls", [{"name": "f"}]), ("reasoning", "fruit grow"), ("thinking", "fruit grow"),
-    ("reasoning_content", "fruit grow"), ("images", ["a.png"]), ("weight", 0), ("train", False),
+    ("reasoning", "fruit grow"), ("images", ["a.png"]), ("weight", 0), ("trainable", False),
     ("function_call", {"name": "f"}), ("documents", ["Pears are green."]),
 ])
 def test_a_message_key_that_changes_what_a_message_means_is_an_error_unless_it_is_ignored(
-        load, chat, key, value):
+        load, key, value):
     rows = [dialogue(), dialogue(**{key: value})]
     with pytest.raises(UserError) as error:
         load(rows)
@@ -152,18 +156,29 @@ def test_a_message_key_that_changes_what_a_message_means_is_an_error_unless_it_i
 
 
 @pytest.mark.parametrize("key, value", [
-    ("name", "bot"), ("id", 4), ("timestamp", "12:00"), ("weight", 1), ("train", True),
+    ("speaker", "bot"), ("id", 4), ("timestamp", "12:00"), ("weight", 1), ("trainable", True),
 ])
-def test_another_message_key_is_listed_with_its_rows(load, chat, key, value):
+def test_another_message_key_is_listed_with_its_rows(load, key, value):
     account = load([dialogue(**{key: value}), dialogue(), dialogue(**{key: None})])
     assert account["kept"] == 3 and account["unread"] == {f"chosen[].{key}": 1}
 
 
+@pytest.mark.parametrize("key, value", [
+    ("tool_calls", [{"name": "f"}]), ("thinking", "fruit grow"), ("train", False), ("name", "bot"),
+])
+def test_a_key_that_a_template_reads_may_be_ignored_and_is_then_listed(load, tmp_path, key, value):
+    rows = [dialogue(**{key: value}), dialogue()]
+    assert load(rows)["unread"] == {}
+    assert load(rows, ignored=(key,))["unread"] == {f"chosen[].{key}": 1}
+    example = next(examples(Source(str(tmp_path / "rows.jsonl")), PAIRS, Shape(ignored=(key,))))
+    assert key not in json.loads(example["answers"][0])[0]
+
+
 # --- names in lists
 
-def test_a_name_of_ignore_columns_must_be_a_column_or_key_that_is_not_read(load, chat):
-    accounts = [load([dialogue(name="x") | {"images": ["a.png"]}], ignored=("images",))]
-    data.check_ignored(("images", "name"), accounts)
+def test_a_name_of_ignore_columns_must_be_a_column_or_key_that_is_not_read(load):
+    accounts = [load([dialogue(speaker="x") | {"images": ["a.png"]}], ignored=("images",))]
+    data.check_ignored(("images", "speaker"), accounts)
     message = "--ignore_columns image: no row has an unread .* the nearest is images"
     with pytest.raises(UserError, match=message):
         data.check_ignored(("images", "image"), accounts)
@@ -198,12 +213,12 @@ def test_a_name_of_columns_that_matches_nothing_is_named_with_the_nearest(load, 
 def test_spaces_inside_a_mixture_are_forgiven(tmp_path, tokenizer):
     a = write_jsonl(tmp_path / "a.jsonl", make_rows(8))
     b = write_jsonl(tmp_path / "b.jsonl", make_rows(8, seed=1))
-    spaced = load_tokens(f" {a} : 1, {b}: 0.5 ", tokenizer, BOTH, Limits())[0]
-    assert spaced["id"][:] == load_tokens(f"{a}:1,{b}:0.5", tokenizer, BOTH, Limits())[0]["id"][:]
+    spaced = load_tokens(f" {a} : 1, {b}: 0.5 ", tokenizer, PAIRS, Limits())[0]
+    assert spaced["id"][:] == load_tokens(f"{a}:1,{b}:0.5", tokenizer, PAIRS, Limits())[0]["id"][:]
     with pytest.raises(UserError, match=r"c.jsonl: no such file; the nearest are .*\.jsonl"):
-        load_tokens(f"{a}:1, {tmp_path}/c.jsonl:1", tokenizer, BOTH, Limits())
+        load_tokens(f"{a}:1, {tmp_path}/c.jsonl:1", tokenizer, PAIRS, Limits())
     with pytest.raises(UserError, match="a file has no splits; a share is a number"):
-        load_tokens(f"{a}:70%,{b}:30%", tokenizer, BOTH, Limits())
+        load_tokens(f"{a}:70%,{b}:30%", tokenizer, PAIRS, Limits())
 
 
 # --- folders
@@ -255,7 +270,7 @@ def test_a_folder_is_read_by_its_splits_and_the_other_files_are_named(
     folder = make_folder(tmp_path / "rows", *names)
     for split, expected in reads.items():
         spec = f"{folder}:{split}" if split else folder
-        rows, account = load_tokens(spec, tokenizer, BOTH, Limits())
+        rows, account = load_tokens(spec, tokenizer, PAIRS, Limits())
         read = [name.rpartition("(id ")[2][:-1] for name in rows["id"]]
         assert list(dict.fromkeys(read)) == expected
         for name in set(names) - set(expected):
@@ -275,12 +290,12 @@ def test_a_folder_whose_training_rows_are_not_clear_is_an_error(
         tmp_path, tokenizer, names, split, message):
     folder = make_folder(tmp_path / "rows", *names)
     with pytest.raises(UserError, match=message):
-        load_tokens(folder + split, tokenizer, BOTH, Limits())
+        load_tokens(folder + split, tokenizer, PAIRS, Limits())
 
 
 def test_files_of_other_kinds_in_a_folder_are_named(tmp_path, tokenizer):
     folder = make_folder(tmp_path / "rows", "a.jsonl", "b.jsonl.gz", "README.md")
-    account = load_tokens(folder, tokenizer, BOTH, Limits())[1]
+    account = load_tokens(folder, tokenizer, PAIRS, Limits())[1]
     assert f"not read, of a kind that is not read: {folder}/b.jsonl.gz" in describe(account)
 
 

@@ -50,7 +50,7 @@ def test_a_reference_free_loss_has_zeros_for_its_reference_and_calls_none(model)
     losses, metrics = preference_step(
         model, None, BATCH, sigmoid, {"beta": 0.3}, reference_free=True)
     policy = concatenated_forward(model, BATCH)
-    chosen, rejected = policy["chosen_logps"], policy["rejected_logps"]
+    chosen, rejected = policy["logps"].T
     assert torch.allclose(losses, softplus(-0.3 * (chosen - rejected)))
     # Other trainers measure this reward from the reference.
     assert torch.allclose(metrics["rewards/chosen"], 0.3 * chosen)
@@ -63,12 +63,11 @@ def test_an_f_divergence_score_replaces_the_log_ratio_in_the_loss_and_in_the_rew
         model, other, BATCH, hinge, {"beta": 0.3}, f_divergence="js")
     policy, reference = concatenated_forward(model, BATCH), concatenated_forward(other, BATCH)
     scores = []
-    for side in ("chosen", "rejected"):
-        logratio = policy[f"{side}_logps"] - reference[f"{side}_logps"]
+    for logratio in (policy["logps"] - reference["logps"]).T:
         scores.append(f_divergence_score(logratio, "js"))
     assert torch.allclose(losses, torch.relu(1 - 0.3 * (scores[0] - scores[1])))
     assert torch.allclose(metrics["rewards/chosen"], 0.3 * scores[0])
-    assert torch.allclose(metrics["logps/chosen"], policy["chosen_logps"])
+    assert torch.allclose(metrics["logps/chosen"], policy["logps"][:, 0])
 
 
 def test_reverse_kl_is_the_loss_itself_and_alpha_1_is_forward_kl(model, other):
@@ -133,8 +132,7 @@ def test_wpo_of_a_one_hot_policy_on_its_own_answers_is_the_loss_itself():
     with torch.no_grad():
         policy.model.lm_head.weight *= 1e6
     answer = greedy_answer(policy, [5, 6])
-    columns = {"id": ["row"], "prompt_ids": [[5, 6]], "chosen_ids": [answer],
-               "rejected_ids": [answer[:2]]}
+    columns = rows_of(([5, 6], answer, answer[:2]))
 
     def step(**variants):
         return preference_step(policy, reference, make_batch(columns, **variants), sigmoid,
@@ -224,9 +222,8 @@ def pair_weights(policy, reference, batch):
     """(B,): the size of DPO's gradient in the log-prob of each chosen answer, with β = 0.3"""
     tensors = {}
     for who, model in (("policy", policy), ("ref", reference)):
-        output = concatenated_forward(model, batch)
-        for side in ("chosen", "rejected"):
-            tensors[f"{who}_{side}_logps"] = output[f"{side}_logps"].detach()
+        logps = concatenated_forward(model, batch)["logps"].detach()
+        tensors |= {f"{who}_chosen_logps": logps[:, 0], f"{who}_rejected_logps": logps[:, 1]}
     chosen = tensors["policy_chosen_logps"].requires_grad_()
     gradient, = torch.autograd.grad(sigmoid(**tensors, beta=0.3).sum(), chosen)
     return -gradient
