@@ -106,8 +106,9 @@ class Chat:
         if writes_chat(self.args, self.opened):
             prompt = [*self.history, {"role": "user", "content": line}]
         try:
-            prompt_ids, = encode_prompts([prompt], self.opened.tokenizer, ["the conversation"])
             name = "the conversation (see /reset)"
+            prompt_ids, = encode_prompts([prompt], self.opened.tokenizer, [name],
+                                         self.opened.options)
             check_prompt_room(self.opened.policy.model, [prompt_ids], [name])
         except UserError as error:
             report(str(error))

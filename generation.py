@@ -212,7 +212,7 @@ def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
     if tokenizer.chat_template is not None:
         question = {"role": "user", "content": "question"}
         reply = {"role": "assistant", "content": "answer"}
-        text, = write_chats([[question, reply]], tokenizer, add_generation_prompt=False)
+        text, = write_chats([[question, reply]], tokenizer, ["a turn"], {})
         end = text.rpartition("answer")[2]
         match = read_special_tokens(tokenizer).pattern.search(end)
         if match:
@@ -220,26 +220,32 @@ def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
     return ends - {None}
 
 
-def write_chats(chats: list[list[dict]], tokenizer: Any, **options) -> list[str]:
-    """Write each list of messages by the chat template, by default up to the turn of the assistant.
-    A template is a program of the model's folder, so it has limits: see limits.py."""
-    options = {"add_generation_prompt": True} | options
-
+def write_chats(chats: list[list[dict]], tokenizer: Any, names: list[str], options: dict,
+                **served) -> list[str]:
+    """Write each list of messages by the chat template. A template is a program of the model's
+    folder, so it has limits: see limits.py."""
     def text_of(i):
-        return render(chats[i], tokenizer, "the messages", **options)
+        return render(chats[i], tokenizer, names[i], options, **served)
 
-    names = [f"prompt {i + 1}" for i in range(len(chats))]
     return texts_of_rows(text_of, len(chats), names)
 
 
-def encode_prompts(prompts: list, tokenizer: Any, names: list[str], **options) -> list[list[int]]:
+def encode_prompts(prompts: list, tokenizer: Any, names: list[str],
+                   options: dict | None = None) -> list[list[int]]:
     """Turn prompts, each a text or a list of messages, into token ids, as data.py does in training.
 
     names       of the prompts, for errors
-    options     of the chat template
+    options     of the chat template, from --template_kwargs
     """
-    chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    written = iter(write_chats(chats, tokenizer, **options)) if chats else iter(())
+    chats, chat_names = [], []
+    for prompt, name in zip(prompts, names):
+        if not isinstance(prompt, str):
+            chats.append(prompt)
+            chat_names.append(name)
+    written = iter(())
+    if chats:
+        written = iter(write_chats(chats, tokenizer, chat_names, options or {},
+                                   add_generation_prompt=True))
     front, _ = data.special_ids(tokenizer)
     rows = []
     for prompt, name in zip(prompts, names):

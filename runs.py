@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import data
 import world
 from batches import autocast_options, collate
 from checkpoint import checkpoints, is_complete, read_state
@@ -57,6 +58,7 @@ class Opened(NamedTuple):
     loss: Callable
     hyper: dict
     dtype: str
+    options: dict  # of the chat template
     notes: list[str]
 
 
@@ -144,10 +146,7 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if ALONE.device.type == "cuda" else "float32"
-    if saved.weights is not None and is_adapter(saved.weights):
-        tokenizer = load_adapter_tokenizer(saved.weights, saved.source)
-    else:
-        tokenizer = load_tokenizer(saved.weights or saved.source)
+    tokenizer = load_saved_tokenizer(saved, args)
     policy = load_policy(args, saved.source, saved.weights, dtype, ALONE.device)
     policy.requires_grad_(False)
     check_vocabulary(name, policy.model, tokenizer)
@@ -160,8 +159,29 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
         notes.append(check_reference(args, reference.model, tokenizer))
     if args.sync_ref_every and reference is not None:
         notes.append("the reference of this run moved; here it is the one that it started from")
-    hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
-    return Opened(policy, reference, tokenizer, args, loss, hyper, dtype, list(filter(None, notes)))
+    return Opened(
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        args=args,
+        loss=loss,
+        hyper={name: getattr(args, name) for name in hyperparameters(loss)},
+        dtype=dtype,
+        options=data.read_template_kwargs(args.template_kwargs),
+        notes=[note for note in notes if note],
+    )
+
+
+def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:
+    """Load the tokenizer of a run, with the chat template that it was trained with, or with that of
+    a --chat_template given now."""
+    if saved.weights is not None and is_adapter(saved.weights):
+        tokenizer = load_adapter_tokenizer(saved.weights, saved.source)
+    else:
+        tokenizer = load_tokenizer(saved.weights or saved.source)
+    if args.chat_template:
+        tokenizer.chat_template = data.read_template(args.chat_template)
+    return tokenizer
 
 
 def is_adapter(folder: str) -> bool:
@@ -173,6 +193,8 @@ def flags_to_load(saved: Saved, loss: Callable, changed: dict) -> Namespace:
     flags = vars(build_parser(LOSSES["sigmoid"]).parse_args([]))
     flags |= vars(build_parser(loss).parse_args([])) | saved.flags | changed
     flags |= {"parallel": "ddp", "compile": False, "gradient_checkpointing": False}
+    # The tokenizer of the run has its --chat_template already.
+    flags["chat_template"] = changed.get("chat_template")
     if not flags["tokens_per_micro_batch"]:
         flags["micro_batch_size"] = flags["micro_batch_size"] or 4
     args = Namespace(**flags)

@@ -104,7 +104,7 @@ def collect_prompts(args, opened: Opened) -> list[Prompt]:
         if not isinstance(text, str) and opened.tokenizer.chat_template is None:
             raise UserError(f"{name}: holds messages, and the model has no chat template; write "
                             "the prompt as text")
-    rows = encode_prompts(chats, opened.tokenizer, names)
+    rows = encode_prompts(chats, opened.tokenizer, names, opened.options)
     return [Prompt(name, ids, {}) for name, ids in zip(names, rows)]
 
 
@@ -259,7 +259,8 @@ def check_sample_args(args) -> None:
     if args.no_reference and args.ref_model:
         raise UserError(f"--ref_model {args.ref_model} and --no_reference: give one of them")
     for name in row_flags(args):
-        if task not in ("dataset", "score"):
+        is_of_chats = name in ("chat_template", "template_kwargs") and not args.plain
+        if task not in ("dataset", "score") and not is_of_chats:
             raise UserError(f"--{name}: is read with --dataset or --score only")
     if args.out and pathlib.Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, such as answers.jsonl")
