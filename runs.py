@@ -89,7 +89,7 @@ def find_world_run() -> Saved:
                 newest[path] = path.stat().st_mtime
     if not newest:
         note = "world: there is no finished run below runs/; this is the reference policy"
-        return Saved(None, str(home / "reference"), {}, note)
+        return Saved(None, str(home / "reference"), {"model": "world"}, note)
     folder = max(newest, key=newest.get)
     return saved_in(folder, str(folder), flags_of(folder))._replace(note=f"world: {folder}")
 
@@ -191,7 +191,8 @@ def is_adapter(folder: str) -> bool:
 def flags_to_load(saved: Saved, loss: Callable, changed: dict) -> Namespace:
     """Return the flags of the run, with the defaults of train.py for those that it did not have."""
     flags = vars(build_parser(LOSSES["sigmoid"]).parse_args([]))
-    flags |= vars(build_parser(loss).parse_args([])) | saved.flags | changed
+    flags |= vars(build_parser(loss).parse_args([])) | {"model": saved.source}
+    flags |= saved.flags | changed
     flags |= {"parallel": "ddp", "compile": False, "gradient_checkpointing": False}
     # The tokenizer of the run has its --chat_template already.
     flags["chat_template"] = changed.get("chat_template")
@@ -207,7 +208,7 @@ def settle_open_reference(args: Namespace, saved: Saved, ref_model: str | None, 
     """Choose the reference. A run whose loss reads none is compared with what it started from."""
     if ref_model:
         args.ref, args.ref_model = "model", ref_model
-    elif not wanted or not saved.flags and saved.weights is None:
+    elif not wanted or saved.weights is None:
         args.ref, args.ref_model = "none", None
     elif args.ref in (None, "none"):
         args.ref = default_reference(Namespace(**vars(args) | {"reference_free": False}))

@@ -147,7 +147,7 @@ def test_another_reference_may_be_named_and_none_loaded(fit, folder, capsys):
     assert "-- reference" in capsys.readouterr().out
     ask("--model", out, "--no_reference", "--prompt", "the cat", "--max_new_tokens", 4)
     printed = capsys.readouterr().out
-    assert "-- reference" not in printed and "reward" not in printed
+    assert "-- reference" not in printed and "reward" not in printed and "malformed" not in printed
 
 
 def test_a_prompt_is_a_message_where_there_is_a_chat_template_and_a_text_with_plain(
