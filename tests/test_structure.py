@@ -69,7 +69,14 @@ ALLOWED_IMPORTS = {
         "logps", "lora", "losses", "model", "parallel",
     },
 }
+ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["runs"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["audit"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["chat"] = {"errors", "generation", "runs"}
+ALLOWED_IMPORTS["sample"] = {
+    "audit", "chat", "data", "errors", "generation", "ranges", "runs", "world",
+}
 ALLOWED_IMPORTS["bench"] = {
     "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
 }
