@@ -44,6 +44,8 @@ def answers_loss(tensors: dict, loss, hyper: dict, score=None) -> tuple:
         losses = losses * tensors["weight"].to(losses.dtype)
     describe = label_metrics if kind_of(loss) == "labels" else list_metrics
     metrics = {"loss": losses} | describe(tensors, hyper["beta"])
+    if "kl" in tensors:  # a number of the step, the same for all its rows
+        metrics["kl"] = tensors["kl"].expand(losses.shape)
     return losses, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -139,7 +141,9 @@ class Mismatched(Sequence):
         for prompt, (answer,) in answers:
             columns["answer_ids"].append([answer[:max(1, self.max_length - len(prompt))]])
         if "unscored" in others:
-            columns["unscored"] = others["unscored"]
+            columns["unscored"] = []
+            for (answer,), (places,) in zip(columns["answer_ids"], others["unscored"]):
+                columns["unscored"].append([[place for place in places if place < len(answer)]])
         if "ref_mismatched_logp" in columns:
             columns["ref_logps"] = [[logp] for logp in columns["ref_mismatched_logp"]]
         return columns

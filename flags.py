@@ -26,6 +26,7 @@ import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
 from errors import Parser, UserError, any_name
+from hub import check_hub_name
 from lora import read_adapter
 from losses import (
     LOSSES,
@@ -38,6 +39,7 @@ from losses import (
 )
 from optimizers import MOMENTS, SCHEDULES
 from ranges import real_number, whole_number
+from trackers import check_trackers
 from variants import Variants, check_variants
 
 # Flags of a loss with a reference.
@@ -129,7 +131,10 @@ OTHER_TRAINERS = {
     "save_total_limit": "--keep_checkpoints",
     "resume_from_checkpoint": "--resume, with the --output_dir of the run",
     "overwrite_output_dir": "leave it out, and give a new --output_dir",
-    "report_to": "leave it out: metrics.jsonl has all metrics",
+    "run_name": "leave it out: a tracker shows the name of --output_dir",
+    "logging_dir": "leave it out: TensorBoard's files are in tensorboard/ of --output_dir",
+    "push_to_hub_model_id": "--push_to_hub",
+    "hub_model_id": "--push_to_hub",
     "do_train": "leave it out",
     "do_eval": "leave it out: held-out rows are always evaluated",
 }
@@ -281,6 +286,11 @@ def add_run_flags(add):
         help="steps between checkpoints (0: only when interrupted)")
     add("--keep_checkpoints", type=whole_number(">= 1"),
         help="number of newest checkpoints to keep (default 2; 1 if one is above 10 GB)")
+    add("--report_to", metavar="NAME,NAME",
+        help="send the rows of metrics.jsonl to wandb, tensorboard or both; none: to neither, for "
+             "a run that is resumed (default: to neither)")
+    add("--push_to_hub", metavar="NAME",
+        help="upload the finished model and its card to this name on the Hub")
 
 
 def add_variant_flags(add):
@@ -607,6 +617,8 @@ def check_args(args, saved):
     data.read_flags(args)
     check_optimizer(args)
     check_output_dir(args)
+    check_trackers(args.report_to)
+    check_hub_name(args.push_to_hub)
     if args.eval_share is None:
         return
     if args.eval_dataset or args.dataset == "world":

@@ -1,8 +1,12 @@
 """Writes the output of a run: the lines before the first step, the progress bar, metrics.jsonl.
 
+    python log.py runs/sigmoid --plot curves.png      # the curves of a run, or of several runs
+
 `introduce` prints a summary of the run before its first step. `Log` then writes the flags once,
-one row of metrics.jsonl for each logged step, and draws the bar. Only rank 0 writes.
+one row of metrics.jsonl for each logged step, and draws the bar. It sends each row to the trackers
+of --report_to (trackers.py). Only rank 0 writes. The curves are drawn by plots.py.
 """
+from errors import Parser, run_script  # first, see errors.py
 import json
 import sys
 from argparse import Namespace
@@ -20,7 +24,9 @@ from lora import NF4Linear, lora_layers
 from losses import kind_of
 from optimizers import MOMENTS
 from parallel import Ranks, crowded_line, shard
+from plots import parse_rows, plot_runs
 from reach import frozen_line, router_loss_line
+from trackers import open_trackers
 from world import brief
 
 
@@ -38,6 +44,7 @@ class Log:
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
         self.first = True  # no step has ended yet
+        self.trackers = []
         if not self.on:
             return
         write_flags(folder, flags)
@@ -49,11 +56,21 @@ class Log:
                 self.say(f"{self.path}: its rows up to step {start} were changed or are missing; "
                          f"they are now those of {checkpoint}")
         write_text(self.path, rows)
+        self.trackers = open_trackers(
+            flags["report_to"], folder, flags, parse_rows(self.path, rows))
 
     def row(self, step: int, split: str, values: dict):
         if self.on:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        for tracker in self.trackers:
+            tracker.row(step, split, values)
+
+    def close(self):
+        """End the bar and the trackers."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def tick(self, values: dict):
         """Advance the bar by one step with these metrics."""
@@ -136,3 +153,16 @@ def memory_line(policy, reference, moments):
     sizes = ", ".join(f"{name} {part / 2**20:,.1f} MiB" for name, part in parts.items())
     return (f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them trained; "
             f"on each rank {sizes}")
+
+
+def main(arguments: list[str]):
+    """Run the command `python log.py`."""
+    parser = Parser(description="Draw the curves of runs, finished or still going on")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a run")
+    parser.add_argument("--plot", required=True, metavar="FILE.png", help="the picture to write")
+    args = parser.parse_args(arguments)
+    plot_runs(args.runs, args.plot)
+
+
+if __name__ == "__main__":
+    run_script(main)

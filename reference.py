@@ -300,9 +300,11 @@ def check_start(task: Task, policy: FastLogps, reference: Callable | None, batch
 
 def cache_key(args, fixed, task):
     """Hash all inputs of the cached log-probs: weights and configs, rows, the answers that the loss
-    reads, dtype, ld_alpha, --quantize."""
+    reads, dtype, ld_alpha, --quantize, and the length to which mismatched answers are truncated."""
     inputs = [fixed[name] for name in ("weights", "settings", "rows", "held_out")]
     inputs += [task.dtype, args.ld_alpha, args.quantize, needs_of(task.loss)]
+    if needs_kl(task.loss):
+        inputs.append(args.max_length)
     return hashlib.blake2b(str(inputs).encode(), digest_size=12).hexdigest()
 
 

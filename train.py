@@ -50,6 +50,7 @@ from batches import (
     raise_not_finite,
     split_step,
 )
+from card import document_run, has_card
 from checkpoint import (
     FREE_ON_RESUME,
     claim,
@@ -68,6 +69,7 @@ from checkpoint import (
 from dpo import preference_logps, train_sft
 from files import delete_if_abandoned, free_name, json_digest, missing_folders
 from flags import parse_args, read_variants
+from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
 from logps import FastLogps
@@ -157,6 +159,8 @@ def load_rows(args, loss, tokenizer, home, ranks):
     accounts = [account for _, account in loaded.values()]
     data.check_template(args, accounts)
     data.check_ignored(shape.ignored, accounts)
+    for flag, (part, _) in loaded.items():
+        check_weights(args, loss, f"{flag} {specs[flag]}", part)
     rows = loaded["--dataset"][0]
     if "--eval_dataset" in loaded:
         held_out = loaded["--eval_dataset"][0]
@@ -165,12 +169,28 @@ def load_rows(args, loss, tokenizer, home, ranks):
     if not len(rows):
         raise UserError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, "
                         "because they have so few prompts; lower it")
+    if kind_of(loss) == "labels":
+        data.check_labels(f"--dataset {specs['--dataset']}, without the held-out rows", rows)
     if ranks.rank == 0:
         for flag, (_, account) in loaded.items():
             print(f"{flag} {data.describe(account)}")
         print(data.describe_statistics(data.statistics(rows, held_out)))
         print(data.show(rows, tokenizer, most=300))
     return rows, held_out
+
+
+def check_weights(args, loss, where, rows):
+    """Raise if the rows have weights and the loss has no loss of a single row to multiply, or if
+    all weights are 0."""
+    if "weight" not in rows.column_names:
+        return
+    advice = "--ignore_columns weight trains without it"
+    if "batch" in loss.tags:
+        raise UserError(f"--loss {args.loss}: {where} has a column 'weight', and this loss compares "
+                        f"the pairs of a step with each other, so no pair has a weight; {advice}")
+    if not data.column(rows, "weight").any():
+        raise UserError(f"{where}: every row has the weight 0, so there is nothing to train on; "
+                        f"{advice}")
 
 
 # --- The models -----------------------------------------------------------------------------------
@@ -808,8 +828,6 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     # Seed an adapter's dropout by seed, step and rank, so that a resumed run draws the same masks.
     torch.manual_seed(args.seed + 1_000_003 * (number * ranks.size + ranks.rank))
     values = {"lr": run.scheduler.get_last_lr()[0]}
-    if "kl" in state:
-        values["kl"] = state["kl"].item()
     values |= train_step(run.task, run.policy, run.reference, run.optimizer, batches, step,
                          args.max_grad_norm, stopping, ranks)
     run.scheduler.step()
@@ -873,16 +891,17 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
             if not last and (stopping or due):
                 write_checkpoint(args, run, number, state, ranks)
             if not last and stopping:
-                log.bar.close()
+                log.close()
                 say(f"stopped after step {number} of {steps}; to continue: "
                     f"{how_to_continue(folder, ranks)}")
                 return True
             since += time.perf_counter() - pause
 
-        log.bar.close()
+        log.close()
         save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
         if ranks.rank == 0:  # a kill may have come before this
             delete_old_checkpoints(folder, run.keep)
+            document_run(folder)
         say(f"saved in {folder}" + (world.sum_up(splits["world"]) if home else ""))
     return False
 
@@ -893,13 +912,28 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     args, loss, hyper = parse_args(argv, __doc__)
     folder, made = choose_folder(args, ranks)
     if args.resume and is_complete(folder):
-        if ranks.rank == 0:
-            print(f"the run in {folder} is complete")
-        return False
-    # The folder comes first: a run that may not write there has not spent an hour on its reference.
-    with claim(folder, args.resume, ranks, made):
-        home = make_world(ranks) if "world" in (args.model, args.dataset) else None
-        return train_policy(args, loss, hyper, folder, home, ranks)
+        finish_complete_run(folder, ranks)
+    else:
+        # The folder comes first: a run that may not write there has not spent an hour on its
+        # reference.
+        with claim(folder, args.resume, ranks, made):
+            home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+            stopped = train_policy(args, loss, hyper, folder, home, ranks)
+        if stopped:
+            return True
+    if args.push_to_hub and ranks.rank == 0:
+        push(folder, args.push_to_hub, how_to_continue(folder, ranks))
+    return False
+
+
+def finish_complete_run(folder, ranks):
+    """Write the card of a run that was killed between its model and its card."""
+    if ranks.rank == 0:
+        print(f"the run in {folder} is complete")
+    if broadcast(not has_card(folder), ranks):
+        with claim(folder, True, ranks), explained_write_errors(folder, ranks):
+            if ranks.rank == 0:
+                document_run(folder)
 
 
 def explain(error):

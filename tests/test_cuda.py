@@ -56,6 +56,8 @@ WAYS = {
     "kto": "--loss kto_pair",
     "orpo": "--loss orpo",
     "simpo": "--loss simpo",
+    "labels": "--loss kto --unpair",
+    "lists": "--loss plackett_luce --dataset lists.jsonl",
 }
 # The other models, and float32, which the one-call kernel does not take.
 MODELS = ["qwen2", "qwen3", "mistral", "gpt2"]
@@ -70,9 +72,18 @@ EXTRA = {
     "resumed": "--attention packed --resume",
 }
 # In four micro-batches a step too, besides the two of all cases.
-COUNTED = ["full", "lora", "cache", "aot"]
+COUNTED = ["full", "lora", "cache", "aot", "labels", "lists"]
 # With packed rows only: what these ways add does not see how rows are laid out.
 ONLY_PACKED = ["dora", "tr-dpo", "recomputed", "bco", "kto", "orpo", "simpo"]
+
+
+def make_lists(pairs):
+    """Lists of two, three or four answers."""
+    lists = []
+    for i, row in enumerate(pairs):
+        answers = [row["chosen"], row["rejected"], " a dog ran", " the sun sat on a mat"]
+        lists.append({"prompt": row["prompt"], "responses": answers[:2 + i % 3]})
+    return lists
 
 
 def list_cases() -> dict:
@@ -129,6 +140,7 @@ def runs(tokenizer, tmp_path_factory) -> dict:
                 torch.nn.init.normal_(parameter)
         models.save_model(model, tokenizer, home / name)
     write_jsonl(home / "pairs.jsonl", make_rows(30))
+    write_jsonl(home / "lists.jsonl", make_lists(make_rows(30)))
 
     common = f"--model llama --dataset pairs.jsonl --dtype bfloat16 --batch_size {PAIRS} "
     common += f"--micro_batch_size {PAIRS // 2} --max_steps {STEPS} --save_every 2 --log_every 1 "

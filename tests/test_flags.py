@@ -1,6 +1,7 @@
 """No flag is accepted and ignored: each changes the results, files or forwards of a run, or it is
 refused."""
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -100,6 +101,8 @@ CHANGES = {
     "eval_every": ({}, 1),
     "save_every": ({}, 1),
     "keep_checkpoints": ({"save_every": 1}, 1),
+    "report_to": ({}, "tensorboard"),
+    "push_to_hub": ({}, "me/mine"),
     "reference_free": ({}, True),
     "f_divergence": ({}, "js"),
     "f_alpha": ({"f_divergence": "alpha"}, 0.9),
@@ -113,7 +116,10 @@ REFUSED = {
     "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
+    "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
 }
+if importlib.util.find_spec("tensorboard") is None:
+    REFUSED["report_to"] = "pip install tensorboard"
 # Without these flags, the run is refused.
 NEEDED = {"unpair": "row 1: has several answers of one prompt, and the loss reads answers with a"}
 
@@ -267,7 +273,8 @@ def test_pairs_chooses_the_answers_that_unpair_gives_a_label(observe):
     with pytest.raises(UserError, match="row 1: has 3 answers, .*; pass --pairs best_worst"):
         observe(base)
     observe(base | {"pairs": "best_worst"})
-    with pytest.raises(UserError, match="row 1: its answer 2 is the better one of one pair and the"):
+    message = "row 1: its answer 2 is the better one of one pair and the"
+    with pytest.raises(UserError, match=message):
         observe(base | {"pairs": "all"})
 
 

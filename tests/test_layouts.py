@@ -498,3 +498,15 @@ def test_a_prompt_inside_two_dialogues_ends_with_their_last_shared_turn():
     history = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: why?\n\nAssistant:"
     assert split_prompt(history + " Because a", history + " Because b") == history
     assert split_prompt("abc", "abd") == ""
+
+
+def test_unpair_is_refused_for_rows_with_labels_and_named_for_rows_with_many_answers(tmp_path):
+    unpaired = Shape(unpair=True)
+    labelled = {"prompt": "a", "completion": " b", "label": True}
+    path = write_jsonl(tmp_path / "labels.jsonl", [labelled])
+    with pytest.raises(UserError, match="row 1: has a label; leave out --unpair"):
+        list(examples(Source(path), LABELS, unpaired))
+    ranked = {"prompt": "a", "responses": [" b", " c", " d"]}
+    path = write_jsonl(tmp_path / "ranked.jsonl", [ranked])
+    with pytest.raises(UserError, match="3 answers, and --unpair reads pairs; pass --pairs"):
+        list(examples(Source(path), LABELS, unpaired))
