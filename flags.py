@@ -26,6 +26,7 @@ import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
 from errors import Parser, UserError, any_name
+from files import read_json
 from hub import check_hub_name
 from lora import read_adapter
 from losses import (
@@ -45,6 +46,9 @@ from variants import Variants, check_variants
 # Flags of a loss with a reference.
 REFERENCE_FLAGS = ("ref", "ref_model", "ref_batch_size", "sync_ref_every", "sync_ref_alpha")
 
+# --attn_implementation
+ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
 # Flags of TRL, transformers and LLaMA-Factory: the flag here, or what to do.
 OTHER_TRAINERS = {
     # model and data
@@ -60,6 +64,7 @@ OTHER_TRAINERS = {
     "dataset_test_split": "--eval_dataset NAME:SPLIT",
     "val_size": "--eval_share",
     "chat_template_path": "--chat_template",
+    "model_revision": "--revision",
     "template": "--chat_template FILE, or leave it out for the tokenizer's own",
     "max_seq_length": "--max_length",
     "max_seq_len": "--max_length",
@@ -115,7 +120,6 @@ OTHER_TRAINERS = {
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16; there is no float16",
     "torch_dtype": "--dtype auto, float32, bfloat16 or float64",
-    "attn_implementation": "--attention auto, packed or padded",
     "flash_attn": "--attention auto, packed or padded",
     "padding_free": "--attention packed",
     "torch_compile": "--compile",
@@ -175,6 +179,8 @@ def add_source_flags(add):
         help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world",
         help="policy: a folder, a hub id, or world (default: the base of --adapter, else world)")
+    add("--revision",
+        help="branch, tag or commit of a --model of the Hub (default: its main branch)")
     add("--dataset", type=any_name, default="world",
         help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
              "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out "
@@ -272,6 +278,10 @@ def add_run_flags(add):
     add("--attention", choices=("auto", "packed", "padded"), default="auto",
         help="packed: compute each prompt once and without padding, by sdpa; "
              "auto: packed if the model supports it and it is faster")
+    add("--attn_implementation", choices=ATTENTION_KERNELS,
+        help="transformers' attention, for policy and reference; packed rows need sdpa; "
+             "flash_attention_2 needs a GPU and the package flash-attn; eager is slow and shows "
+             "attention weights (default: that of the model's config, mostly sdpa)")
     add("--compile", action="store_true",
         help="torch.compile the MLPs and norms; the first steps include compilation")
     add("--deterministic", action="store_true",
@@ -375,6 +385,8 @@ def parse_args(
     # Last, check combinations of flags and derive values from them.
     if args.adapter and not saved and early.model is None:
         args.model = base_of_adapter(args.adapter)
+        if not os.path.isdir(args.model):
+            args.revision = args.revision or revision_of_base(args.adapter)
     settle_adapter(args, loss)
     settle_reference(args, loss)
     check_args(args, saved)
@@ -421,6 +433,11 @@ def base_of_adapter(adapter):
         raise UserError(f"--adapter {adapter}: its adapter_config.json names no base model; "
                         "give --model")
     return base
+
+
+def revision_of_base(adapter):
+    """The default of --revision with --adapter and without --model."""
+    return read_json(pathlib.Path(adapter) / "adapter_config.json").get("revision")
 
 
 def settle_adapter(args, loss):
@@ -616,6 +633,7 @@ def check_args(args, saved):
                         f"{args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
     check_optimizer(args)
+    check_model(args)
     check_output_dir(args)
     check_trackers(args.report_to)
     check_hub_name(args.push_to_hub)
@@ -639,6 +657,17 @@ def check_optimizer(args):
     if args.min_lr and args.lr_schedule == "constant":
         raise UserError(f"--min_lr {args.min_lr:g}: --lr_schedule constant stays at --lr; leave it "
                         "out, or choose linear or cosine")
+
+
+def check_model(args):
+    """Refuse flags of the model that contradict others."""
+    kernel = args.attn_implementation
+    if args.attention == "packed" and kernel not in (None, "sdpa"):
+        raise UserError(f"--attn_implementation {kernel}: --attention packed computes rows with "
+                        "sdpa; give one of the two flags")
+    if args.revision and (args.model == "world" or os.path.isdir(args.model)):
+        raise UserError(f"--revision {args.revision}: --model {args.model} is not a model of the "
+                        "Hub and has no revisions; leave it out")
 
 
 def check_output_dir(args):

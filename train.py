@@ -186,8 +186,9 @@ def check_weights(args, loss, where, rows):
         return
     advice = "--ignore_columns weight trains without it"
     if "batch" in loss.tags:
-        raise UserError(f"--loss {args.loss}: {where} has a column 'weight', and this loss compares "
-                        f"the pairs of a step with each other, so no pair has a weight; {advice}")
+        raise UserError(f"--loss {args.loss}: {where} has a column 'weight', and this loss "
+                        "compares the pairs of a step with each other, so no pair has a weight; "
+                        f"{advice}")
     if not data.column(rows, "weight").any():
         raise UserError(f"{where}: every row has the weight 0, so there is nothing to train on; "
                         f"{advice}")
@@ -622,10 +623,10 @@ def load_trained_tokenizer(args, source):
     A second stage by --adapter gets the template that the adapter was trained behind.
     """
     lines = []
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, args.revision)
     if args.adapter:
         base_template = tokenizer.chat_template
-        tokenizer = load_adapter_tokenizer(args.adapter, source)
+        tokenizer = load_adapter_tokenizer(args.adapter, source, args.revision)
         if tokenizer.chat_template != base_template and not args.chat_template:
             lines.append(f"chat template: that of {args.adapter}; {source} has another one")
     if args.chat_template:
