@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import json
 import math
 import os
 import pathlib
@@ -190,6 +191,7 @@ def add_source_flags(add):
     add("--eval_share", type=real_number("[0, 1)"),
         help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
+    add_config_flag(add)
     add("--resume", action="store_true",
         help="continue from the newest checkpoint in --output_dir, with the flags of that run")
 
@@ -352,6 +354,7 @@ def parse_args(
 
     `description` is the text that --help prints above the flags.
     """
+    argv = insert_config(argv)
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch"):
@@ -399,6 +402,103 @@ def parse_args(
     # the saved value too.
     check_unchanged(args, saved)
     return args, loss, hyper
+
+
+# --- --config -------------------------------------------------------------------------------------
+
+# Pairs of flags of which a run reads one. The command line replaces either by the other.
+ALTERNATIVES = (("epochs", "max_steps"), ("micro_batch_size", "tokens_per_micro_batch"),
+                ("eval_share", "eval_dataset"))
+# Flags in the file of a run that a new run does not take over: it has a folder of its own, and does
+# not replace what the other run published.
+OF_ONE_RUN = ("output_dir", "resume", "push_to_hub")
+
+
+def add_config_flag(add):
+    add("--config", type=any_name, metavar="FILE.json", default=argparse.SUPPRESS,
+        help='flags as a JSON object, {"lr": 1e-6, "dora": true}, or the config.json or run.json '
+             "of a run, without its --output_dir and --push_to_hub; flags on the command line "
+             "win, except that a switch which the file turns on stays on")
+
+
+def insert_config(argv):
+    """Replace --config FILE by the flags in the file, in front of those of the command line."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_config_flag(parser.add_argument)
+    found, rest = parser.parse_known_args(argv)
+    if "config" not in found:
+        return argv
+    if "--resume" in rest:
+        raise UserError(f"--config {found.config}: a resumed run has the flags that it saved; "
+                        "leave it out")
+    given = {word.partition("=")[0].removeprefix("--") for word in rest}
+    try:
+        return flags_of_config(found.config, given, value_of("loss", rest)) + rest
+    except UserError as error:
+        raise UserError(f"--config {found.config}: {error}") from error
+
+
+def flags_of_config(path, given, loss_name):
+    """Read the flags of a file -> words of a command line.
+
+    given       names of the flags on the command line
+    loss_name   the loss on the command line, or ""
+    """
+    values = read_json(path)
+    if isinstance(values.get("flags"), dict):
+        values = {name: value for name, value in values["flags"].items() if name not in OF_ONE_RUN}
+        drop_reference(values, loss_name)
+    for pair in ALTERNATIVES:
+        for name, other in (pair, reversed(pair)):
+            if name in given:
+                values.pop(other, None)
+    saved_loss = str(values.get("loss", "sigmoid"))
+    with naming_flags(["loss"]):
+        loss = find(saved_loss)
+    parser = build_parser(loss)
+    all_flags = vars(parser.parse_args([]))
+    words = to_words(values, all_flags)
+    unknown = parser.parse_known_args(words)[1]
+    if unknown:
+        refuse_flags(unknown, words, saved_loss, all_flags)
+    if loss_name and loss_name != saved_loss:  # the other loss has defaults of its own
+        defaults = hyperparameters(loss)
+        if values.get("dataset", "world") == "world":
+            defaults |= world.flags(saved_loss)
+        for name in hyperparameters(loss):
+            if values.get(name) == defaults[name]:
+                del values[name]
+    return to_words(values, all_flags)
+
+
+def drop_reference(values, loss_name):
+    """Remove --ref, which every run saves, if the loss of the run or that of the command line has
+    no reference."""
+    saved_loss = str(values.get("loss", "sigmoid"))
+    with naming_flags(["loss"]):
+        losses = [find(saved_loss), find(loss_name or saved_loss)]
+    if not all(needs_reference(loss) for loss in losses):
+        values.pop("ref", None)
+
+
+def to_words(values, all_flags):
+    """{flag: value of JSON} -> words of a command line. A null is a flag that was not given."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, (list, dict)):
+            raise UserError(f"{name}: must be text, a number, true, false or null, as on the "
+                            f"command line; got {json.dumps(value):.60}")
+        if name == "config":
+            raise UserError("config: a file of flags cannot name another one")
+        is_switch = all_flags.get(name) is False
+        if is_switch and not isinstance(value, bool):
+            raise UserError(f"{name}: is a switch, so it must be true or false")
+        if is_switch and value:
+            words.append(f"--{name}")
+        elif not is_switch and value is not None:
+            text = str(value).lower() if isinstance(value, bool) else value
+            words.append(f"--{name}={text}")
+    return words
 
 
 def fill_defaults(args, loss, world_defaults):
