@@ -22,6 +22,7 @@ from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
 from losses import kind_of
+from optimizers import MOMENTS
 from parallel import Ranks, crowded_line, shard
 from plots import parse_rows, plot_runs
 from reach import frozen_line, router_loss_line
@@ -122,15 +123,16 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     for line in (frozen_line(model.model), router_loss_line(model.model), crowded_line(ranks)):
         if line:
             print(line)
-    print(memory_line(model, reference))
+    print(memory_line(model, reference, MOMENTS[args.optimizer]))
     print(plan)
     if task.compares_pairs:
         print(f"{args.loss} compares all {args.batch_size} pairs of a step with each other, "
               "which costs a second forward")
 
 
-def memory_line(policy, reference):
-    """Format the memory that each rank needs besides activations."""
+def memory_line(policy, reference, moments):
+    """Format the memory that each rank needs besides activations. `moments` is the number of
+    tensors as large as the weights that the optimizer keeps."""
     def size(tensors):
         return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 
@@ -141,7 +143,7 @@ def memory_line(policy, reference):
     parts = {
         "weights": size([*policy.parameters(), *policy.buffers()]),
         "gradients": size(trained),
-        "optimizer": 2 * size(trained),
+        "optimizer": moments * size(trained),
         "reference": size(second),
     }
     count = sum(parameter.numel() for parameter in policy.parameters())

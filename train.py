@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
-from transformers import get_scheduler
 
 import data
 import packing
@@ -69,7 +68,7 @@ from checkpoint import (
 )
 from dpo import preference_logps, train_sft
 from files import delete_if_abandoned, free_name, json_digest, missing_folders
-from flags import SCHEDULES, parse_args, read_variants
+from flags import parse_args, read_variants
 from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
@@ -87,6 +86,7 @@ from lora import (
 )
 from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
+from optimizers import MOMENTS, make_optimizer, make_schedule
 from parallel import (
     Ranks,
     barrier,
@@ -324,14 +324,6 @@ def parts_between_gathers(module) -> list:
     return parts
 
 
-def make_optimizer(model, lr, device):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError("the policy has no trainable parameter: every one is frozen")
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=fused)
-
-
 def saved_tensors(model):
     """{name: tensor} to save: those of the adapter, if there is one, else of the whole model."""
     if lora_layers(model):
@@ -351,11 +343,12 @@ def save(model, tokenizer, folder, base, ranks, **extra):
 
 
 def checkpoint_bytes(args, model, reference):
-    """Bytes of a checkpoint: saved weights, AdamW's two moments, and a reference that moves."""
+    """Bytes of a checkpoint: saved weights, the optimizer's moments, and a reference that moves."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moving = moving_tensors(args, model, reference)
-    return (tensor_bytes(saved_tensors(model.model).values()) + 2 * tensor_bytes(trained)
-            + tensor_bytes(moving.values()))
+    moments = MOMENTS[args.optimizer] * tensor_bytes(trained)
+    weights = tensor_bytes(saved_tensors(model.model).values())
+    return weights + moments + tensor_bytes(moving.values())
 
 
 # --- One optimizer step ---------------------------------------------------------------------------
@@ -709,7 +702,7 @@ def count_steps(args, rows, ranks):
     steps = args.max_steps or args.epochs * math.ceil(rows / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
-        highest = args.lr * (steps - 1) / warmup
+        highest = args.lr * steps / (warmup + 1)
         print(f"--warmup_steps {warmup}: the run has only {steps} steps, so the learning rate "
               f"reaches {highest:.3g} of --lr {args.lr:g}")
     return steps, warmup
@@ -742,8 +735,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
 
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
-    optimizer = make_optimizer(model, args.lr, ranks.device)
-    scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, warmup, steps)
+    optimizer = make_optimizer(model, args, ranks.device)
+    scheduler = make_schedule(optimizer, args, warmup, steps)
     start, state = 0, start_state(loss)
     if newest:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))

@@ -40,6 +40,7 @@ ALLOWED_IMPORTS = {
         "registry", "selection", "shorten", "sources", "templates", "unread", "written",
     },
     "answers": {"data", "losses"},
+    "optimizers": {"errors"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
     "plots": {"checkpoint", "errors", "files"},
@@ -55,14 +56,15 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "hub", "losses", "lora", "ranges", "trackers", "variants",
+        "checkpoint", "data", "errors", "hub", "losses", "lora", "optimizers", "ranges",
+        "trackers", "variants",
         "world",
     },
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
     "log": {
-        "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "parallel", "plots",
-        "reach", "trackers", "world",
+        "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
+        "parallel", "plots", "reach", "trackers", "world",
     },
     "reference": {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
