@@ -64,7 +64,7 @@ LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of 
 # Flags that a resumed run may change: they change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "compile", "deterministic",
+    "attention", "compile", "deterministic", "report_to", "push_to_hub",
 }
 
 

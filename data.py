@@ -990,10 +990,14 @@ def read_template(path: str) -> str:
         raise UserError(f"--chat_template {path}: cannot be read ({error})") from error
 
 
-def check_template(path: str | None, accounts: list[dict]):
-    """Raise if no row uses the chat template."""
-    if path and not any(account["messages"] for account in accounts):
-        raise UserError(f"--chat_template {path}: no row holds messages, so it is not used")
+def check_template(args: argparse.Namespace, accounts: list[dict]):
+    """Raise if no row uses the chat template that a flag changes."""
+    if any(account["messages"] for account in accounts):
+        return
+    for name in ("chat_template", "template_kwargs"):
+        value = getattr(args, name)
+        if value:
+            raise UserError(f"--{name} {value}: no row holds messages, so it is not used")
 
 
 def needs_of_loss(name):
@@ -1039,7 +1043,7 @@ def main(argv):
             spec, tokenizer, needs, limits, shape, args.strict, options)
         rows.append(tokens)
         accounts.append(account)
-    check_template(args.chat_template, accounts)
+    check_template(args, accounts)
     check_ignored(shape.ignored, accounts)
 
     # The report.

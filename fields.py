@@ -175,6 +175,8 @@ class Fields:
 
 def rename_columns(row, columns, where):
     """Apply --columns, {our name: the file's name}, to a row."""
+    if not columns:
+        return row
     for name in columns.values():
         if name not in row:
             raise UserError(f"{where}: --columns names {name!r}; the row has "

@@ -26,6 +26,7 @@ import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
 from errors import Parser, UserError, any_name
+from hub import check_hub_name
 from lora import read_adapter
 from losses import (
     LOSSES,
@@ -36,11 +37,10 @@ from losses import (
     one_row,
     sides_of,
 )
+from optimizers import MOMENTS, SCHEDULES
 from ranges import real_number, whole_number
+from trackers import check_trackers
 from variants import Variants, check_variants
-
-# our name: transformers' name
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 # Flags of a loss with a reference.
 REFERENCE_FLAGS = ("ref", "ref_model", "ref_batch_size", "sync_ref_every", "sync_ref_alpha")
@@ -108,8 +108,9 @@ OTHER_TRAINERS = {
     "num_epochs": "--epochs",
     "warmup_ratio": "--warmup_steps, which is warmup_ratio x steps (default: a tenth of the steps)",
     "lr_scheduler_type": "--lr_schedule linear, cosine or constant",
-    "optim": "leave it out: AdamW",
-    "weight_decay": "leave it out: there is none",
+    "optim": "--optimizer adamw or rmsprop",
+    "adam_epsilon": "--adam_eps",
+    "min_lr_rate": "--min_lr, which is min_lr_rate x lr",
     # run
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16; there is no float16",
@@ -130,7 +131,10 @@ OTHER_TRAINERS = {
     "save_total_limit": "--keep_checkpoints",
     "resume_from_checkpoint": "--resume, with the --output_dir of the run",
     "overwrite_output_dir": "leave it out, and give a new --output_dir",
-    "report_to": "leave it out: metrics.jsonl has all metrics",
+    "run_name": "leave it out: a tracker shows the name of --output_dir",
+    "logging_dir": "leave it out: TensorBoard's files are in tensorboard/ of --output_dir",
+    "push_to_hub_model_id": "--push_to_hub",
+    "hub_model_id": "--push_to_hub",
     "do_train": "leave it out",
     "do_eval": "leave it out: held-out rows are always evaluated",
 }
@@ -221,7 +225,7 @@ def add_policy_flags(add, loss):
 
 
 def add_optimizer_flags(add):
-    """Add the flags for batches, number of steps and AdamW."""
+    """Add the flags for batches, number of steps, optimizer and learning rate."""
     add("--batch_size", type=whole_number(">= 1"), default=64,
         help="pairs per optimizer step, all ranks together")
     add("--micro_batch_size", type=whole_number(">= 1"),
@@ -232,11 +236,28 @@ def add_optimizer_flags(add):
     add("--epochs", type=whole_number(">= 1"), help="passes over the data (default 1)")
     add("--max_steps", type=whole_number(">= 1"), help="optimizer steps, in place of --epochs")
     add("--lr", type=real_number("> 0"),
-        help="peak learning rate of AdamW (default 5e-7, with an adapter 5e-6; for sft 1e-5, with "
-             "an adapter 1e-4)")
+        help="peak learning rate (default 5e-7, with an adapter 5e-6; for sft 1e-5, with an "
+             "adapter 1e-4)")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="schedule after the warm-up")
+    add("--min_lr", type=real_number(">= 0"), default=0.0,
+        help="learning rate at the end of a linear or cosine schedule; a tenth of --lr is usual "
+             "for long runs")
     add("--warmup_steps", type=whole_number(">= 0"),
-        help="steps of linear warm-up (default: a tenth of the steps)")
+        help="steps of linear warm-up: step k of W has lr x k / (W + 1); the DPO paper has 150 "
+             "(default: a tenth of the steps)")
+    add("--optimizer", choices=MOMENTS, default="adamw",
+        help="rmsprop: what the DPO paper trains with, at --lr 1e-6; it keeps one tensor of the "
+             "size of the weights, and adamw two")
+    add("--weight_decay", type=real_number(">= 0"), default=0.0,
+        help="AdamW: each step subtracts lr x weight_decay x weight, but not from biases and "
+             "norms; preference optimization mostly has 0, pretraining 0.01 to 0.1")
+    add("--adam_beta1", type=real_number("[0, 1)"), default=0.9,
+        help="AdamW: decay of the mean gradient; 0.9 is nearly always good")
+    add("--adam_beta2", type=real_number("[0, 1)"), default=0.999,
+        help="AdamW: decay of the mean squared gradient; 0.95 to 0.99 adapts faster, for large "
+             "batches")
+    add("--adam_eps", type=real_number("> 0"), default=1e-8,
+        help="AdamW: added to the root of the mean squared gradient")
     add("--max_grad_norm", type=real_number("> 0"), default=1.0,
         help="gradients are clipped to this norm")
 
@@ -265,6 +286,11 @@ def add_run_flags(add):
         help="steps between checkpoints (0: only when interrupted)")
     add("--keep_checkpoints", type=whole_number(">= 1"),
         help="number of newest checkpoints to keep (default 2; 1 if one is above 10 GB)")
+    add("--report_to", metavar="NAME,NAME",
+        help="send the rows of metrics.jsonl to wandb, tensorboard or both; none: to neither, for "
+             "a run that is resumed (default: to neither)")
+    add("--push_to_hub", metavar="NAME",
+        help="upload the finished model and its card to this name on the Hub")
 
 
 def add_variant_flags(add):
@@ -372,6 +398,8 @@ def fill_defaults(args, loss, world_defaults):
         args.lr = 1e-5 if is_sft else 5e-7
         if args.adapter or args.lora_rank:
             args.lr = 1e-4 if is_sft else 5e-6
+    if args.min_lr > args.lr:
+        raise UserError(f"--min_lr {args.min_lr:g}: is above --lr {args.lr:g}; lower it")
     if not args.max_steps:
         args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
@@ -587,12 +615,30 @@ def check_args(args, saved):
         raise UserError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
                         f"{args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
+    check_optimizer(args)
     check_output_dir(args)
+    check_trackers(args.report_to)
+    check_hub_name(args.push_to_hub)
     if args.eval_share is None:
         return
     if args.eval_dataset or args.dataset == "world":
         held_out = args.eval_dataset or "the world's own"
         raise UserError(f"--eval_share {args.eval_share}: the held-out rows are {held_out}")
+
+
+# Flags of --optimizer adamw, and their defaults.
+ADAMW = {"weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
+
+
+def check_optimizer(args):
+    """Refuse flags that the optimizer or the schedule does not read."""
+    for name, default in ADAMW.items():
+        value = getattr(args, name)
+        if args.optimizer != "adamw" and value != default:
+            raise UserError(f"--{name} {value}: is read with --optimizer adamw only")
+    if args.min_lr and args.lr_schedule == "constant":
+        raise UserError(f"--min_lr {args.min_lr:g}: --lr_schedule constant stays at --lr; leave it "
+                        "out, or choose linear or cosine")
 
 
 def check_output_dir(args):
@@ -639,7 +685,7 @@ def read_variants(args: argparse.Namespace) -> Variants:
 def check_loss(args, loss, hyper):
     """Check the hyper-parameters' ranges and the variants, by calling the loss on one row."""
     kind = kind_of(loss)
-    if args.pairs and kind != "pairs":
+    if args.pairs and kind != "pairs" and not args.unpair:
         raise UserError(f"--pairs {args.pairs}: {loss.__name__} reads no pairs but {kind}")
     if args.unpair and kind != "labels":
         raise UserError(f"--unpair: {loss.__name__} reads no labels but {kind}")

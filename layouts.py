@@ -148,8 +148,10 @@ def layouts_that_read(name: str, row: Fields) -> str:
     for layout, forms in LAYOUTS.items():
         if any(name in form.fields + form.more for form in forms):
             layouts.append(layout)
-    noun = "layout" if len(layouts) == 1 else "layouts"
-    return f"the {noun} {', '.join(layouts)} read a column of this name" if layouts else ""
+    if not layouts:
+        return ""
+    words = "the layout {} reads" if len(layouts) == 1 else "the layouts {} read"
+    return words.format(", ".join(layouts)) + " a column of this name"
 
 
 # --- The rows of a file ---------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Writes the output of a run: the lines before the first step, the progress bar, metrics.jsonl.
 
+    python log.py runs/sigmoid --plot curves.png      # the curves of a run, or of several runs
+
 `introduce` prints a summary of the run before its first step. `Log` then writes the flags once,
-one row of metrics.jsonl for each logged step, and draws the bar. Only rank 0 writes.
+one row of metrics.jsonl for each logged step, and draws the bar. It sends each row to the trackers
+of --report_to (trackers.py). Only rank 0 writes. The curves are drawn by plots.py.
 """
+from errors import Parser, run_script  # first, see errors.py
 import json
 import sys
 from argparse import Namespace
@@ -18,8 +22,11 @@ from files import write_text
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
 from losses import kind_of
+from optimizers import MOMENTS
 from parallel import Ranks, crowded_line, shard
+from plots import parse_rows, plot_runs
 from reach import frozen_line, router_loss_line
+from trackers import open_trackers
 from world import brief
 
 
@@ -37,6 +44,7 @@ class Log:
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
         self.first = True  # no step has ended yet
+        self.trackers = []
         if not self.on:
             return
         write_flags(folder, flags)
@@ -48,11 +56,21 @@ class Log:
                 self.say(f"{self.path}: its rows up to step {start} were changed or are missing; "
                          f"they are now those of {checkpoint}")
         write_text(self.path, rows)
+        self.trackers = open_trackers(
+            flags["report_to"], folder, flags, parse_rows(self.path, rows))
 
     def row(self, step: int, split: str, values: dict):
         if self.on:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        for tracker in self.trackers:
+            tracker.row(step, split, values)
+
+    def close(self):
+        """End the bar and the trackers."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def tick(self, values: dict):
         """Advance the bar by one step with these metrics."""
@@ -105,15 +123,16 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     for line in (frozen_line(model.model), router_loss_line(model.model), crowded_line(ranks)):
         if line:
             print(line)
-    print(memory_line(model, reference))
+    print(memory_line(model, reference, MOMENTS[args.optimizer]))
     print(plan)
     if task.compares_pairs:
         print(f"{args.loss} compares all {args.batch_size} pairs of a step with each other, "
               "which costs a second forward")
 
 
-def memory_line(policy, reference):
-    """Format the memory that each rank needs besides activations."""
+def memory_line(policy, reference, moments):
+    """Format the memory that each rank needs besides activations. `moments` is the number of
+    tensors as large as the weights that the optimizer keeps."""
     def size(tensors):
         return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 
@@ -124,7 +143,7 @@ def memory_line(policy, reference):
     parts = {
         "weights": size([*policy.parameters(), *policy.buffers()]),
         "gradients": size(trained),
-        "optimizer": 2 * size(trained),
+        "optimizer": moments * size(trained),
         "reference": size(second),
     }
     count = sum(parameter.numel() for parameter in policy.parameters())
@@ -134,3 +153,16 @@ def memory_line(policy, reference):
     sizes = ", ".join(f"{name} {part / 2**20:,.1f} MiB" for name, part in parts.items())
     return (f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them trained; "
             f"on each rank {sizes}")
+
+
+def main(arguments: list[str]):
+    """Run the command `python log.py`."""
+    parser = Parser(description="Draw the curves of runs, finished or still going on")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a run")
+    parser.add_argument("--plot", required=True, metavar="FILE.png", help="the picture to write")
+    args = parser.parse_args(arguments)
+    plot_runs(args.runs, args.plot)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -53,7 +53,7 @@ class Choice(NamedTuple):
 def choose_answers(row: Row, needs: Needs, shape: Shape, where: str) -> list[Choice]:
     """Choose the answers of each example that a row gives."""
     if row.labels:
-        return [choose_labelled(row, needs, where)]
+        return [choose_labelled(row, needs, shape, where)]
     if needs.kind == "labels":
         return unpair(row, shape, where)
     if needs.kind == "lists":
@@ -72,10 +72,12 @@ def are_tied(row):
     return len(row.ranks) > 1 and len(set(row.ranks)) == 1
 
 
-def choose_labelled(row, needs, where):
+def choose_labelled(row, needs, shape, where):
     """Choose the one answer of a row with a label."""
     label = row.labels[0]
     if needs.kind == "labels":
+        if shape.unpair:
+            raise UserError(f"{where}: has a label; leave out --unpair, which labels pairs")
         return Choice([0], [label])
     if needs.kind == "lists" or len(needs.answers) != 1:
         wanted = "several answers of one prompt" if needs.kind == "lists" else "pairs"
@@ -104,7 +106,8 @@ def choose_pairs(row, shape, where):
     """Choose the pairs of a row by --pairs. Tied answers are no pair."""
     check_several(row, where)
     if len(row.ranks) > 2 and shape.pairs is None:
-        raise UserError(f"{where}: has {len(row.ranks)} answers, and the loss reads pairs; pass "
+        reader = "--unpair" if shape.unpair else "the loss"
+        raise UserError(f"{where}: has {len(row.ranks)} answers, and {reader} reads pairs; pass "
                         f"--pairs {'|'.join(PAIRS)}, or use a loss of lists, such as "
                         "--loss plackett_luce")
     order = best_first(row)

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
-from transformers import get_scheduler
 
 import data
 import packing
@@ -51,6 +50,7 @@ from batches import (
     raise_not_finite,
     split_step,
 )
+from card import document_run, has_card
 from checkpoint import (
     FREE_ON_RESUME,
     claim,
@@ -68,7 +68,8 @@ from checkpoint import (
 )
 from dpo import preference_logps, train_sft
 from files import delete_if_abandoned, free_name, json_digest, missing_folders
-from flags import SCHEDULES, parse_args, read_variants
+from flags import parse_args, read_variants
+from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
 from logps import FastLogps
@@ -85,6 +86,7 @@ from lora import (
 )
 from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
+from optimizers import MOMENTS, make_optimizer, make_schedule
 from parallel import (
     Ranks,
     barrier,
@@ -155,7 +157,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
-    data.check_template(args.chat_template, accounts)
+    data.check_template(args, accounts)
     data.check_ignored(shape.ignored, accounts)
     for flag, (part, _) in loaded.items():
         check_weights(args, loss, f"{flag} {specs[flag]}", part)
@@ -322,14 +324,6 @@ def parts_between_gathers(module) -> list:
     return parts
 
 
-def make_optimizer(model, lr, device):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError("the policy has no trainable parameter: every one is frozen")
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=fused)
-
-
 def saved_tensors(model):
     """{name: tensor} to save: those of the adapter, if there is one, else of the whole model."""
     if lora_layers(model):
@@ -349,11 +343,12 @@ def save(model, tokenizer, folder, base, ranks, **extra):
 
 
 def checkpoint_bytes(args, model, reference):
-    """Bytes of a checkpoint: saved weights, AdamW's two moments, and a reference that moves."""
+    """Bytes of a checkpoint: saved weights, the optimizer's moments, and a reference that moves."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moving = moving_tensors(args, model, reference)
-    return (tensor_bytes(saved_tensors(model.model).values()) + 2 * tensor_bytes(trained)
-            + tensor_bytes(moving.values()))
+    moments = MOMENTS[args.optimizer] * tensor_bytes(trained)
+    weights = tensor_bytes(saved_tensors(model.model).values())
+    return weights + moments + tensor_bytes(moving.values())
 
 
 # --- One optimizer step ---------------------------------------------------------------------------
@@ -707,7 +702,7 @@ def count_steps(args, rows, ranks):
     steps = args.max_steps or args.epochs * math.ceil(rows / args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
-        highest = args.lr * (steps - 1) / warmup
+        highest = args.lr * steps / (warmup + 1)
         print(f"--warmup_steps {warmup}: the run has only {steps} steps, so the learning rate "
               f"reaches {highest:.3g} of --lr {args.lr:g}")
     return steps, warmup
@@ -740,8 +735,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
 
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
-    optimizer = make_optimizer(model, args.lr, ranks.device)
-    scheduler = get_scheduler(SCHEDULES[args.lr_schedule], optimizer, warmup, steps)
+    optimizer = make_optimizer(model, args, ranks.device)
+    scheduler = make_schedule(optimizer, args, warmup, steps)
     start, state = 0, start_state(loss)
     if newest:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
@@ -896,16 +891,17 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
             if not last and (stopping or due):
                 write_checkpoint(args, run, number, state, ranks)
             if not last and stopping:
-                log.bar.close()
+                log.close()
                 say(f"stopped after step {number} of {steps}; to continue: "
                     f"{how_to_continue(folder, ranks)}")
                 return True
             since += time.perf_counter() - pause
 
-        log.bar.close()
+        log.close()
         save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
         if ranks.rank == 0:  # a kill may have come before this
             delete_old_checkpoints(folder, run.keep)
+            document_run(folder)
         say(f"saved in {folder}" + (world.sum_up(splits["world"]) if home else ""))
     return False
 
@@ -916,13 +912,28 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     args, loss, hyper = parse_args(argv, __doc__)
     folder, made = choose_folder(args, ranks)
     if args.resume and is_complete(folder):
-        if ranks.rank == 0:
-            print(f"the run in {folder} is complete")
-        return False
-    # The folder comes first: a run that may not write there has not spent an hour on its reference.
-    with claim(folder, args.resume, ranks, made):
-        home = make_world(ranks) if "world" in (args.model, args.dataset) else None
-        return train_policy(args, loss, hyper, folder, home, ranks)
+        finish_complete_run(folder, ranks)
+    else:
+        # The folder comes first: a run that may not write there has not spent an hour on its
+        # reference.
+        with claim(folder, args.resume, ranks, made):
+            home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+            stopped = train_policy(args, loss, hyper, folder, home, ranks)
+        if stopped:
+            return True
+    if args.push_to_hub and ranks.rank == 0:
+        push(folder, args.push_to_hub, how_to_continue(folder, ranks))
+    return False
+
+
+def finish_complete_run(folder, ranks):
+    """Write the card of a run that was killed between its model and its card."""
+    if ranks.rank == 0:
+        print(f"the run in {folder} is complete")
+    if broadcast(not has_card(folder), ranks):
+        with claim(folder, True, ranks), explained_write_errors(folder, ranks):
+            if ranks.rank == 0:
+                document_run(folder)
 
 
 def explain(error):

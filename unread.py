@@ -39,12 +39,12 @@ PROMPT_NAMES = {
 SWITCHES = {"train", "trainable", "loss", "label"}
 # Only a column of the name `weight` is read, so these may only be 1.
 WEIGHTS = {"weight", "sampleweight", "lossweight"}
-# Columns that say which answer is good or better, or by how much. Names with digits, because
-# score_0 is a verdict, and score is not.
+# Columns that say which answer is good or better, or by how much, as `letters_and_digits`: score_0
+# is a verdict, and score is not.
 VERDICTS = {
-    "label", "labels", "kto_tag", "better_response_id", "preference", "overall_preference",
-    "preference_strength", "winner", "winner_model_a", "winner_model_b", "margin",
-    "score_a", "score_b", "score_0", "score_1",
+    "label", "labels", "ktotag", "betterresponseid", "saferresponseid", "preference",
+    "overallpreference", "preferencestrength", "winner", "winnermodela", "winnermodelb", "margin",
+    "scorea", "scoreb", "score0", "score1",
 }
 
 
@@ -56,6 +56,10 @@ BLANK = ("", "[]", "{}", "null", "None", "nan")
 def plain_name(name):
     """Return the letters of a name in lower case, without a plural s: `Tools`, `tool` -> tool."""
     return re.sub(r"[^a-z]", "", str(name).lower()).removesuffix("s")
+
+
+def letters_and_digits(name):
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 def is_blank(value):
@@ -138,7 +142,7 @@ def list_unread(row: dict, read: set, ignored: tuple, texts: list, needs_prompt:
         may_be_prompt = needs_prompt and (plain_name(name) in PROMPT_NAMES or is_question(value))
         context = CONTEXT | {plain_name(name)} if may_be_prompt else CONTEXT
         reason = why_it_matters(name, value, context, texts)
-        if not has_verdict and str(name).lower() in VERDICTS:
+        if not has_verdict and letters_and_digits(name) in VERDICTS:
             reason = "it says which answer is good or better, or by how much"
         if reason and name not in ignored:
             advice = advise(name, may_be_prompt, layouts_that_read(name))
@@ -157,7 +161,7 @@ def advise(name, may_be_prompt, layouts):
         advice = "losses with scores read chosen_score and rejected_score"
     elif plain_name(name) == "chattemplatekwarg":
         advice = "--template_kwargs gives the chat template the same for all rows"
-    elif plain_name(name) in SWITCHES or str(name).lower() in VERDICTS:
+    elif plain_name(name) in SWITCHES or letters_and_digits(name) in VERDICTS:
         advice = "remove the row or the column"
     if may_be_prompt:
         advice = f"if it is the prompt, pass --columns prompt={name}"

@@ -127,6 +127,17 @@ def pairs(tmp_path_factory):
 
 # --- Runs -----------------------------------------------------------------------------------------
 
+@pytest.fixture(autouse=True, scope="module")
+def no_curves(request):
+    """Without matplotlib, a run writes no curves, which would take longer than a tiny run itself.
+    test_plots.py and test_card.py, which are about curves, have matplotlib."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_plots", "test_card"):
+            forked.hide_matplotlib(patch.setitem)
+        yield
+
+
+
 def to_arguments(flags):
     """{"lr": 0.1, "dora": True, "epochs": None} -> ["--lr=0.1", "--dora"]"""
     arguments = []

@@ -7,6 +7,7 @@ What it does not show is the start itself: test_train.py, test_faults.py and tes
 also start scripts by python and torchrun.
 """
 import multiprocessing
+import operator
 import os
 import pathlib
 import runpy
@@ -22,6 +23,13 @@ SERVER.set_forkserver_preload(
     ["torch.distributed.fsdp", "transformers.modeling_utils", "datasets", "filelock"])
 
 
+def hide_matplotlib(setitem):
+    """Let its imports fail, because the curves of a tiny run take longer than the run. What
+    test_plots.py and test_card.py start in their own process has it."""
+    for name in ("matplotlib", "matplotlib.figure"):
+        setitem(sys.modules, name, None)
+
+
 def become(script, arguments, environment, cwd, folder):
     """Become `python SCRIPT ARGUMENTS`, with its output in two files of `folder`."""
     os.setsid()
@@ -30,6 +38,7 @@ def become(script, arguments, environment, cwd, folder):
     os.chdir(cwd)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    hide_matplotlib(operator.setitem)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(pathlib.Path(script).parent))
     runpy.run_path(str(script), run_name="__main__")

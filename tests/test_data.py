@@ -1225,6 +1225,10 @@ def test_the_json_report_counts_the_prompts_that_train_and_eval_share(folder, tm
             "no row holds messages, so it is not used",
         ),
         (
+            ["{pairs}", "--model", "{folder}", "--template_kwargs", '{{"a": 1}}'],
+            "--template_kwargs {\"a\": 1}: no row holds messages, so it is not used",
+        ),
+        (
             ["{pairs}", "--model", "{folder}", "--columns", "answer=chosen"],
             "OURS is one of prompt, chosen",
         ),

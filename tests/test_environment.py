@@ -199,7 +199,7 @@ def test_ctrl_c_during_the_imports_prints_no_traceback():
     assert process.returncode in (-signal.SIGINT, 130, 0)
 
 
-@pytest.mark.parametrize("name", ["train", "data", "model", "dpo", "bench", "registry"])
+@pytest.mark.parametrize("name", ["train", "data", "model", "dpo", "bench", "registry", "sample"])
 def test_every_script_imports_errors_before_anything_that_takes_seconds(name):
     """errors.py and streams.py import the standard library alone."""
     tree = ast.parse((ROOT / f"{name}.py").read_text())

@@ -138,9 +138,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_with_another_optimizer_than_adamw_resumes_bit_for_bit(fit, monkeypatch, name):
-    def make_optimizer(model, lr, device):
+    def make_optimizer(model, args, device):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return OPTIMIZERS[name](trained, lr)
+        return OPTIMIZERS[name](trained, args.lr)
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     whole, _ = fit(**STEPS, out="whole", lr=0.1)
@@ -164,8 +164,8 @@ class Counts(torch.optim.SGD):
 
 def test_an_optimizer_with_state_outside_of_tensors_is_refused(fit, monkeypatch):
     """A checkpoint would not hold the number, and the resumed run would differ."""
-    def make_optimizer(model, lr, device):
-        return Counts(model.parameters(), lr)
+    def make_optimizer(model, args, device):
+        return Counts(model.parameters(), args.lr)
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     message = r"Counts keeps model\..*\.count as a int; a checkpoint stores only tensors"

@@ -1,6 +1,7 @@
 """No flag is accepted and ignored: each changes the results, files or forwards of a run, or it is
 refused."""
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -71,7 +72,13 @@ CHANGES = {
     "max_steps": ({}, 1),
     "lr": ({}, 1e-3),
     "lr_schedule": ({}, "cosine"),
+    "min_lr": ({}, 5e-3),
     "warmup_steps": ({}, 2),
+    "optimizer": ({}, "rmsprop"),
+    "weight_decay": ({}, 0.5),
+    "adam_beta1": ({}, 0.5),
+    "adam_beta2": ({}, 0.9),
+    "adam_eps": ({}, 1e-2),
     "max_grad_norm": ({}, 1e-3),
     "max_length": ({}, 8),
     "max_prompt_length": ({}, 2),
@@ -94,6 +101,8 @@ CHANGES = {
     "eval_every": ({}, 1),
     "save_every": ({}, 1),
     "keep_checkpoints": ({"save_every": 1}, 1),
+    "report_to": ({}, "tensorboard"),
+    "push_to_hub": ({}, "me/mine"),
     "reference_free": ({}, True),
     "f_divergence": ({}, "js"),
     "f_alpha": ({"f_divergence": "alpha"}, 0.9),
@@ -107,7 +116,10 @@ REFUSED = {
     "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
+    "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
 }
+if importlib.util.find_spec("tensorboard") is None:
+    REFUSED["report_to"] = "pip install tensorboard"
 # Without these flags, the run is refused.
 NEEDED = {"unpair": "row 1: has several answers of one prompt, and the loss reads answers with a"}
 
@@ -253,6 +265,17 @@ def test_a_flag_changes_the_run_or_is_refused(flag, paths, observe):
         assert (paths["ELSEWHERE"] / "model.safetensors").exists()
     else:
         assert differ(observe(base), observe(changed))
+
+
+def test_pairs_chooses_the_answers_that_unpair_gives_a_label(observe):
+    """Of three ranked answers, best_worst labels the first and the last."""
+    base = {"loss": "kto", "dataset": "RANKED", "unpair": True}
+    with pytest.raises(UserError, match="row 1: has 3 answers, .*; pass --pairs best_worst"):
+        observe(base)
+    observe(base | {"pairs": "best_worst"})
+    message = "row 1: its answer 2 is the better one of one pair and the"
+    with pytest.raises(UserError, match=message):
+        observe(base | {"pairs": "all"})
 
 
 @pytest.mark.parametrize("name", HYPER)

@@ -411,7 +411,8 @@ def test_columns_that_would_leave_the_verdict_out_are_an_error_that_names_the_la
     names = tuple(zip(("prompt", "chosen", "rejected"), columns.split(",")))
     error = fails([row], columns=names)
     assert message in error and "--layout labelled_pair without --columns reads it" in error
-    ignored = ("labels", "score_A", "score_B", "better_response_id", "overall_preference")
+    ignored = ("labels", "score_A", "score_B", "better_response_id", "safer_response_id",
+               "overall_preference")
     assert len(read([row], columns=names, ignored=ignored)) == 1
 
 
@@ -421,7 +422,9 @@ def test_columns_that_would_leave_the_verdict_out_are_an_error_that_names_the_la
     ("margin", 0.5, "losses with scores read chosen_score and rejected_score"),
     ("kto_tag", False, "kto"), ("score_A", 3, "labelled_pair"), ("images", ["a.png"], "remove the"),
     ("input", "more", "alpaca"), ("history", [["a", "b"]], "alpaca"), ("system", "s", "orca"),
-    ("overall_preference", -3, "labelled_pair"), ("sample_weight", 2, "--columns weight=sample_we"),
+    ("overall_preference", -3, "labelled_pair"),
+    ("Overall Preference", -3, "remove the row"),
+    ("sample_weight", 2, "--columns weight=sample_we"),
     ("chat_template_kwargs", {"enable_thinking": "no"}, "--template_kwargs"),
 ])
 def test_a_column_that_changes_the_meaning_is_an_error_that_names_what_reads_it(
@@ -495,3 +498,15 @@ def test_a_prompt_inside_two_dialogues_ends_with_their_last_shared_turn():
     history = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: why?\n\nAssistant:"
     assert split_prompt(history + " Because a", history + " Because b") == history
     assert split_prompt("abc", "abd") == ""
+
+
+def test_unpair_is_refused_for_rows_with_labels_and_named_for_rows_with_many_answers(tmp_path):
+    unpaired = Shape(unpair=True)
+    labelled = {"prompt": "a", "completion": " b", "label": True}
+    path = write_jsonl(tmp_path / "labels.jsonl", [labelled])
+    with pytest.raises(UserError, match="row 1: has a label; leave out --unpair"):
+        list(examples(Source(path), LABELS, unpaired))
+    ranked = {"prompt": "a", "responses": [" b", " c", " d"]}
+    path = write_jsonl(tmp_path / "ranked.jsonl", [ranked])
+    with pytest.raises(UserError, match="3 answers, and --unpair reads pairs; pass --pairs"):
+        list(examples(Source(path), LABELS, unpaired))

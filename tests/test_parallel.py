@@ -243,8 +243,8 @@ def optimizer_of(case):
     """Inside, cases named after momentum are trained by SGD with momentum instead of AdamW."""
     make = train.make_optimizer
 
-    def make_sgd(model, lr, device):
-        return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    def make_sgd(model, args, device):
+        return torch.optim.SGD(model.parameters(), args.lr, momentum=0.9)
 
     if "momentum" in case:
         train.make_optimizer = make_sgd

@@ -40,8 +40,12 @@ ALLOWED_IMPORTS = {
         "registry", "selection", "shorten", "sources", "templates", "unread", "written",
     },
     "answers": {"data", "losses"},
+    "optimizers": {"errors"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
+    "plots": {"checkpoint", "errors", "files"},
+    "trackers": {"errors", "files"},
+    "hub": {"errors", "files"},
     "lora": {"errors", "files", "limits"},
     "reach": {"errors", "lora"},
     "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
@@ -52,18 +56,29 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "losses", "lora", "ranges", "variants", "world",
+        "checkpoint", "data", "errors", "hub", "losses", "lora", "optimizers", "ranges",
+        "trackers", "variants",
+        "world",
     },
+    "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
     "log": {
-        "batches", "checkpoint", "files", "logps", "lora", "losses", "parallel", "reach", "world",
+        "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
+        "parallel", "plots", "reach", "trackers", "world",
     },
     "reference": {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
         "logps", "lora", "losses", "model", "parallel",
     },
 }
+ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["runs"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["audit"] = set(ALLOWED_IMPORTS)
+ALLOWED_IMPORTS["chat"] = {"errors", "generation", "runs"}
+ALLOWED_IMPORTS["sample"] = {
+    "audit", "chat", "data", "errors", "generation", "ranges", "runs", "world",
+}
 ALLOWED_IMPORTS["bench"] = {
     "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
 }

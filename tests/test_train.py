@@ -71,8 +71,8 @@ def test_two_runs_are_equal_only_if_every_bit_of_weights_and_metrics_is(fit, tmp
 @pytest.fixture
 def gradient_descent(monkeypatch):
     """Replace AdamW by plain gradient descent: the change of a weight is -lr times its gradient."""
-    def make_optimizer(model, lr, device):
-        return torch.optim.SGD(model.parameters(), lr=lr)
+    def make_optimizer(model, args, device):
+        return torch.optim.SGD(model.parameters(), lr=args.lr)
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     return {"dtype": "float64", "eval_share": 0, "max_grad_norm": 1e9, "lr_schedule": "constant",

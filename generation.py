@@ -1,0 +1,301 @@
+"""Generates answers: prompts of token ids -> token ids, their log-probs and texts.
+
+    settings = Sampling(max_new_tokens=64, temperature=0.7)
+    answers = generate(model, tokenizer, prompts, settings, torch.Generator().manual_seed(0))
+
+`answer_steps` is the loop: one forward computes the next token of every answer of a batch, and the
+keys and values of earlier tokens stay in the model's cache. `generate` collects its tokens, and the
+chat of sample.py prints them as they come. For two prompts of 2 and 3 tokens, padded on the left:
+
+    step 0    input_ids  . 5 6    positions  0 0 1    -> the tokens 7 and 4
+                         1 2 3               0 1 2
+    step 1    input_ids  7        positions  2        -> the next tokens
+                         4                   3
+
+The loop is written here, and is not transformers' model.generate, for three properties:
+
+    repeatable     an answer depends on its own prompt, the seed and its place in the list of
+                   prompts, not on the size of the batches: each answer has its own random numbers
+    no traces      the global random state is not read or changed, and each module is in training
+                   or evaluation mode again as before. So training may generate between two steps
+    exact          the log-probs are those of the model, before temperature and top_p
+
+Letters: B prompts of a batch, T tokens of the longest prompt, V vocabulary.
+"""
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+import data
+from errors import UserError
+from loading import leaves_out, loses
+from lora import use_adapter
+from templates import read_special_tokens, render, texts_of_rows
+
+# The argument and output with the keys and values of earlier tokens, in versions of transformers,
+# and its name in models with a recurrent state.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+class Sampling(NamedTuple):
+    """How the tokens of an answer are chosen, and when it ends."""
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0: the most probable token, else 0.7 to 1
+    top_p: float = 1.0  # sample from the most probable tokens that have this probability together
+    batch_size: int = 8  # prompts of one forward
+
+
+class Answer(NamedTuple):
+    """An answer to one prompt."""
+    ids: list[int]  # with the token that ends the answer, if it ended
+    logps: list[float]  # log-prob of each token under the model that wrote it
+    text: str  # without the token that ends it
+    ended: bool  # False: cut off at max_new_tokens, or where the model has no more positions
+
+
+def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
+             settings: Sampling = Sampling(), generator: torch.Generator | None = None,
+             forward: Callable | None = None) -> list[Answer]:
+    """Generate one answer to each prompt.
+
+    model       a causal LM of transformers, on any device. A bfloat16 run calls this under the
+                autocast of its training
+    prompts     token ids, as `data.load_tokens` and `encode_prompts` make them
+    generator   of the CPU, read if the temperature is above 0 (default: seeded with 0)
+    forward     in place of the model's own: `sharded_forward`. All ranks then call this function
+                with the same arguments, and get the same answers
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    shape = (len(prompts), settings.max_new_tokens)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    ends, answers = stop_ids(model, tokenizer), []
+    for start in range(0, len(prompts), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        batch = prompts[part]
+        ids, logps = [[] for _ in batch], [[] for _ in batch]
+        steps = answer_steps(model, batch, settings, ends, uniform[part], forward)
+        for step_tokens, step_logps, running in steps:
+            for i in running.nonzero()[:, 0].tolist():
+                ids[i].append(step_tokens[i].item())
+                logps[i].append(step_logps[i].item())
+        for i, prompt in enumerate(batch):
+            text = answer_text(tokenizer, prompt, ids[i], ends)
+            ended = not ends.isdisjoint(ids[i][-1:])
+            answers.append(Answer(ids[i], logps[i], text, ended))
+    return answers
+
+
+@torch.no_grad()
+def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sampling,
+                 ends: set[int], uniform: torch.Tensor,
+                 forward: Callable | None = None) -> Iterator[tuple]:
+    """Yield the next token of each answer, its log-prob, and whether the answer was still running,
+    (B,) each on the CPU, until no answer is running.
+
+    ends        the ids that end an answer
+    uniform     (B, max_new_tokens) random numbers in [0, 1)
+    """
+    most = position_count(model)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+    running = lengths < most
+    end_ids = torch.tensor(sorted(ends))
+    input_ids, mask = pad_left(prompts)  # (B, T) each
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), 0 for padding
+    parameters = inspect.signature(model.forward).parameters
+    cache_name = next(name for name in CACHE_NAMES if name in parameters)
+    options = {"use_cache": True}
+    if "logits_to_keep" in parameters:  # logits of the whole prompt could be gigabytes
+        options["logits_to_keep"] = 1
+    with evaluating(model):
+        for step in range(settings.max_new_tokens):
+            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            if "position_ids" in parameters:
+                inputs["position_ids"] = positions
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            output = (forward or model)(**inputs, **options)
+
+            # The small rest runs on the CPU, where every kernel is deterministic.
+            logits = output.logits[:, -1]  # (B, V)
+            logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+            tokens = choose_tokens(logits, settings, uniform[:, step])  # (B,)
+            logps = logits.log_softmax(-1)  # (B, V)
+            logps = logps.gather(1, tokens[:, None])[:, 0]  # (B,)
+            yield tokens, logps, running
+
+            has_room = lengths + step + 1 < most
+            running = running & has_room & ~torch.isin(tokens, end_ids)
+            if not running.any():
+                return
+            options[cache_name] = output[cache_name]
+            input_ids = tokens[:, None]  # (B, 1)
+            mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
+            # An answer that has ended is computed with the others, within the model's positions.
+            positions = (positions[:, -1:] + 1).clamp(max=most - 1)
+
+
+def choose_tokens(logits: torch.Tensor, settings: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """The next token of each answer: logits (B, V), uniform (B,) in [0, 1) -> (B,).
+
+    A sampled token is the first one, from the most probable down, at which the cumulative
+    probability exceeds the random number.
+    """
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.double() / settings.temperature
+    probabilities = scaled.softmax(-1)  # (B, V)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = before < settings.top_p
+    kept[:, 0] = True
+    cumulative = (probabilities * kept).cumsum(-1)
+    threshold = uniform * cumulative[:, -1]  # (B,)
+    index = (cumulative <= threshold[:, None]).sum(-1)
+    index = index.minimum(kept.sum(-1) - 1)
+    return order.gather(1, index[:, None])[:, 0]
+
+
+def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> input_ids and attention mask, (B, T). Padding is on the left, so that the next token of
+    each prompt follows the last column. It is masked, so that any id will do."""
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        mask[row, start:] = 1
+    return ids, mask
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Set evaluation mode, in which gradient checkpointing does not turn off the cache, and then
+    set the mode of every module back. The modules of a model in training differ: see reach.py."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def sharded_forward(module: torch.nn.Module) -> Callable:
+    """Return the forward of module.model for a FastLogps that FSDP may have sharded.
+
+    FSDP gathers the embeddings and the head around a forward of `module` itself, not of
+    module.model. FastLogps.forward returns no cache, so another method is registered. All ranks
+    compute the same answers; whole weights on rank 0 alone might not fit into its memory.
+    """
+    module.cached_forward = lambda **inputs: module.model(**inputs)
+    register_fsdp_forward_method(module, "cached_forward")
+    return module.cached_forward
+
+
+@contextlib.contextmanager
+def reference_model(policy: torch.nn.Module, reference: Callable) -> Iterator[torch.nn.Module]:
+    """Yield the model of a reference of `load_reference`, to generate from it. Where the reference
+    is the policy without its adapter, or with a frozen adapter, the policy is that inside."""
+    if isinstance(reference, torch.nn.Module):
+        yield reference.model
+        return
+    # Without an adapter of this name, no adapter is active.
+    with use_adapter(policy.model, "reference"):
+        yield policy.model
+
+
+def position_count(model) -> float:
+    """Return how many tokens a model can read, infinite if its config does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+
+# --- Text to tokens, and back ---------------------------------------------------------------------
+
+def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer: EOS of the tokenizer, those of generation_config.json, and
+    the token with which the chat template ends a turn, such as <|im_end|>."""
+    ends = {tokenizer.eos_token_id}
+    generation_config = getattr(model, "generation_config", None)
+    named = getattr(generation_config, "eos_token_id", None)
+    ends.update(named if isinstance(named, list) else [named])
+    if tokenizer.chat_template is not None:
+        question = {"role": "user", "content": "question"}
+        reply = {"role": "assistant", "content": "answer"}
+        text, = write_chats([[question, reply]], tokenizer, ["a turn"], {})
+        end = text.rpartition("answer")[2]
+        match = read_special_tokens(tokenizer).pattern.search(end)
+        if match:
+            ends.add(tokenizer.convert_tokens_to_ids(match[0]))
+    return ends - {None}
+
+
+def write_chats(chats: list[list[dict]], tokenizer: Any, names: list[str], options: dict,
+                **served) -> list[str]:
+    """Write each list of messages by the chat template. A template is a program of the model's
+    folder, so it has limits: see limits.py."""
+    def text_of(i):
+        return render(chats[i], tokenizer, names[i], options, **served)
+
+    return texts_of_rows(text_of, len(chats), names)
+
+
+def encode_prompts(prompts: list, tokenizer: Any, names: list[str],
+                   options: dict | None = None) -> list[list[int]]:
+    """Turn prompts, each a text or a list of messages, into token ids, as data.py does in training.
+
+    names       of the prompts, for errors
+    options     of the chat template, from --template_kwargs
+    """
+    chats, chat_names = [], []
+    for prompt, name in zip(prompts, names):
+        if not isinstance(prompt, str):
+            chats.append(prompt)
+            chat_names.append(name)
+    written = iter(())
+    if chats:
+        written = iter(write_chats(chats, tokenizer, chat_names, options or {},
+                                   add_generation_prompt=True))
+    front, _ = data.special_ids(tokenizer)
+    rows = []
+    for prompt, name in zip(prompts, names):
+        is_text = isinstance(prompt, str)
+        text = prompt if is_text else next(written)
+        if leaves_out(tokenizer) and loses(tokenizer, text):
+            raise UserError(f"{name}: the tokenizer has no token for some of its text")
+        ids = data.encode(tokenizer, [text])[0]
+        # A chat template writes its own BOS.
+        if is_text and ids[:len(front)] != front:
+            ids = front + ids
+        if not ids:
+            raise UserError(f"{name}: has no token; write at least a word")
+        rows.append(ids)
+    return rows
+
+
+def check_prompt_room(model: torch.nn.Module, prompts: list[list[int]], names: list[str]) -> None:
+    """Raise a UserError if a prompt leaves the model no position for an answer."""
+    most = position_count(model)
+    for ids, name in zip(prompts, names):
+        if len(ids) >= most:
+            raise UserError(f"{name}: has {len(ids):,} tokens, and the model has {most:,} "
+                            "positions for prompt and answer; shorten it")
+
+
+def answer_text(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int]) -> str:
+    """Decode an answer without the token that ends it.
+
+    It is decoded behind its prompt, because some tokenizers drop the space before a first word.
+    """
+    if ids and ids[-1] in ends:
+        ids = ids[:-1]
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+    if whole.startswith(before):
+        return whole[len(before):]
+    return tokenizer.decode(ids)

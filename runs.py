@@ -1,0 +1,273 @@
+"""Opens what a run left: its policy, its reference, its tokenizer and its flags.
+
+    name                      policy                          reference
+    the folder of a run       the model or adapter in it, or  that of the run, see reference.py
+                              its newest checkpoint
+    a folder of an adapter    the base that its file names,   the same model with the adapter off
+                              with the adapter
+    any other model           that model                      none
+    world                     the newest run in the world,    the world's reference policy
+                              or its reference policy
+
+Policy and reference are loaded by the functions of training, so that their log-probs are those of
+the run's evaluations.
+"""
+import contextlib
+import os
+import pathlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+import data
+import world
+from batches import autocast_options, collate
+from checkpoint import checkpoints, is_complete, read_state
+from dpo import concatenated_forward, train_sft
+from errors import UserError
+from files import read_run_file
+from flags import build_parser, default_reference, naming_flags
+from generation import position_count, reference_model
+from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
+from logps import FastLogps
+from lora import read_adapter
+from losses import LOSSES, find, hyperparameters
+from parallel import Ranks
+from reference import check_reference, load_reference
+from train import load_policy
+
+ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class Saved(NamedTuple):
+    """Where the parts of a run are."""
+    weights: str | None  # folder of the trained model or adapter; None: a model as it is
+    source: str  # the model that the run started from, or the base of the adapter
+    flags: dict  # of the run; {} for a model that train.py did not save
+    note: str = ""
+
+
+class Opened(NamedTuple):
+    """The models of a run, as train.py has them."""
+    policy: FastLogps
+    reference: Callable | None
+    tokenizer: Any
+    args: Namespace  # the flags of the run
+    loss: Callable
+    hyper: dict
+    dtype: str
+    options: dict  # of the chat template
+    notes: list[str]
+
+
+# --- Where the parts are --------------------------------------------------------------------------
+
+def find_saved(name: str) -> Saved:
+    """Find the policy and the source of --model: see the table above."""
+    if name == "world":
+        return find_world_run()
+    folder = pathlib.Path(name)
+    flags = flags_of(folder)
+    if has_model(folder) or not flags:
+        return saved_in(folder, name, flags)
+    newest = [path for path in checkpoints(folder) if has_model(path)]
+    if not newest:
+        raise UserError(f"{name}: this run has not saved a model yet; wait for its first "
+                        "checkpoint (--save_every) or its end")
+    note = f"{name}: the run has not ended; the policy is that of {newest[-1].name}"
+    return saved_in(newest[-1], name, flags)._replace(note=note)
+
+
+def find_world_run() -> Saved:
+    """Find the newest run in the world, below runs/ of the current folder."""
+    home, newest = world.make(train_sft, torch.device("cpu")), {}
+    for path in home.parent.iterdir():
+        with contextlib.suppress(UserError):  # a folder of something else
+            if flags_of(path).get("model") == "world" and is_complete(path):
+                newest[path] = path.stat().st_mtime
+    if not newest:
+        note = "world: there is no finished run below runs/; this is the reference policy"
+        return Saved(None, str(home / "reference"), {"model": "world"}, note)
+    folder = max(newest, key=newest.get)
+    return saved_in(folder, str(folder), flags_of(folder))._replace(note=f"world: {folder}")
+
+
+def saved_in(folder: pathlib.Path, name: str, flags: dict) -> Saved:
+    """Find the source of the weights in this folder."""
+    if (folder / "adapter_config.json").exists():
+        base = read_adapter(folder)[2] or ""
+        return Saved(str(folder), base, flags)
+    if not flags:
+        return Saved(None, name, {})
+    source = flags["model"]
+    if source == "world":
+        source = str(world.make(train_sft, torch.device("cpu")) / "reference")
+    return Saved(str(folder), source, flags)
+
+
+def flags_of(folder: pathlib.Path) -> dict:
+    """Return the flags of the run that wrote this folder, which may be a checkpoint, or {}."""
+    if not folder.is_dir():
+        return {}
+    flags = read_run_file(folder).get("flags", {})
+    if not flags and folder.name.startswith("checkpoint-"):
+        flags = read_state(folder).get("flags", {})
+    return flags
+
+
+def has_model(folder: pathlib.Path) -> bool:
+    """Return whether a folder has a whole model or adapter, and not only the flags of a run."""
+    adapted = (folder / "adapter_config.json").exists()
+    return adapted or "model_type" in read_run_file(folder)
+
+
+# --- Loading them ---------------------------------------------------------------------------------
+
+def open_run(name: str, base: str | None = None, ref_model: str | None = None,
+             with_reference: bool = True, **changed) -> Opened:
+    """Load policy and reference of --model.
+
+    base            the model below an adapter, in place of the one that its file names
+    ref_model       another reference
+    changed         flags in place of those of the run, such as beta
+    """
+    saved = find_saved(name)
+    if base and (saved.weights is None or not is_adapter(saved.weights)):
+        raise UserError(f"--base {base}: {name} is not an adapter; leave the flag out")
+    saved = saved._replace(source=base or saved.source)
+    with naming_flags(["loss"]):
+        loss = find(saved.flags.get("loss", "sigmoid"))
+    args = flags_to_load(saved, loss, changed)
+    settle_open_reference(args, saved, ref_model, with_reference)
+    check_sources_exist(name, args, saved)
+
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if ALONE.device.type == "cuda" else "float32"
+    tokenizer = load_saved_tokenizer(saved, args)
+    policy = load_policy(args, saved.source, saved.weights, dtype, ALONE.device)
+    policy.requires_grad_(False)
+    check_vocabulary(name, policy.model, tokenizer)
+    args.max_length = int(min(args.max_length, position_count(policy.model)))
+    reference = load_reference(args, policy, saved.source, dtype, ALONE)
+    notes = [saved.note]
+    if isinstance(reference, torch.nn.Module):
+        args.max_length = int(min(args.max_length, position_count(reference.model)))
+    if args.ref_model:
+        notes.append(check_reference(args, reference.model, tokenizer))
+    if args.sync_ref_every and reference is not None:
+        notes.append("the reference of this run moved; here it is the one that it started from")
+    return Opened(
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        args=args,
+        loss=loss,
+        hyper={name: getattr(args, name) for name in hyperparameters(loss)},
+        dtype=dtype,
+        options=data.read_template_kwargs(args.template_kwargs),
+        notes=[note for note in notes if note],
+    )
+
+
+def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:
+    """Load the tokenizer of a run, with the chat template that it was trained with, or with that of
+    a --chat_template given now."""
+    if saved.weights is not None and is_adapter(saved.weights):
+        tokenizer = load_adapter_tokenizer(saved.weights, saved.source)
+    else:
+        tokenizer = load_tokenizer(saved.weights or saved.source)
+    if args.chat_template:
+        tokenizer.chat_template = data.read_template(args.chat_template)
+    return tokenizer
+
+
+def is_adapter(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "adapter_config.json"))
+
+
+def flags_to_load(saved: Saved, loss: Callable, changed: dict) -> Namespace:
+    """Return the flags of the run, with the defaults of train.py for those that it did not have."""
+    flags = vars(build_parser(LOSSES["sigmoid"]).parse_args([]))
+    flags |= vars(build_parser(loss).parse_args([])) | {"model": saved.source}
+    flags |= saved.flags | changed
+    flags |= {"parallel": "ddp", "compile": False, "gradient_checkpointing": False}
+    # The tokenizer of the run has its --chat_template already.
+    flags["chat_template"] = changed.get("chat_template")
+    if not flags["tokens_per_micro_batch"]:
+        flags["micro_batch_size"] = flags["micro_batch_size"] or 4
+    args = Namespace(**flags)
+    if saved.weights is not None and is_adapter(saved.weights):
+        args.lora_rank = args.lora_rank or 1  # an adapter is read, with its own rank
+    return args
+
+
+def settle_open_reference(args: Namespace, saved: Saved, ref_model: str | None, wanted: bool):
+    """Choose the reference. A run whose loss reads none is compared with what it started from."""
+    if ref_model:
+        args.ref, args.ref_model = "model", ref_model
+    elif not wanted or saved.weights is None:
+        args.ref, args.ref_model = "none", None
+    elif args.ref in (None, "none"):
+        args.ref = default_reference(Namespace(**vars(args) | {"reference_free": False}))
+
+
+def check_sources_exist(name: str, args: Namespace, saved: Saved):
+    """Raise a UserError if a model that the run was made from is gone."""
+    adapted = saved.weights is not None and is_adapter(saved.weights)
+    if adapted and not saved.source:
+        raise UserError(f"{name}: its adapter_config.json names no base model; give it by --base")
+    if adapted and is_gone(saved.source):
+        raise UserError(f"{name}: was trained on {saved.source}, which is not there; give the "
+                        "model by --base")
+    second_model = args.ref in ("model", "cache") and not (adapted and args.ref == "cache")
+    if second_model and not args.ref_model and is_gone(saved.source):
+        raise UserError(f"{name}: was trained from {saved.source}, which is its reference and is "
+                        "not there; give the model by --ref_model, or --no_reference")
+    if args.ref == "adapter" and not os.path.isdir(args.adapter):
+        raise UserError(f"{name}: its reference is the adapter {args.adapter}, which is not there; "
+                        "give a model by --ref_model, or --no_reference")
+
+
+def is_gone(source: str) -> bool:
+    """Return whether a path of a folder does not exist. A name with at most one slash may be one of
+    the Hub."""
+    looks_local = os.path.isabs(source) or source.startswith(".") or source.count("/") > 1
+    return looks_local and not os.path.isdir(source)
+
+
+# --- Using them -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
+    """Yield the model of the policy or of the reference, in the precision of the run."""
+    autocast = torch.autocast(**autocast_options(opened.dtype, ALONE.device))
+    if side == "policy":
+        with autocast:
+            yield opened.policy.model
+    else:
+        with autocast, reference_model(opened.policy, opened.reference) as model:
+            yield model
+
+
+@torch.no_grad()
+def answer_rewards(opened: Opened, beta: float, prompt: list[int],
+                   answers: list[list[int]]) -> list[dict]:
+    """Compute the log-probs of answers to one prompt under policy and reference, as training does,
+    and their implicit rewards."""
+    row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
+    batch = collate(row, opened.tokenizer, ALONE.device)
+    with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
+        logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
+        ref_logps = [None] * len(logps)
+        if opened.reference is not None:
+            ref_logps = concatenated_forward(opened.reference, batch)["logps"][0].tolist()
+    measured = []
+    for ids, logp, ref_logp in zip(answers, logps, ref_logps):
+        values = {"tokens": len(ids), "logp": logp}
+        if ref_logp is not None:
+            values |= {"ref_logp": ref_logp, "reward": beta * (logp - ref_logp)}
+        measured.append(values)
+    return measured

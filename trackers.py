@@ -1,0 +1,116 @@
+"""Sends the rows of metrics.jsonl to TensorBoard and to Weights & Biases: `--report_to`.
+
+Both are optional packages. Each metric has its name in metrics.jsonl, behind the split: train/loss,
+eval/rewards/margins, world/share. The flags of the run are its config there.
+
+A resumed run sends the rows up to its checkpoint again, before its own. No step is there twice:
+    tensorboard    the files are in tensorboard/ of the run's folder. The new file begins with a
+                   mark that makes TensorBoard drop every earlier row of this folder
+    wandb          the id of the run is in wandb/id.txt of the run's folder, and a resumed run has
+                   the same id. W&B ignores a step that it has already. Offline, each start makes a
+                   folder of its own below wandb/, and the newest one has all rows
+So a tracker that --resume adds gets the whole run.
+"""
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import secrets
+from typing import Any
+
+from errors import UserError, reading
+from files import make_way, write_text
+
+TRACKERS = ("wandb", "tensorboard")
+
+
+def read_names(text: str) -> list[str]:
+    """Return the trackers of --report_to; none for the word "none"."""
+    names = text.split(",")
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--report_to {text}: {name!r} is no tracker; give one of "
+                            f"{', '.join(TRACKERS)}, both with a comma between, or none")
+    return names
+
+
+def check_trackers(text: str | None) -> None:
+    """Raise a UserError if the packages of --report_to are not installed, or W&B has no key."""
+    names = read_names(text or "none")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--report_to {text}: {' and '.join(missing)} not installed; "
+                        f"pip install {' '.join(missing)}, or leave it out: metrics.jsonl has all "
+                        "metrics")
+    if "wandb" in names:
+        with reading("--report_to wandb", " Or set WANDB_MODE=offline"):
+            importlib.import_module("wandb").login()
+
+
+def tag(split: str, metric: str) -> str:
+    """Return the name of a metric in a tracker. The metrics of the world name their split."""
+    return metric if metric.startswith(f"{split}/") else f"{split}/{metric}"
+
+
+class TensorBoard:
+    """Writes rows into tensorboard/ of the run's folder. Each row is flushed, because a run may be
+    killed."""
+
+    def __init__(self, folder: pathlib.Path, flags: dict):
+        make_way(folder, ["tensorboard"])
+        with reading("--report_to tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
+        text = json.dumps(flags, indent=2)
+        self.writer.add_text("flags", f"```json\n{text}\n```")
+
+    def row(self, step: int, split: str, values: dict) -> None:
+        for metric, value in values.items():
+            self.writer.add_scalar(tag(split, metric), value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Sends rows to W&B. The project is that of WANDB_PROJECT, the name that of the folder."""
+
+    def __init__(self, folder: pathlib.Path, flags: dict):
+        make_way(folder, ["wandb"])
+        identity = folder / "wandb" / "id.txt"
+        if not identity.exists():
+            write_text(identity, secrets.token_hex(8))
+        wandb = importlib.import_module("wandb")
+        # W&B would put its own streams in the place of stdout and stderr.
+        settings = wandb.Settings(console="off")
+        project = os.environ.get("WANDB_PROJECT", "preference-optimization")
+        with reading("--report_to wandb"):
+            self.run: Any = wandb.init(
+                project=project, name=folder.name, id=identity.read_text().strip(),
+                resume="allow", dir=str(folder), config=flags, settings=settings)
+        self.first = self.run.step  # the steps before are there already
+
+    def row(self, step: int, split: str, values: dict) -> None:
+        if step < self.first:
+            return
+        named = {tag(split, metric): value for metric, value in values.items()}
+        self.run.log(named | {"step": step}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_trackers(text: str | None, folder: pathlib.Path, flags: dict, rows: list[dict]) -> list:
+    """Open the trackers of --report_to, and send them these rows of metrics.jsonl."""
+    kinds = {"tensorboard": TensorBoard, "wandb": WandB}
+    trackers = [kinds[name](folder, flags) for name in read_names(text or "none")]
+    for row in rows:
+        values = dict(row)
+        step, split = values.pop("step"), values.pop("split")
+        for tracker in trackers:
+            tracker.row(step, split, values)
+    return trackers
