@@ -11,7 +11,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from checkpoint import FREE_ON_RESUME
+from checkpoint import FREE_ON_RESUME, is_adapter
 from errors import UserError
 from files import RUN_FILE, read_json, read_list, read_run_file, write_text
 from flags import build_parser
@@ -104,10 +104,6 @@ def front_matter(folder: pathlib.Path, flags: dict, loss: Callable) -> str:
     tags = ["preference-optimization", *loss.parts, *(["lora"] if adapted else [])]
     lines += [f"- {json.dumps(tag)}" for tag in tags]
     return "\n".join(["---", *lines, "---"])
-
-
-def is_adapter(folder):
-    return (folder / "adapter_config.json").exists()
 
 
 def describe_sources(flags: dict) -> str:

@@ -49,8 +49,9 @@ def figures(answer: dict) -> str:
 
 
 def shown(text: str) -> str:
-    """Escape what could control the terminal, except line breaks and tabs."""
-    characters = [each if each in "\n\t" else printable(each) for each in text]
+    """Escape what could control the terminal, except line breaks, tabs, and the joiners inside
+    emoji and in Persian and Indian scripts."""
+    characters = [each if each in "\n\t\u200c\u200d" else printable(each) for each in text]
     return "".join(characters)
 
 

@@ -181,7 +181,12 @@ def is_complete(folder: str | pathlib.Path) -> bool:
     folder = pathlib.Path(folder)
     if not any(folder.glob("*.safetensors")):
         return False
-    return (folder / "adapter_config.json").exists() or "model_type" in read_run_file(folder)
+    return is_adapter(folder) or "model_type" in read_run_file(folder)
+
+
+def is_adapter(folder: str | pathlib.Path) -> bool:
+    """Is there an adapter in this folder?"""
+    return (pathlib.Path(folder) / "adapter_config.json").exists()
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -687,6 +687,9 @@ def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None)
         numbers["answers_per_row"] = float(counts.mean())
     if "desirable" in rows.column_names:
         numbers["desirable"] = float(column(rows, "desirable").mean())
+    if "weight" in rows.column_names:
+        weights = column(rows, "weight")
+        numbers["weights"] = {"mean": float(weights.mean()), "zero": int((weights == 0).sum())}
     tokens_by_answer = tokens + (counts - 1) * prompt
     for name, values in lengths.items():
         lengths[name] = {
@@ -718,6 +721,9 @@ def describe_statistics(numbers: dict) -> str:
                      "of them here, rejected the worst")
     if "desirable" in numbers:
         lines.append(f"  {numbers['desirable']:.0%} of the answers are desirable")
+    if "weights" in numbers:
+        lines.append(f"  weights: mean {numbers['weights']['mean']:.3g}, "
+                     f"{numbers['weights']['zero']} of them 0")
     line = (f"  {numbers['rows_that_share_their_prompt']} rows have a prompt that an earlier row "
             "has too")
     if "prompts_in_both" in numbers:

