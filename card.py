@@ -235,6 +235,9 @@ def make_card(folder: pathlib.Path, flags: dict) -> str:
     title = pathlib.Path(flags["push_to_hub"] or os.path.abspath(folder)).name
     kind = "LoRA adapter" if is_adapter(folder) else "model"
     flags_file = RUN_FILE if is_adapter(folder) else "config.json"
+    best = read_run_file(folder).get("best")
+    if best:  # the weights are those of --keep_best, and the curves have the rest of the run
+        rows = [row for row in rows if row["step"] <= best["step"]]
     metrics = metric_table(rows)
     if (folder / CURVES_FILE).exists():
         metrics += f"\n\n![curves of the metrics]({CURVES_FILE})"

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import data
 import world
+from best import is_higher_better
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
 from errors import Parser, UserError, any_name
 from files import read_json
@@ -134,6 +135,10 @@ OTHER_TRAINERS = {
     "evaluation_strategy": "--eval_every STEPS",
     "save_strategy": "--save_every STEPS",
     "save_total_limit": "--keep_checkpoints",
+    "load_best_model_at_end": "--keep_best eval/loss",
+    "metric_for_best_model": "--keep_best, such as eval/loss",
+    "greater_is_better": "leave it out: the metric of --keep_best decides",
+    "early_stopping_patience": "--early_stop",
     "resume_from_checkpoint": "--resume, with the --output_dir of the run",
     "overwrite_output_dir": "leave it out, and give a new --output_dir",
     "run_name": "leave it out: a tracker shows the name of --output_dir",
@@ -295,6 +300,12 @@ def add_run_flags(add):
         help="steps between rows of metrics.jsonl")
     add("--eval_every", type=whole_number(">= 0"), default=200,
         help="steps between evaluations (0: at the end only)")
+    add("--keep_best", metavar="METRIC",
+        help="end with the weights of the best evaluation by eval/loss, eval/rewards/accuracies, "
+             "eval/rewards/margins, eval/NAME/loss of a named set, world/share, ...; until then "
+             "they are in best/ of --output_dir")
+    add("--early_stop", type=whole_number(">= 1"), metavar="N",
+        help="stop after N evaluations without a better --keep_best; 3 to 5 are usual")
     add("--save_every", type=whole_number(">= 0"), default=200,
         help="steps between checkpoints (0: only when interrupted)")
     add("--keep_checkpoints", type=whole_number(">= 1"),
@@ -735,6 +746,7 @@ def check_args(args, saved):
     data.read_flags(args)
     check_optimizer(args)
     check_model(args)
+    check_best(args, saved)
     if args.eval_dataset:
         evaluation_sets(args.eval_dataset)
     check_output_dir(args)
@@ -760,6 +772,22 @@ def check_optimizer(args):
     if args.min_lr and args.lr_schedule == "constant":
         raise UserError(f"--min_lr {args.min_lr:g}: --lr_schedule constant stays at --lr; leave it "
                         "out, or choose linear or cosine")
+
+
+def check_best(args, saved):
+    """Refuse --keep_best and --early_stop where they cannot work."""
+    if args.early_stop and not args.keep_best:
+        raise UserError(f"--early_stop {args.early_stop}: give --keep_best METRIC too, which says "
+                        "what better is")
+    if not args.keep_best:
+        return
+    is_higher_better(args.keep_best)
+    if not args.eval_every:
+        raise UserError(f"--keep_best {args.keep_best}: --eval_every 0 evaluates at the end only; "
+                        "give the steps between evaluations")
+    if saved and args.eval_every != saved["eval_every"]:
+        raise UserError(f"--eval_every {args.eval_every}: the run has {saved['eval_every']}, which "
+                        f"may not change with --keep_best {args.keep_best}")
 
 
 EVAL_SET = re.compile(r"(\w[\w-]*)=(.*)", re.DOTALL)

@@ -38,6 +38,17 @@ import data
 import packing
 import world
 from answers import Mismatched, group_means
+from best import (
+    BEST,
+    Best,
+    adopt_best,
+    copy_best,
+    judge,
+    list_best,
+    remove_best,
+    restore_best,
+    tagged_metrics,
+)
 from batches import (
     Piece,
     Task,
@@ -68,7 +79,13 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
-from files import delete_if_abandoned, free_name, json_digest, missing_folders
+from files import (
+    delete_if_abandoned,
+    free_name,
+    json_digest,
+    missing_folders,
+    written_aside,
+)
 from flags import evaluation_sets, parse_args, read_variants
 from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
@@ -630,6 +647,7 @@ class Run(NamedTuple):
     newest: pathlib.Path | None  # the checkpoint that is resumed
     start: int  # its step, else 0
     steps: int  # number of the last step
+    best: Best
     state: dict  # numbers that the loss carries from step to step: see registry.start_state
     fixed: dict  # hashes of what must be the same when the run is resumed
     flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
@@ -757,10 +775,11 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
     optimizer = make_optimizer(model, args, ranks.device)
     scheduler = make_schedule(optimizer, args, warmup, steps)
-    start, state = 0, start_state(loss)
+    start, state, best = 0, start_state(loss), Best()
     if newest:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
         start, state = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
+        best = Best(**saved["best"])
     size = checkpoint_bytes(args, model, reference)
     keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
                                   args.keep_checkpoints, ranks)
@@ -782,8 +801,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, state,
-               fixed, flags, keep)
+               first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
+               state, fixed, flags, keep)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -802,7 +821,28 @@ def check_first_rows(args, run, ranks) -> str:
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
 
 
+def check_metric(args, run, ranks):
+    """Raise a UserError if evaluations have no such metric as --keep_best, before the first step:
+    on one row of each evaluation set, and the whole world."""
+    held_out = {split: rows.select(range(min(2, len(rows))))
+                for split, rows in run.held_out.items()}
+    splits = all_evaluations(args, run._replace(held_out=held_out), run.state, ranks)
+    names = sorted(tagged_metrics(splits))
+    if args.keep_best not in names:
+        raise UserError(f"--keep_best {args.keep_best}: evaluations of this run do not have it; "
+                        f"they have {', '.join(names) or 'no metric, as no row is held out'}")
+
+
 def evaluate_and_log(args, run, log, number, state, ranks) -> dict:
+    """`all_evaluations`, written to metrics.jsonl and printed."""
+    splits = all_evaluations(args, run, state, ranks)
+    for split, metrics in splits.items():
+        log.row(number, split, metrics)
+        log.say(f"step {number} {split}: {world.brief(metrics)}")
+    return splits
+
+
+def all_evaluations(args, run, state, ranks) -> dict:
     """Evaluate on held-out rows and, in the world, against the optimum -> {split: metrics}."""
     splits = {}
     for split, rows in run.held_out.items():
@@ -815,21 +855,50 @@ def evaluate_and_log(args, run, log, number, state, ranks) -> dict:
         beta = run.task.hyper["beta"] if is_margin else world.BETA
         splits["world"] = world.evaluate_policy(run.model, run.home, run.tokenizer, beta,
                                                 ranks.device)
-    for split, metrics in splits.items():
-        log.row(number, split, metrics)
-        log.say(f"step {number} {split}: {world.brief(metrics)}")
     return splits
 
 
-def write_checkpoint(args, run, number, loss_state, ranks):
+def keep_if_best(args, run, log, number, splits, best, ranks) -> tuple[Best, bool]:
+    """Save the weights if this evaluation is the best one -> the best one, and whether --early_stop
+    ends the run."""
+    if not args.keep_best:
+        return best, False
+    # Rank 0 decides: on another machine the last bit of a metric may differ.
+    best = broadcast(judge(best, args.keep_best, splits, number), ranks)
+    if best.step == number:
+        save_best(run, ranks)
+    patient = not args.early_stop or best.waited < args.early_stop
+    if not patient and number < run.steps:
+        log.say(f"--early_stop {args.early_stop}: no better {args.keep_best} since step "
+                f"{best.step}; stopped after step {number} of {run.steps}")
+    return best, not patient
+
+
+def save_best(run, ranks):
+    """Save the policy in best/ of the run's folder, in place of the one that is there."""
+    with contextlib.ExitStack() as stack:
+        temporary = None
+        if ranks.rank == 0:
+            temporary = stack.enter_context(written_aside(run.folder / BEST))
+            temporary.mkdir()
+        save(run.model.model, run.tokenizer, temporary, run.source, ranks, flags=run.flags)
+        if ranks.rank == 0:
+            list_best(temporary)
+            remove_best(run.folder)
+    barrier(ranks)
+
+
+def write_checkpoint(args, run, number, loss_state, best, ranks):
     """Save everything that the next step depends on."""
     def save_model_in(folder):
         save(run.model.model, run.tokenizer, folder, run.source, ranks)
+        if best.step and ranks.rank == 0:
+            copy_best(run.folder, folder)
 
     moving = moving_tensors(args, run.model, run.reference)
     tensors = optimizer_tensors(run.model, run.optimizer, moving)
     state = {"scheduler": run.scheduler.state_dict(), "flags": run.flags}
-    state["loss_state"] = loss_state
+    state |= {"loss_state": loss_state, "best": best._asdict()}
     save_checkpoint(run.folder, number, save_model_in, tensors, run.fixed | state, run.keep, ranks)
 
 
@@ -894,7 +963,12 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     if line:
         say(line)
 
-    state, steps = run.state, run.steps
+    if args.keep_best:
+        check_metric(args, run, ranks)
+        if args.resume and ranks.rank == 0:
+            restore_best(folder, run.newest)
+
+    state, steps, best = run.state, run.steps, run.best
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder, ranks), caught_signals(ranks) as stopped,
           contextlib.closing(batches)):
@@ -917,23 +991,39 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
             pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
                 splits = evaluate_and_log(args, run, log, number, state, ranks)
+                best, ended = keep_if_best(args, run, log, number, splits, best, ranks)
+                last = last or ended
             due = args.save_every and number % args.save_every == 0
             if not last and (stopping or due):
-                write_checkpoint(args, run, number, state, ranks)
+                write_checkpoint(args, run, number, state, best, ranks)
             if not last and stopping:
                 log.close()
                 say(f"stopped after step {number} of {steps}; to continue: "
                     f"{how_to_continue(folder, ranks)}")
                 return True
             since += time.perf_counter() - pause
+            if last:
+                break
 
         log.close()
-        save(run.model.model, run.tokenizer, folder, run.source, ranks, flags=run.flags)
-        if ranks.rank == 0:  # a kill may have come before this
-            delete_old_checkpoints(folder, run.keep)
-            document_run(folder)
-        say(f"saved in {folder}" + (world.sum_up(splits["world"]) if home else ""))
+        say(save_final(run, best, splits, ranks))
     return False
+
+
+def save_final(run, best, splits, ranks) -> str:
+    """Save the model of a run that has ended, or the best one -> a line about it."""
+    if best.step:
+        if ranks.rank == 0:
+            adopt_best(run.folder, run.flags, best)
+    else:
+        save(run.model.model, run.tokenizer, run.folder, run.source, ranks, flags=run.flags)
+    if ranks.rank == 0:  # a kill may have come before this
+        delete_old_checkpoints(run.folder, run.keep)
+        document_run(run.folder)
+    if best.step:
+        return (f"saved in {run.folder}: the weights of step {best.step}, with "
+                f"{run.flags['keep_best']} {best.value:.4g}")
+    return f"saved in {run.folder}" + (world.sum_up(splits["world"]) if run.home else "")
 
 
 def main(argv: list[str], ranks: Ranks) -> bool:

@@ -1,10 +1,20 @@
 """Evaluations: several held-out sets, the best weights, and a run that stops early."""
 import json
+import shutil
 
 import pytest
-from conftest import differences, make_rows, resume, unfinished, write_jsonl
+from conftest import (
+    differences,
+    make_rows,
+    resume,
+    unfinished,
+    weight_differences,
+    weights,
+    write_jsonl,
+)
 
 import flags
+import train
 from errors import UserError
 
 STEPS = {"max_steps": 6, "save_every": 2, "eval_every": 1}
@@ -84,3 +94,141 @@ def test_the_card_has_a_column_for_each_set(fit, sets):
                  eval_dataset=f"near={sets['near']},far={sets['far']}")
     card = (out / "README.md").read_text()
     assert "| metric | last training step | held out: near | held out: far |" in card
+
+
+# --- The best weights -----------------------------------------------------------------------------
+
+# A learning rate at which the loss of the held-out rows rises at the end.
+RISING = {"max_steps": 8, "save_every": 2, "eval_every": 1, "lr": 0.3, "lr_schedule": "constant",
+          "warmup_steps": 4, "seed": 1}
+
+
+def best_row(metrics, metric, better):
+    """The row of the best evaluation, the first of several equal ones."""
+    rows = [row for row in metrics if row["split"] == "eval"]
+    return better(rows, key=lambda row: row[metric])
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "lr": 2.0}], ids=str)
+@pytest.mark.parametrize("metric, better", [("loss", min), ("rewards/margins", max)])
+def test_a_run_ends_with_the_weights_of_its_best_evaluation(fit, more, metric, better):
+    given = RISING | more
+    out, metrics = fit(**given, keep_best=f"eval/{metric}")
+    row = best_row(metrics, metric, better)
+    record = {"metric": f"eval/{metric}", "step": row["step"], "value": row[metric]}
+    assert best_record(out) == record
+    # A run that is stopped at this step has the same weights.
+    plain, _ = fit(**given | {"save_every": 1, "keep_checkpoints": 9}, out="plain")
+    expected = plain
+    if row["step"] < given["max_steps"]:
+        expected = plain / f"checkpoint-{row['step']}"
+    assert not weight_differences(weights(out), weights(expected), 0, 0)
+    assert not (out / "best").exists()
+
+
+def test_the_best_step_of_the_test_above_is_neither_the_first_nor_the_last(fit):
+    _, metrics = fit(**RISING)
+    assert 1 < best_row(metrics, "loss", min)["step"] < 8
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "lr": 2.0}, {"early_stop": 2},
+                                  {"loss": "bco_pair"}], ids=str)
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_killed_run_ends_like_a_whole_one_from_each_of_its_checkpoints(
+        fit, monkeypatch, more, left):
+    given = RISING | {"keep_best": "eval/loss", "keep_checkpoints": 9} | more
+    whole, _ = fit(**given, out="whole")
+    # A kill after the last evaluation, when best/ may be newer than the checkpoint.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_final", interrupt)
+        fit(**given)
+    out = whole.with_name("out")
+    assert (out / "best").is_dir()
+    for path in sorted(out.glob("checkpoint-*"))[left:]:
+        shutil.rmtree(path)
+    resume(out)
+    assert not differences(whole, out)
+    assert best_record(whole) == best_record(out)
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def best_record(out):
+    """The entry about the best evaluation in the file of a finished run."""
+    file = out / "run.json"
+    if not file.exists():
+        file = out / "config.json"
+    return json.loads(file.read_text())["best"]
+
+
+def test_a_run_stops_after_n_evaluations_without_a_better_one(fit, capsys):
+    given = RISING | {"max_steps": 30}
+    out, stopped = fit(**given, keep_best="eval/loss", early_stop=2)
+    losses = [row["loss"] for row in stopped if row["split"] == "eval"]
+    last, best = len(losses), losses.index(min(losses)) + 1
+    assert last == best + 2 < 30 and best_record(out)["step"] == best
+    text = f"no better eval/loss since step {best}; stopped after step {last} of 30"
+    assert text in capsys.readouterr().out
+    # No two evaluations before passed without a better one.
+    assert all(min(losses[:i + 2]) < min(losses[:i]) for i in range(1, best - 1))
+    _, metrics = fit(**given, out="whole")
+    assert not differences(stopped, [row for row in metrics if row["step"] <= last])
+
+
+def test_with_named_sets_eval_is_the_first_and_a_name_is_its_own(fit, sets):
+    given = RISING | {"eval_share": None,
+                      "eval_dataset": f"near={sets['near']},far={sets['far']}"}
+    for metric, split in (("eval/loss", "eval/near"), ("eval/far/loss", "eval/far")):
+        out, metrics = fit(**given, keep_best=metric, out=split.replace("/", "-"))
+        rows = [row for row in metrics if row["split"] == split]
+        assert best_record(out)["value"] == min(row["loss"] for row in rows)
+
+
+def test_a_file_of_the_user_in_best_is_kept(fit, monkeypatch, capsys):
+    save = train.save_best
+
+    def save_and_add(run, ranks):
+        save(run, ranks)
+        note = run.folder / "best" / "note.txt"
+        if not (run.folder / "best-2").exists():
+            note.write_text("mine")
+
+    monkeypatch.setattr(train, "save_best", save_and_add)
+    out, _ = fit(**RISING, keep_best="eval/loss")
+    assert (out / "best-2" / "note.txt").read_text() == "mine"
+    assert "such as note.txt, and is now" in capsys.readouterr().out
+
+
+def test_the_card_of_a_run_with_keep_best_has_the_metrics_of_the_best_step(fit):
+    out, metrics = fit(**RISING, keep_best="eval/loss")
+    row = best_row(metrics, "loss", min)
+    card = (out / "README.md").read_text()
+    assert f"After {row['step']} optimizer steps" in card
+    assert f"{row['loss']:.4g} |" in card
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--early_stop=2"], "--early_stop 2: give --keep_best METRIC too"),
+    (["--keep_best=eval/loss", "--eval_every=0"], "--keep_best eval/loss: --eval_every 0 "),
+    (["--keep_best=eval/rewards/rejected"], "--keep_best eval/rewards/rejected: is not a metric"),
+    (["--keep_best=loss2"], "--keep_best loss2: is not a metric that is better when"),
+    (["--early_stopping_patience=3"], "--early_stopping_patience: --early_stop 3"),
+])
+def test_keep_best_without_a_direction_or_evaluations_is_refused(arguments, message):
+    with pytest.raises(UserError) as error:
+        flags.parse_args(["--model=m", "--dataset=d", *arguments])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("given", [
+    {"keep_best": "world/share"}, {"keep_best": "eval/far/loss"}, {"keep_best": "train/loss"},
+    {"keep_best": "eval/loss", "eval_share": 0},
+    {"loss": "sft", "keep_best": "eval/rewards/margins"},
+], ids=str)
+def test_a_metric_that_evaluations_do_not_have_is_refused_before_the_first_step(
+        fit, given, monkeypatch):
+    monkeypatch.setattr(train, "train_step", None)
+    with pytest.raises(UserError, match="evaluations of this run do not have it; they have"):
+        fit(**given)

@@ -101,6 +101,8 @@ CHANGES = {
     "dtype": ({}, "float64"),
     "log_every": ({}, 2),
     "eval_every": ({}, 1),
+    "keep_best": ({"eval_every": 1, "lr": 3.0}, "eval/loss"),
+    "early_stop": ({"eval_every": 1, "lr": 3.0, "keep_best": "eval/loss", "epochs": 3}, 1),
     "save_every": ({}, 1),
     "keep_checkpoints": ({"save_every": 1}, 1),
     "report_to": ({}, "tensorboard"),

@@ -43,6 +43,7 @@ ALLOWED_IMPORTS = {
     "optimizers": {"errors"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
+    "best": {"errors", "files", "trackers"},
     "plots": {"checkpoint", "errors", "files"},
     "trackers": {"errors", "files"},
     "hub": {"errors", "files"},
@@ -56,8 +57,8 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers", "ranges",
-        "trackers", "variants", "world",
+        "best", "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers",
+        "ranges", "trackers", "variants", "world",
     },
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
