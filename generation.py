@@ -140,7 +140,10 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
         options["logits_to_keep"] = 1
     with evaluating(model):
         for step in range(settings.max_new_tokens):
-            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            inputs = {"input_ids": input_ids}
+            # A recurrent state needs no mask, and some models misread one of all tokens.
+            if step == 0 or not getattr(model, "_is_stateful", False):
+                inputs["attention_mask"] = mask
             if "position_ids" in parameters:
                 inputs["position_ids"] = positions
             inputs = {name: value.to(model.device) for name, value in inputs.items()}

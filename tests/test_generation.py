@@ -81,15 +81,19 @@ def test_a_greedy_answer_of_a_batch_is_that_of_its_prompt_alone(model, tokenizer
     Gemma2Config(vocab_size=319, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=64, num_key_value_heads=1, head_dim=16, sliding_window=4),
 ], ids=["padding is nan", "padding is in the state", "padding is nan in a window"])
-def test_a_model_that_cannot_pad_gets_batches_of_prompts_of_one_length(config, tokenizer, prompts):
+def test_the_batch_of_a_model_that_cannot_pad_answers_as_its_prompts_alone(config, tokenizer, prompts):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).double().eval()
+    model.generation_config.eos_token_id = None
     for parameter in model.parameters():
         parameter.data.mul_(3)
-    assert not generation.pads_exactly(model, None)
     together = generate(model, tokenizer, prompts + prompts, Sampling(10))
     alone = [generate(model, tokenizer, [prompt], Sampling(10))[0] for prompt in prompts]
     assert ids_of(together) == ids_of(alone + alone)
+    for prompt, answer in zip(prompts, alone):
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
+                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+        assert answer.ids == whole[0, len(prompt):].tolist()
 
 
 def test_a_sampled_answer_depends_on_the_seed_and_not_on_the_size_of_batches(
