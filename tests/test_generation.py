@@ -81,7 +81,8 @@ def test_a_greedy_answer_of_a_batch_is_that_of_its_prompt_alone(model, tokenizer
     Gemma2Config(vocab_size=319, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=64, num_key_value_heads=1, head_dim=16, sliding_window=4),
 ], ids=["padding is nan", "padding is in the state", "padding is nan in a window"])
-def test_the_batch_of_a_model_that_cannot_pad_answers_as_its_prompts_alone(config, tokenizer, prompts):
+def test_the_batch_of_a_model_that_cannot_pad_answers_as_its_prompts_alone(
+        config, tokenizer, prompts):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).double().eval()
     model.generation_config.eos_token_id = None
