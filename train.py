@@ -186,8 +186,9 @@ def check_weights(args, loss, where, rows):
         return
     advice = "--ignore_columns weight trains without it"
     if "batch" in loss.tags:
-        raise UserError(f"--loss {args.loss}: {where} has a column 'weight', and this loss compares "
-                        f"the pairs of a step with each other, so no pair has a weight; {advice}")
+        raise UserError(f"--loss {args.loss}: {where} has a column 'weight', and this loss "
+                        "compares the pairs of a step with each other, so no pair has a weight; "
+                        f"{advice}")
     if not data.column(rows, "weight").any():
         raise UserError(f"{where}: every row has the weight 0, so there is nothing to train on; "
                         f"{advice}")
