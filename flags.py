@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import json
 import math
 import os
 import pathlib
@@ -26,6 +27,7 @@ import data
 import world
 from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
 from errors import Parser, UserError, any_name
+from files import read_json
 from hub import check_hub_name
 from lora import read_adapter
 from losses import (
@@ -45,6 +47,9 @@ from variants import Variants, check_variants
 # Flags of a loss with a reference.
 REFERENCE_FLAGS = ("ref", "ref_model", "ref_batch_size", "sync_ref_every", "sync_ref_alpha")
 
+# --attn_implementation
+ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
 # Flags of TRL, transformers and LLaMA-Factory: the flag here, or what to do.
 OTHER_TRAINERS = {
     # model and data
@@ -60,6 +65,7 @@ OTHER_TRAINERS = {
     "dataset_test_split": "--eval_dataset NAME:SPLIT",
     "val_size": "--eval_share",
     "chat_template_path": "--chat_template",
+    "model_revision": "--revision",
     "template": "--chat_template FILE, or leave it out for the tokenizer's own",
     "max_seq_length": "--max_length",
     "max_seq_len": "--max_length",
@@ -115,7 +121,6 @@ OTHER_TRAINERS = {
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16; there is no float16",
     "torch_dtype": "--dtype auto, float32, bfloat16 or float64",
-    "attn_implementation": "--attention auto, packed or padded",
     "flash_attn": "--attention auto, packed or padded",
     "padding_free": "--attention packed",
     "torch_compile": "--compile",
@@ -175,6 +180,8 @@ def add_source_flags(add):
         help=f"NAME, or a sum NAME:WEIGHT,NAME:WEIGHT, of {', '.join(LOSSES)}")
     add("--model", default="world",
         help="policy: a folder, a hub id, or world (default: the base of --adapter, else world)")
+    add("--revision",
+        help="branch, tag or commit of a --model of the Hub (default: its main branch)")
     add("--dataset", type=any_name, default="world",
         help="a file or folder (.jsonl .json .csv .parquet), a hub id, or world; several parts as "
              "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out "
@@ -184,6 +191,7 @@ def add_source_flags(add):
     add("--eval_share", type=real_number("[0, 1)"),
         help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
+    add_config_flag(add)
     add("--resume", action="store_true",
         help="continue from the newest checkpoint in --output_dir, with the flags of that run")
 
@@ -272,6 +280,10 @@ def add_run_flags(add):
     add("--attention", choices=("auto", "packed", "padded"), default="auto",
         help="packed: compute each prompt once and without padding, by sdpa; "
              "auto: packed if the model supports it and it is faster")
+    add("--attn_implementation", choices=ATTENTION_KERNELS,
+        help="transformers' attention, for policy and reference; packed rows need sdpa; "
+             "flash_attention_2 needs a GPU and the package flash-attn; eager is slow and shows "
+             "attention weights (default: that of the model's config, mostly sdpa)")
     add("--compile", action="store_true",
         help="torch.compile the MLPs and norms; the first steps include compilation")
     add("--deterministic", action="store_true",
@@ -342,6 +354,7 @@ def parse_args(
 
     `description` is the text that --help prints above the flags.
     """
+    argv = insert_config(argv)
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch"):
@@ -375,6 +388,8 @@ def parse_args(
     # Last, check combinations of flags and derive values from them.
     if args.adapter and not saved and early.model is None:
         args.model = base_of_adapter(args.adapter)
+        if not os.path.isdir(args.model):
+            args.revision = args.revision or revision_of_base(args.adapter)
     settle_adapter(args, loss)
     settle_reference(args, loss)
     check_args(args, saved)
@@ -387,6 +402,103 @@ def parse_args(
     # the saved value too.
     check_unchanged(args, saved)
     return args, loss, hyper
+
+
+# --- --config -------------------------------------------------------------------------------------
+
+# Pairs of flags of which a run reads one. The command line replaces either by the other.
+ALTERNATIVES = (("epochs", "max_steps"), ("micro_batch_size", "tokens_per_micro_batch"),
+                ("eval_share", "eval_dataset"))
+# Flags in the file of a run that a new run does not take over: it has a folder of its own, and does
+# not replace what the other run published.
+OF_ONE_RUN = ("output_dir", "resume", "push_to_hub")
+
+
+def add_config_flag(add):
+    add("--config", type=any_name, metavar="FILE.json", default=argparse.SUPPRESS,
+        help='flags as a JSON object, {"lr": 1e-6, "dora": true}, or the config.json or run.json '
+             "of a run, without its --output_dir and --push_to_hub; flags on the command line "
+             "win, except that a switch which the file turns on stays on")
+
+
+def insert_config(argv):
+    """Replace --config FILE by the flags in the file, in front of those of the command line."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_config_flag(parser.add_argument)
+    found, rest = parser.parse_known_args(argv)
+    if "config" not in found:
+        return argv
+    if "--resume" in rest:
+        raise UserError(f"--config {found.config}: a resumed run has the flags that it saved; "
+                        "leave it out")
+    given = {word.partition("=")[0].removeprefix("--") for word in rest}
+    try:
+        return flags_of_config(found.config, given, value_of("loss", rest)) + rest
+    except UserError as error:
+        raise UserError(f"--config {found.config}: {error}") from error
+
+
+def flags_of_config(path, given, loss_name):
+    """Read the flags of a file -> words of a command line.
+
+    given       names of the flags on the command line
+    loss_name   the loss on the command line, or ""
+    """
+    values = read_json(path)
+    if isinstance(values.get("flags"), dict):
+        values = {name: value for name, value in values["flags"].items() if name not in OF_ONE_RUN}
+        drop_reference(values, loss_name)
+    for pair in ALTERNATIVES:
+        for name, other in (pair, reversed(pair)):
+            if name in given:
+                values.pop(other, None)
+    saved_loss = str(values.get("loss", "sigmoid"))
+    with naming_flags(["loss"]):
+        loss = find(saved_loss)
+    parser = build_parser(loss)
+    all_flags = vars(parser.parse_args([]))
+    words = to_words(values, all_flags)
+    unknown = parser.parse_known_args(words)[1]
+    if unknown:
+        refuse_flags(unknown, words, saved_loss, all_flags)
+    if loss_name and loss_name != saved_loss:  # the other loss has defaults of its own
+        defaults = hyperparameters(loss)
+        if values.get("dataset", "world") == "world":
+            defaults |= world.flags(saved_loss)
+        for name in hyperparameters(loss):
+            if values.get(name) == defaults[name]:
+                del values[name]
+    return to_words(values, all_flags)
+
+
+def drop_reference(values, loss_name):
+    """Remove --ref, which every run saves, if the loss of the run or that of the command line has
+    no reference."""
+    saved_loss = str(values.get("loss", "sigmoid"))
+    with naming_flags(["loss"]):
+        losses = [find(saved_loss), find(loss_name or saved_loss)]
+    if not all(needs_reference(loss) for loss in losses):
+        values.pop("ref", None)
+
+
+def to_words(values, all_flags):
+    """{flag: value of JSON} -> words of a command line. A null is a flag that was not given."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, (list, dict)):
+            raise UserError(f"{name}: must be text, a number, true, false or null, as on the "
+                            f"command line; got {json.dumps(value):.60}")
+        if name == "config":
+            raise UserError("config: a file of flags cannot name another one")
+        is_switch = all_flags.get(name) is False
+        if is_switch and not isinstance(value, bool):
+            raise UserError(f"{name}: is a switch, so it must be true or false")
+        if is_switch and value:
+            words.append(f"--{name}")
+        elif not is_switch and value is not None:
+            text = str(value).lower() if isinstance(value, bool) else value
+            words.append(f"--{name}={text}")
+    return words
 
 
 def fill_defaults(args, loss, world_defaults):
@@ -421,6 +533,11 @@ def base_of_adapter(adapter):
         raise UserError(f"--adapter {adapter}: its adapter_config.json names no base model; "
                         "give --model")
     return base
+
+
+def revision_of_base(adapter):
+    """The default of --revision with --adapter and without --model."""
+    return read_json(pathlib.Path(adapter) / "adapter_config.json").get("revision")
 
 
 def settle_adapter(args, loss):
@@ -616,6 +733,7 @@ def check_args(args, saved):
                         f"{args.tokens_per_micro_batch}: give one")
     data.read_flags(args)
     check_optimizer(args)
+    check_model(args)
     check_output_dir(args)
     check_trackers(args.report_to)
     check_hub_name(args.push_to_hub)
@@ -639,6 +757,17 @@ def check_optimizer(args):
     if args.min_lr and args.lr_schedule == "constant":
         raise UserError(f"--min_lr {args.min_lr:g}: --lr_schedule constant stays at --lr; leave it "
                         "out, or choose linear or cosine")
+
+
+def check_model(args):
+    """Refuse flags of the model that contradict others."""
+    kernel = args.attn_implementation
+    if args.attention == "packed" and kernel not in (None, "sdpa"):
+        raise UserError(f"--attn_implementation {kernel}: --attention packed computes rows with "
+                        "sdpa; give one of the two flags")
+    if args.revision and (args.model == "world" or os.path.isdir(args.model)):
+        raise UserError(f"--revision {args.revision}: --model {args.model} is not a model of the "
+                        "Hub and has no revisions; leave it out")
 
 
 def check_output_dir(args):

@@ -93,8 +93,12 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 MOST_LAYERS = 10_000  # some configs make a list with an entry for each layer
 
 
-def load_config(name: str) -> PretrainedConfig:
+def load_config(name: str, revision: str | None = None,
+                attention: str | None = None) -> PretrainedConfig:
     """Load the config of a model, and reject a model that cannot be trained here.
+
+    revision    a branch, tag or commit of a model of the Hub
+    attention   the name that transformers gives to a kernel, in place of the config's
 
     Weights that are quantized already need the kernels of their method, and cannot be merged or
     saved here. A kernel for attention that the config names is code, which is not fetched. Flash
@@ -103,7 +107,10 @@ def load_config(name: str) -> PretrainedConfig:
     path = pathlib.Path(name, "config.json")
     if path.exists():
         check_layers(path, read_json(path, COPY_FILE))
-    config = load_pretrained(AutoConfig, name)
+    options = {"revision": revision} if revision else {}
+    if attention:
+        options["attn_implementation"] = attention
+    config = load_pretrained(AutoConfig, name, **options)
     parts = [config]
     for part in config.sub_configs:
         if getattr(config, part, None) is not None:
@@ -117,7 +124,7 @@ def load_config(name: str) -> PretrainedConfig:
             raise UserError(
                 f"{name}: its weights are quantized already ({method}); pass the model that it was "
                 "made from (with an adapter, --quantize nf4 stores that one in 4 bits)")
-        check_attention(name, str(part._attn_implementation))
+        check_attention(name, str(part._attn_implementation), attention)
     return config
 
 
@@ -130,25 +137,31 @@ def check_layers(path, entries):
             raise UserError(f"{path}: {key} is {value}, and no model has so many{COPY_FILE}")
 
 
-def check_attention(name, attention):
-    """Raise a UserError for attention that is not installed, or that is code to be fetched."""
+def check_attention(name, attention, chosen):
+    """Raise a UserError for attention that is not installed, or that is code to be fetched.
+    `chosen` is the value of --attn_implementation or None, and then the config chooses."""
+    is_flash = "flash" in attention
+    if is_flash and chosen and not any(map(importlib.util.find_spec, FLASH_PACKAGES)):
+        raise UserError(f"--attn_implementation {attention}: is not installed; install flash-attn, "
+                        "or choose sdpa, which needs no package")
     advice = "delete attn_implementation from its config.json (the default, sdpa, needs no package)"
     if "/" in attention:
         raise UserError(f"{name}: its config asks for the kernel {attention}, which is code of its "
                         f"own and is never run here; {advice}")
-    if "flash" in attention and not any(map(importlib.util.find_spec, FLASH_PACKAGES)):
+    if is_flash and not any(map(importlib.util.find_spec, FLASH_PACKAGES)):
         raise UserError(f"{name}: its config asks for {attention}, which is not installed; "
                         f"{advice}")
 
 
 # --- The tokenizer --------------------------------------------------------------------------------
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load a tokenizer. Without a vocabulary, transformers would make an empty one."""
     if not has_vocabulary(name):
         raise UserError(f"{name}: has no tokenizer.json, nor another file with the vocabulary of a "
                         "tokenizer; copy the tokenizer of the model into the folder")
-    tokenizer = load_pretrained(AutoTokenizer, name)
+    options = {"revision": revision} if revision else {}
+    tokenizer = load_pretrained(AutoTokenizer, name, **options)
     if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
         raise UserError(f"{name}: chat_template in tokenizer_config.json must be a string, and is "
                         f"{tokenizer.chat_template!r}")
@@ -161,16 +174,16 @@ def has_vocabulary(name: str) -> bool:
     return not folder.is_dir() or any(any(folder.glob(file)) for file in VOCABULARY_FILES)
 
 
-def load_adapter_tokenizer(adapter: str, base: str) -> Any:
-    """Load the tokenizer that was saved with an adapter, or else that of its base.
+def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None) -> Any:
+    """Load the tokenizer that was saved with an adapter, or else that of this revision of its base.
 
     The adapter was trained behind its own chat template, which --chat_template may have set.
     """
     if not os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
-        return load_tokenizer(base)
+        return load_tokenizer(base, revision)
     tokenizer = load_tokenizer(adapter)
     if not tokenizer.chat_template:
-        tokenizer.chat_template = load_tokenizer(base).chat_template
+        tokenizer.chat_template = load_tokenizer(base, revision).chat_template
     return tokenizer
 
 
@@ -246,29 +259,29 @@ class Header(NamedTuple):
     shape: tuple
 
 
-def weight_files(name: str, config: PretrainedConfig) -> list:
+def weight_files(name: str, config: PretrainedConfig, revision: str | None = None) -> list:
     """Return the paths of the safetensors files of a folder or a Hub model, downloaded if
     necessary, and refuse a model that has pickles in their place."""
     named = getattr(config, "transformers_weights", None)
     candidates = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
     for file in candidates:
-        path = find_weights(name, file)
+        path = find_weights(name, file, revision)
         if path and not file.endswith(".index.json"):
             return [path]
         if path:
-            return [find_shard(name, path, shard) for shard in read_index(path)]
+            return [find_shard(name, path, shard, revision) for shard in read_index(path)]
     refuse_pickles(name, candidates)
 
 
-def find_shard(name, index, shard):
+def find_shard(name, index, shard, revision):
     """Return the path of a file that an index names."""
-    path = find_weights(name, shard)
+    path = find_weights(name, shard, revision)
     if path is None:
         raise UserError(f"{index}: names {shard}, which is not there; copy the model again")
     return path
 
 
-def find_weights(name, file):
+def find_weights(name, file, revision):
     """Return the path of a file of the model, or None."""
     if pathlib.PurePath(file).name != file:
         raise UserError(f"{name}: its files name {file}; a weight file must be in the model's "
@@ -276,7 +289,7 @@ def find_weights(name, file):
     optional = {"_raise_exceptions_for_missing_entries": False,
                 "_raise_exceptions_for_connection_errors": False}
     with reading(f"{name}: {file} cannot be read"):
-        return cached_file(name, file, **optional)
+        return cached_file(name, file, revision=revision, **optional)
 
 
 def read_index(path) -> list:

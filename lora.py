@@ -381,6 +381,7 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
     tensors = tensors or adapter_tensors(model, name)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     config = adapter_config(layers, name, base)
+    config["revision"] = getattr(model, "base_revision", None)
     if getattr(model, "base_fingerprint", None):
         extra["base_fingerprint"] = model.base_fingerprint
     with moved_into(folder, last="adapter_config.json") as aside:

@@ -52,13 +52,16 @@ from reach import original_config, turn_off_noise
 
 # --- Load -----------------------------------------------------------------------------------------
 
-def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, upcast=True):
+def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, upcast=True,
+               revision: str | None = None, attention: str | None = None):
     """Load a causal language model with every weight from its files and all training noise off.
 
     dtype       of the parameters; modules that transformers keeps in fp32 stay in fp32
     device      on "meta" the model has shapes without values
     four_bits   quantize the linear layers, each from the CPU to the device
     upcast      False: parameters of a 16-bit file stay in its dtype, for `parallel.scatter`
+    revision    a branch, tag or commit of a model of the Hub
+    attention   transformers' attn_implementation
 
     Policy and reference are both loaded by this function, so that they differ only by training.
     Another dtype, or dropout on one side, would make a log-ratio that is not 0 at the start.
@@ -67,31 +70,34 @@ def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, up
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         raise UserError(f"{name}: is an adapter, not a model: pass it by --adapter, and the model "
                         "it belongs to by --model")
-    config = load_config(name)
+    config = load_config(name, revision, attention)
     if device.type == "meta":
         model = build_on_meta(name, config, dtype)
     else:
-        model = read_model(name, config, dtype)
+        model = read_model(name, config, dtype, revision)
         model.base_fingerprint = base_fingerprint(model)
         if four_bits:
             quantize(model, device)
         move(model, device, dtype if upcast else None)
+    model.base_revision = revision  # for the files of an adapter
     turn_off_noise(model)
     return model
 
 
-def read_model(name, config, dtype):
+def read_model(name, config, dtype, revision=None):
     """Read the model to the CPU in the narrower of the files' dtype and `dtype`.
 
     Some buffers are in no file and are computed when a model is built. A later upcast cannot
     recover such a buffer once it is rounded to 16 bits, for example Gemma's scale of the
     embeddings. Such a model is read in `dtype` itself.
     """
-    headers = read_headers(weight_files(name, config))
+    headers = read_headers(weight_files(name, config, revision))
     check_sizes(name, config, headers)
     stored = stored_dtype(headers) if dtype in (torch.float32, torch.float64) else None
     # Weights of another shape are reported below, where a model class would raise a RuntimeError.
     options = {"config": config, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    if revision:
+        options["revision"] = revision
     model, info = load_pretrained(
         AutoModelForCausalLM, name, dtype=stored or dtype, output_loading_info=True, **options)
     check_loaded(name, model, info)
@@ -216,8 +222,9 @@ def merge_command(args):
     if not args.model and os.path.isabs(base) and not os.path.isdir(base):
         raise UserError(f"--adapter {args.adapter}: names the base {base}, which is not there; "
                         "give it by --model")
-    tokenizer = load_adapter_tokenizer(args.adapter, base)
-    model = load_model(base, four_bits=bool(flags.get("quantize")))
+    revision = flags.get("revision") if base == flags.get("model") else None
+    tokenizer = load_adapter_tokenizer(args.adapter, base, revision)
+    model = load_model(base, four_bits=bool(flags.get("quantize")), revision=revision)
     check_vocabulary(f"{args.adapter} on {base}", model, tokenizer)
     load_adapter(model, args.adapter)
     line = describe_base(args.adapter, base)

@@ -67,7 +67,9 @@ def load_weights(args: Namespace, name: str | pathlib.Path, dtype: str, device: 
     fixed = args.adapter or args.lora_rank or (frozen and args.parallel == "fsdp")
     weights = getattr(torch, "float32" if dtype == "bfloat16" and not fixed else dtype)
     upcast = args.parallel != "fsdp" or dtype == "float64"  # else parallel.scatter upcasts
-    return load_model(str(name), weights, device, bool(args.quantize), upcast)
+    revision = args.revision if str(name) == args.model else None
+    return load_model(str(name), weights, device, bool(args.quantize), upcast, revision,
+                      args.attn_implementation)
 
 
 def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,

@@ -623,10 +623,10 @@ def load_trained_tokenizer(args, source):
     A second stage by --adapter gets the template that the adapter was trained behind.
     """
     lines = []
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, args.revision)
     if args.adapter:
         base_template = tokenizer.chat_template
-        tokenizer = load_adapter_tokenizer(args.adapter, source)
+        tokenizer = load_adapter_tokenizer(args.adapter, source, args.revision)
         if tokenizer.chat_template != base_template and not args.chat_template:
             lines.append(f"chat template: that of {args.adapter}; {source} has another one")
     if args.chat_template:

@@ -66,6 +66,8 @@ CHANGES = {
     "micro_batch_size": ({}, 1),
     "attention": ({}, "packed"),
     "deterministic": ({}, True),
+    "attn_implementation": ({}, "eager"),
+    "revision": ({}, "v2"),
     "compile": ({}, True),
     "tokens_per_micro_batch": ({"micro_batch_size": None}, 30),
     "epochs": ({}, 2),
@@ -113,6 +115,7 @@ CHANGES = {
 REFUSED = {
     "resume": "--output_dir out does not exist",
     "parallel": "one process alone has nothing to share",
+    "revision": "is not a model of the Hub and has no revisions",
     "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",

@@ -56,9 +56,8 @@ ALLOWED_IMPORTS = {
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
-        "checkpoint", "data", "errors", "hub", "losses", "lora", "optimizers", "ranges",
-        "trackers", "variants",
-        "world",
+        "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers", "ranges",
+        "trackers", "variants", "world",
     },
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
