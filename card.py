@@ -152,15 +152,26 @@ def metric_table(rows: list[dict]) -> str:
     """Return the last metrics of training and of the evaluation."""
     last = {row["split"]: row for row in rows}
     train = last.get("train", {})
-    held_out = last.get("eval", {}) | last.get("world", {})
+    # A column for each evaluation set. The metrics of the world are in the first one.
+    columns = {"last training step": train}
+    for split, row in last.items():
+        name = split.partition("/")[2]
+        if split.startswith("eval"):
+            columns[f"held out: {name}" if name else "held out"] = dict(row)
+    if "world" in last:
+        first = next((title for title in columns if title.startswith("held")), "held out")
+        columns[first] = columns.get(first, {}) | last["world"]
+    names = {}
+    for row in columns.values():
+        names |= row
+    known = [name for name in PANELS if name in names]
+    others = [name for name in names if name not in (*PANELS, "step", "split")]
     lines = [f"After {rows[-1]['step']} optimizer steps:", "",
-             "| metric | last training step | held out |", "|---|---|---|"]
-    known = [name for name in PANELS if name in train | held_out]
-    others = [name for name in train | held_out if name not in (*PANELS, "step", "split")]
+             f"| metric | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in known + others:
         title = PANELS[name][0] if name in PANELS else name
-        cells = [f"{row[name]:.4g}" if name in row else "" for row in (train, held_out)]
-        lines.append(f"| {title} (`{name}`) | {cells[0]} | {cells[1]} |")
+        cells = [f"{row[name]:.4g}" if name in row else "" for row in columns.values()]
+        lines.append(f"| {title} (`{name}`) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -187,7 +187,8 @@ def add_source_flags(add):
              "NAME:SPLIT:SHARE,NAME:SPLIT:SHARE, where splits and shares may be left out "
              "(default: world, where the model is the world's too)")
     add("--eval_dataset", type=any_name,
-        help="held-out rows (default: a share of the prompts, see --eval_share)")
+        help="held-out rows, as --dataset; several sets as NAME=ROWS,NAME=ROWS, each with rows "
+             "eval/NAME of metrics.jsonl (default: a share of the prompts, see --eval_share)")
     add("--eval_share", type=real_number("[0, 1)"),
         help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
@@ -734,6 +735,8 @@ def check_args(args, saved):
     data.read_flags(args)
     check_optimizer(args)
     check_model(args)
+    if args.eval_dataset:
+        evaluation_sets(args.eval_dataset)
     check_output_dir(args)
     check_trackers(args.report_to)
     check_hub_name(args.push_to_hub)
@@ -757,6 +760,32 @@ def check_optimizer(args):
     if args.min_lr and args.lr_schedule == "constant":
         raise UserError(f"--min_lr {args.min_lr:g}: --lr_schedule constant stays at --lr; leave it "
                         "out, or choose linear or cosine")
+
+
+EVAL_SET = re.compile(r"(\w[\w-]*)=(.*)", re.DOTALL)
+
+
+def evaluation_sets(spec: str) -> dict[str, str]:
+    """Return {split of metrics.jsonl: rows} of --eval_dataset.
+
+    "FILE" is {"eval": "FILE"}, and "a=FILE,b=FILE" {"eval/a": "FILE", "eval/b": "FILE"}. The rows
+    of a name may be a mixture, because a part without a name belongs to the set before it.
+    """
+    if os.path.exists(spec) or not EVAL_SET.fullmatch(spec.partition(",")[0]):
+        return {"eval": spec}
+    sets, split = {}, None
+    for part in spec.split(","):
+        match = EVAL_SET.fullmatch(part)
+        if match is None:
+            sets[split] += f",{part}"
+            continue
+        split = f"eval/{match[1]}"
+        if split in sets or not match[2]:
+            problem = "names two sets" if split in sets else "names no rows"
+            raise UserError(f"--eval_dataset {spec}: {match[1]} {problem}; write "
+                            "NAME=ROWS,NAME=ROWS with different names")
+        sets[split] = match[2]
+    return sets
 
 
 def check_model(args):

@@ -110,12 +110,13 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     if ranks.rank > 0:
         return
     rows, held_out = splits
+    counts = ", ".join(str(len(part)) for part in held_out.values())
     where = f"{ranks.size} x {ranks.device.type}"
     if ranks.size > 1:
         where += f", {args.parallel}"
     units = {"pairs": "pairs", "labels": "answers", "lists": "lists"}[kind_of(task.loss)]
     print(f"{args.loss} {task.hyper}: {steps} steps of {args.batch_size} {units} from {len(rows)} "
-          f"rows, {len(held_out)} rows held out; {task.dtype} on {where}; {folder}")
+          f"rows, {counts} rows held out; {task.dtype} on {where}; {folder}")
     adapted = lora_layers(model.model)
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})

@@ -93,11 +93,16 @@ def parse_row(line: str) -> dict | None:
 
 
 def series(rows: list[dict], metric: str, training: bool) -> tuple[list, list]:
-    """Return steps and values of a metric, of the rows of training or of evaluations. A value that
-    is no finite number leaves a gap in its line."""
+    """Return steps and values of a metric, of the rows of training or of evaluations, with several
+    evaluation sets of the first one. A value that is no finite number leaves a gap in its line."""
     steps, values = [], []
+    evaluations = {"eval", "world"}
     for row in rows:
-        if metric not in row or (row["split"] == "train") != training:
+        if row["split"].startswith("eval/"):
+            evaluations.add(row["split"])
+            break
+    for row in rows:
+        if metric not in row or row["split"] not in ({"train"} if training else evaluations):
             continue
         value = row[metric]
         drawn = isinstance(value, (int, float)) and math.isfinite(value)

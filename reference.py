@@ -328,10 +328,10 @@ def reference_logps(args, reference, rows, indices, tokenizer, task, ranks, titl
     return tables["logps"].cpu()
 
 
-def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: dict,
-                    tokenizer: Any, task: Task, ranks: Ranks) -> list:
-    """Add the column ref_logps, K numbers per row, to the splits; for KTO also ref_mismatched_logp,
-    of the answer of another row: see answers.Mismatched.
+def cache_reference(args: Namespace, reference: Callable, splits: dict, fixed: dict,
+                    tokenizer: Any, task: Task, ranks: Ranks) -> dict:
+    """Add the column ref_logps, K numbers per row, to the splits {name: rows}; for KTO also
+    ref_mismatched_logp, of the answer of another row: see answers.Mismatched.
 
     fixed   hashes of what a run reads: see train.prepare
 
@@ -341,21 +341,20 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: 
     key = cache_key(args, fixed, task) if ranks.rank == 0 else None
     key = broadcast(key, ranks)
     path = pathlib.Path("runs") / "references" / f"{key}.safetensors"
-    named = dict(zip(("train", "eval"), splits))
     tables = read_cache(path, key) if ranks.rank == 0 else None
     tables = broadcast(tables, ranks)
     source = "read from"
     if tables is None:
         source, tables = "kept in", {}
-        for name, rows in named.items():
+        for name, rows in splits.items():
             if len(rows):
                 tables[name] = reference_table(args, reference, rows, name, tokenizer, task, ranks)
                 check_finite(tables[name], rows)
         if ranks.rank == 0:
             write_cache(path, key, tables)
         barrier(ranks)
-    with_logps = []
-    for name, rows in named.items():
+    with_logps = {}
+    for name, rows in splits.items():
         if len(rows):
             table = tables[name]
             check_cache(args, path, table, reference, rows, tokenizer, task, ranks)
@@ -365,7 +364,7 @@ def cache_reference(args: Namespace, reference: Callable, splits: tuple, fixed: 
                 rows = rows.add_column("ref_mismatched_logp", table[:, -1].tolist())
                 table = table[:, :-1]
             rows = rows.add_column("ref_logps", table.tolist())
-        with_logps.append(rows)
+        with_logps[name] = rows
     return with_logps
 
 

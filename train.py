@@ -28,6 +28,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -68,7 +69,7 @@ from checkpoint import (
 )
 from dpo import preference_logps, train_sft
 from files import delete_if_abandoned, free_name, json_digest, missing_folders
-from flags import parse_args, read_variants
+from flags import evaluation_sets, parse_args, read_variants
 from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
@@ -135,48 +136,66 @@ def make_world(ranks: Ranks) -> pathlib.Path:
 # --- Rows -----------------------------------------------------------------------------------------
 
 def load_rows(args, loss, tokenizer, home, ranks):
-    """-> training rows and held-out rows (maybe none) as token ids.
+    """-> training rows, and held-out rows (maybe none) of each evaluation set, as token ids.
 
     Rank 0 tokenizes, then the others read its cache.
     """
     limits, shape, options = data.read_flags(args)
-    specs = {"--dataset": args.dataset, "--eval_dataset": args.eval_dataset}
-    if args.dataset == "world":
-        trained, held_out = "pairs.jsonl", "eval.jsonl"
-        if kind_of(loss) == "lists":
-            trained, held_out = "lists.jsonl", "eval_lists.jsonl"
-        specs = {"--dataset": home / trained,
-                 "--eval_dataset": args.eval_dataset or home / held_out}
+    specs = name_sources(args, loss, home)
     if ranks.rank > 0:
         barrier(ranks)
     loaded = {}
-    for flag, spec in specs.items():
-        if spec:
-            loaded[flag] = data.load_tokens(
-                str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options)
+    for split, spec in specs.items():
+        loaded[split] = data.load_tokens(
+            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options)
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
     data.check_template(args, accounts)
     data.check_ignored(shape.ignored, accounts)
-    for flag, (part, _) in loaded.items():
-        check_weights(args, loss, f"{flag} {specs[flag]}", part)
-    rows = loaded["--dataset"][0]
-    if "--eval_dataset" in loaded:
-        held_out = loaded["--eval_dataset"][0]
-    else:
-        rows, held_out = data.hold_out(rows, args.eval_share)
+    for split, (part, _) in loaded.items():
+        check_weights(args, loss, f"{flag_of(split)} {specs[split]}", part)
+    held_out = {split: part for split, (part, _) in loaded.items()}
+    rows = held_out.pop("train")
+    if not held_out:
+        rows, held_out["eval"] = data.hold_out(rows, args.eval_share)
     if not len(rows):
-        raise UserError(f"--eval_share {args.eval_share}: holds out all {len(held_out)} rows, "
-                        "because they have so few prompts; lower it")
+        raise UserError(f"--eval_share {args.eval_share}: holds out all {len(held_out['eval'])} "
+                        "rows, because they have so few prompts; lower it")
     if kind_of(loss) == "labels":
-        data.check_labels(f"--dataset {specs['--dataset']}, without the held-out rows", rows)
+        data.check_labels(f"--dataset {specs['train']}, without the held-out rows", rows)
     if ranks.rank == 0:
-        for flag, (_, account) in loaded.items():
-            print(f"{flag} {data.describe(account)}")
-        print(data.describe_statistics(data.statistics(rows, held_out)))
+        for split, (_, account) in loaded.items():
+            name = split.partition("/")[2]
+            print(f"{flag_of(split)} {name + ': ' if name else ''}{data.describe(account)}")
+        print(data.describe_statistics(data.statistics(rows, all_prompts(held_out))))
         print(data.show(rows, tokenizer, most=300))
     return rows, held_out
+
+
+def name_sources(args, loss, home):
+    """-> {split: rows as a flag names them}: "train", and each evaluation set that a flag or the
+    world has."""
+    sources = {"train": args.dataset}
+    if args.dataset == "world":
+        is_lists = kind_of(loss) == "lists"
+        sources = {"train": home / ("lists.jsonl" if is_lists else "pairs.jsonl"),
+                   "eval": home / ("eval_lists.jsonl" if is_lists else "eval.jsonl")}
+    if args.eval_dataset:
+        sources.pop("eval", None)
+        sources |= evaluation_sets(args.eval_dataset)
+    return sources
+
+
+def flag_of(split):
+    """-> the flag that the rows of a split come from."""
+    return "--dataset" if split == "train" else "--eval_dataset"
+
+
+def all_prompts(held_out):
+    """-> the hashes of the prompts of all evaluation sets, as rows."""
+    return datasets.concatenate_datasets(
+        [rows.select_columns(["prompt_key"]) for rows in held_out.values()])
 
 
 def check_weights(args, loss, where, rows):
@@ -604,7 +623,7 @@ class Run(NamedTuple):
     rows: Any
     tokens: np.ndarray  # (rows,)
     first_lengths: np.ndarray  # (rows,) of the first answers, which are the chosen ones of pairs
-    held_out: Any
+    held_out: dict  # {split of metrics.jsonl: rows}
     task: Task
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -721,7 +740,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
     # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
     # are from another file, which the error about them names.
-    rows_digest, held_out_digest = data.digest(rows), data.digest(held_out)
+    rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
     if not args.eval_dataset:
         rows_digest += f"+{held_out_digest}"
     fixed = {
@@ -749,11 +768,12 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(rows, held_out))
+                     masked, most_answers(rows, *held_out.values()))
     task = with_spread(task)
     if args.ref == "cache":
-        splits = rows, held_out
-        rows, held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)
+        splits = {"train": rows} | held_out
+        held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)
+        rows = held_out.pop("train")
         reference = None  # frees its memory
 
     flags = vars(args) | {
@@ -785,9 +805,10 @@ def check_first_rows(args, run, ranks) -> str:
 def evaluate_and_log(args, run, log, number, state, ranks) -> dict:
     """Evaluate on held-out rows and, in the world, against the optimum -> {split: metrics}."""
     splits = {}
-    if len(run.held_out):
-        splits["eval"] = evaluate(args, run.task, run.model, run.reference, run.held_out, state,
-                                  run.tokenizer, ranks)
+    for split, rows in run.held_out.items():
+        if len(rows):
+            splits[split] = evaluate(args, run.task, run.model, run.reference, rows, state,
+                                     run.tokenizer, ranks)
     if run.home:
         # Beta is the weight of the KL in the objective only for margin losses of sums.
         is_margin = run.task.loss.tags == {"margin"}
@@ -841,6 +862,14 @@ def advance(args, run, number, batches, loss_state, stopping, ranks):
     if args.sync_ref_every and number % args.sync_ref_every == 0:
         move_reference(args, run.model, run.reference)
     return values, loss_state, int(tokens.sum())
+
+
+def digest_of_sets(held_out):
+    """-> a hash of the rows of all evaluation sets, and of their names where they have some."""
+    digests = {split: data.digest(rows) for split, rows in held_out.items()}
+    if digests.keys() == {"eval"}:
+        return digests["eval"]
+    return json_digest(digests)
 
 
 def most_answers(*splits):
