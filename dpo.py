@@ -14,11 +14,11 @@ answers.py has what other kinds of rows need.
 Letters: B rows, K answers of a row, N answers in all (2B for pairs), T tokens, V vocabulary.
 """
 from errors import Parser, run_script  # first, see errors.py
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
-from transformers import get_scheduler
 
 import data
 import world
@@ -32,6 +32,7 @@ from losses import (
     tensor_arguments,
 )
 from model import load_model
+from optimizers import learning_rate_factor
 from ranges import real_number, whole_number
 
 IGNORE = -100  # label of a token that is not scored, as in torch and transformers
@@ -196,8 +197,9 @@ def train(policy, reference, rows, tokenizer, loss, hyper, settings, steps):
     device = policy.model.device
     pad = tokenizer.pad_token_id or 0  # masked, whatever it is
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"], weight_decay=0.0)
-    warmup_steps = settings.get("warmup_steps", steps // 10)
-    scheduler = get_scheduler(settings["lr_schedule"], optimizer, warmup_steps, steps)
+    factor = functools.partial(learning_rate_factor, schedule=settings["lr_schedule"],
+                               warmup=settings.get("warmup_steps", steps // 10), steps=steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for step in range(steps):
         # The next pairs, in the random order of this epoch.
         indices = data.window(step, len(rows), settings["batch_size"], seed=0, shuffle=True)

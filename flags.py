@@ -871,8 +871,9 @@ def read_variants(args: argparse.Namespace) -> Variants:
 def check_loss(args, loss, hyper):
     """Check the hyper-parameters' ranges and the variants, by calling the loss on one row."""
     kind = kind_of(loss)
-    if args.pairs and kind != "pairs" and not args.unpair:
-        raise UserError(f"--pairs {args.pairs}: {loss.__name__} reads no pairs but {kind}")
+    if args.pairs and len(sides_of(loss)) < 2 and not args.unpair:
+        read = "one answer of a row" if kind == "pairs" else kind
+        raise UserError(f"--pairs {args.pairs}: {loss.__name__} reads no pairs but {read}")
     if args.unpair and kind != "labels":
         raise UserError(f"--unpair: {loss.__name__} reads no labels but {kind}")
     with naming_flags([*hyper, *Variants._fields]):

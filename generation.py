@@ -73,21 +73,48 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
     generator = generator or torch.Generator().manual_seed(0)
     shape = (len(prompts), settings.max_new_tokens)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    ends, answers = stop_ids(model, tokenizer), []
-    for start in range(0, len(prompts), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        batch = prompts[part]
+    ends, answers = stop_ids(model, tokenizer), [None] * len(prompts)
+    for indices in split_prompts(model, prompts, settings.batch_size, forward):
+        batch = [prompts[index] for index in indices]
         ids, logps = [[] for _ in batch], [[] for _ in batch]
-        steps = answer_steps(model, batch, settings, ends, uniform[part], forward)
+        steps = answer_steps(model, batch, settings, ends, uniform[indices], forward)
         for step_tokens, step_logps, running in steps:
             for i in running.nonzero()[:, 0].tolist():
                 ids[i].append(step_tokens[i].item())
                 logps[i].append(step_logps[i].item())
-        for i, prompt in enumerate(batch):
-            text = answer_text(tokenizer, prompt, ids[i], ends)
+        for i, index in enumerate(indices):
+            text = answer_text(tokenizer, batch[i], ids[i], ends)
             ended = not ends.isdisjoint(ids[i][-1:])
-            answers.append(Answer(ids[i], logps[i], text, ended))
+            answers[index] = Answer(ids[i], logps[i], text, ended)
     return answers
+
+
+def split_prompts(model, prompts, size, forward) -> list[list[int]]:
+    """Split the indices of the prompts into batches, without padding if the model computes padded
+    prompts otherwise."""
+    groups = {0: list(range(len(prompts)))}
+    if len(set(map(len, prompts))) > 1 and not pads_exactly(model, forward):
+        groups = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(len(prompt), []).append(index)
+    batches = []
+    for indices in groups.values():
+        for start in range(0, len(indices), size):
+            batches.append(indices[start:start + size])
+    return batches
+
+
+def pads_exactly(model, forward) -> bool:
+    """Return whether two tokens behind a padded prompt have the log-probs that they have behind the
+    prompt alone. In some models padding becomes NaN, or part of a recurrent state."""
+    def two_logps(prompts):
+        uniform = torch.zeros(len(prompts), 2)
+        steps = answer_steps(model, prompts, Sampling(2), set(), uniform, forward)
+        return torch.stack([logps[0] for _, logps, _ in steps])
+
+    alone, padded = two_logps([[1]]), two_logps([[1], [1, 2, 3, 4, 5]])
+    # An error is far larger, or NaN; rounding in bfloat16 is smaller.
+    return torch.allclose(alone, padded, rtol=0, atol=0.1)
 
 
 @torch.no_grad()
@@ -113,7 +140,10 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
         options["logits_to_keep"] = 1
     with evaluating(model):
         for step in range(settings.max_new_tokens):
-            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            inputs = {"input_ids": input_ids}
+            # A recurrent state needs no mask, and some models misread one of all tokens.
+            if step == 0 or not getattr(model, "_is_stateful", False):
+                inputs["attention_mask"] = mask
             if "position_ids" in parameters:
                 inputs["position_ids"] = positions
             inputs = {name: value.to(model.device) for name, value in inputs.items()}

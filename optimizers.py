@@ -71,7 +71,7 @@ SCHEDULES = {"linear": linear_decay, "cosine": cosine_decay, "constant": no_deca
 
 
 def learning_rate_factor(done: int, schedule: str, warmup: int, steps: int,
-                         lowest: float) -> float:
+                         lowest: float = 0.0) -> float:
     """The factor of the step after `done` steps. `lowest` is --min_lr / --lr, where decay ends."""
     if done < warmup:
         return (done + 1) / (warmup + 1)

@@ -4,22 +4,17 @@ different lengths, the reference's cache, resumed runs and metrics.
 test_many_answers.py has the losses themselves. Everything is float64, and a comparison is exact
 unless it says otherwise.
 """
-import copy
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    ALONE,
-    TINY_RUN,
     differences,
     make_rows,
     read_metrics,
     resume,
     tiny_model,
-    to_arguments,
     unfinished,
     write_jsonl,
 )
@@ -28,8 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
 import model as models
-import train
-from answers import Mismatched, partners
+from answers import partners
 from errors import UserError
 
 LABELS, LISTS = ["kto", "bco", "apo_zero_unpaired"], ["plackett_luce", "infonca", "softmax_dpo"]
@@ -130,7 +124,8 @@ def test_the_partners_of_distinct_prompts_do_not_depend_on_the_order_of_the_rows
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 def test_ktos_reference_point_is_the_same_for_any_order_and_any_micro_batches(
         fit, folder, other, tmp_path, attention):
-    flags = {"loss": "kto", "model": other, "ref_model": folder, "attention": attention, "beta": 0.5}
+    flags = {"loss": "kto", "model": other, "ref_model": folder, "attention": attention,
+             "beta": 0.5}
     rows, expected = labelled(9), None
     cases = {"whole": {}, "ones": {"micro_batch_size": 1}, "four": {"micro_batch_size": 4},
              "tokens": {"tokens_per_micro_batch": 40, "micro_batch_size": None},
@@ -435,3 +430,10 @@ def test_weights_that_are_all_0_are_an_error(fit, tmp_path, loss):
     rows = weighted(labelled(6) if loss == "kto" else make_rows(6), [0] * 6)
     with pytest.raises(UserError, match="rows.jsonl: every row has the weight 0"):
         fit(loss=loss, dataset=write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize("loss", ["sft", "npo"])
+def test_pairs_of_a_loss_that_reads_one_answer_of_a_row_are_an_error(fit, tmp_path, loss):
+    path = write_jsonl(tmp_path / "rows.jsonl", listed())
+    with pytest.raises(UserError, match=f"--pairs all: {loss} reads no pairs but one answer"):
+        fit(loss=loss, dataset=path, pairs="all")

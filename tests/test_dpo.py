@@ -227,11 +227,13 @@ STEPS = 20
 
 
 def recorded(updates):
-    """Run the updates -> the gradients of each optimizer step, all parameters in one vector."""
+    """Run the updates -> the gradients of each optimizer step, all parameters in one vector:
+    matrices first, because train.py has the others in a group of their own."""
     gradients = []
 
     def record(optimizer, *given):
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        parameters.sort(key=lambda parameter: parameter.dim(), reverse=True)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
 
     hook = register_optimizer_step_pre_hook(record)

@@ -458,13 +458,14 @@ def test_every_text_of_every_script_refuses_an_empty_value(script_flags, value, 
                 parser.parse_args([f"{flag}={value}"])
 
 
-def test_a_name_that_is_not_utf_8_is_refused_except_for_data(script_flags):
+def test_a_name_that_is_not_utf_8_is_refused_except_for_files_of_data_and_flags(script_flags):
     for parser, flag, kind in script_flags:
         if kind is None:
             with pytest.raises(UserError, match=f"{flag}: n\udcff: is not UTF-8; rename it"):
                 parser.parse_args([f"{flag}=n\udcff"])
         elif kind is any_name:
-            assert "data" in flag and kind("n\udcff.jsonl") == "n\udcff.jsonl"
+            assert "data" in flag or flag == "--config"
+            assert kind("n\udcff.jsonl") == "n\udcff.jsonl"
 
 
 @pytest.mark.parametrize("spec", ["sigmoid,", ",sigmoid", "sigmoid,,sft", ":0.5"])

@@ -6,7 +6,14 @@ import forked
 import pytest
 import torch
 from conftest import ROOT, tiny_model
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 import generation
 import packing
@@ -61,10 +68,33 @@ def test_greedy_answers_are_those_of_transformers(model, tokenizer, prompts):
 
 
 def test_a_greedy_answer_of_a_batch_is_that_of_its_prompt_alone(model, tokenizer, prompts):
+    assert generation.pads_exactly(model, None)
     together = generate(model, tokenizer, prompts, Sampling(20, batch_size=4))
     alone = [generate(model, tokenizer, [prompt], Sampling(20))[0] for prompt in prompts]
     assert ids_of(together) == ids_of(alone)
     assert [answer.text for answer in together] == [answer.text for answer in alone]
+
+
+@pytest.mark.parametrize("config", [
+    BloomConfig(vocab_size=319, hidden_size=32, n_layer=2, n_head=2),
+    MambaConfig(vocab_size=319, hidden_size=32, num_hidden_layers=2, state_size=8),
+    Gemma2Config(vocab_size=319, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=64, num_key_value_heads=1, head_dim=16, sliding_window=4),
+], ids=["padding is nan", "padding is in the state", "padding is nan in a window"])
+def test_the_batch_of_a_model_that_cannot_pad_answers_as_its_prompts_alone(
+        config, tokenizer, prompts):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    model.generation_config.eos_token_id = None
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    together = generate(model, tokenizer, prompts + prompts, Sampling(10))
+    alone = [generate(model, tokenizer, [prompt], Sampling(10))[0] for prompt in prompts]
+    assert ids_of(together) == ids_of(alone + alone)
+    for prompt, answer in zip(prompts, alone):
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
+                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+        assert answer.ids == whole[0, len(prompt):].tolist()
 
 
 def test_a_sampled_answer_depends_on_the_seed_and_not_on_the_size_of_batches(

@@ -51,7 +51,9 @@ ALLOWED_IMPORTS = {
     "reach": {"errors", "lora"},
     "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
     "world": {"data", "files", "model", "registry"},
-    "dpo": {"data", "errors", "loading", "losses", "model", "ranges", "world"},
+    "dpo": {
+        "data", "errors", "loading", "losses", "model", "optimizers", "ranges", "world",
+    },
     "packing": {"data", "dpo"},
     "logps": {"dpo", "packing"},
     "verify": {"dpo", "packing"},
