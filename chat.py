@@ -6,8 +6,10 @@ writes; without a template, each line is a text to continue.
 """
 import contextlib
 import importlib
+import signal
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 
 import torch
 
@@ -53,6 +55,18 @@ def shown(text: str) -> str:
     emoji and in Persian and Indian scripts."""
     characters = [each if each in "\n\t\u200c\u200d" else printable(each) for each in text]
     return "".join(characters)
+
+
+@contextlib.contextmanager
+def noted_interrupts() -> Iterator[list]:
+    """Yield a list to which each Ctrl-C is added, in place of a KeyboardInterrupt, which would be
+    lost where a library catches every exception."""
+    noted = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Chat:
@@ -128,8 +142,10 @@ class Chat:
         settings, ids, printed = sampling(self.args), [], ""
         uniform = torch.rand((1, settings.max_new_tokens), generator=self.generator,
                              dtype=torch.float64)
-        with contextlib.suppress(KeyboardInterrupt), speaker(self.opened, self.side) as model:
+        with noted_interrupts() as interrupts, speaker(self.opened, self.side) as model:
             for tokens, _, _ in answer_steps(model, [prompt], settings, self.ends, uniform):
+                if interrupts:
+                    break
                 ids.append(int(tokens[0]))
                 text = answer_text(self.opened.tokenizer, prompt, ids, self.ends)
                 # The last token may end inside a character.
