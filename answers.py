@@ -18,7 +18,8 @@ import torch
 from datasets import Dataset
 
 import data
-from losses import hyperparameters, kind_of, tensor_arguments
+from dpo import preference_loss
+from losses import hyperparameters, kind_of
 
 
 def answer_tensors(tables: dict, batch: dict, loss) -> dict:
@@ -35,15 +36,13 @@ def answer_tensors(tables: dict, batch: dict, loss) -> dict:
 
 
 def answers_loss(tensors: dict, loss, hyper: dict, score=None) -> tuple:
-    """The loss of each row (B,) with a graph, and its metrics, {name: (B,)}, without: see
-    dpo.preference_loss. There are no scores of f-DPO here."""
-    hyper = hyperparameters(loss) | hyper
-    inputs = {name: tensors[name] for name in tensor_arguments(loss) if name in tensors}
-    losses = loss(**inputs, **hyper)  # (B,)
-    if "weight" in tensors:  # a column of the data
-        losses = losses * tensors["weight"].to(losses.dtype)
+    """The loss of each row (B,) with a graph, and its metrics, {name: (B,)}, without.
+
+    dpo.preference_loss, with the metrics of labels or of lists. There are no scores of f-DPO here.
+    """
+    losses, metrics = preference_loss(tensors, loss, hyper)
     describe = label_metrics if kind_of(loss) == "labels" else list_metrics
-    metrics = {"loss": losses} | describe(tensors, hyper["beta"])
+    metrics |= describe(tensors, (hyperparameters(loss) | hyper)["beta"])
     if "kl" in tensors:  # a number of the step, the same for all its rows
         metrics["kl"] = tensors["kl"].expand(losses.shape)
     return losses, {name: value.detach() for name, value in metrics.items()}

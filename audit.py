@@ -65,8 +65,8 @@ def load_scored_rows(opened: Opened, spec: str) -> tuple[Dataset, dict]:
     needs = needs_of_run(args, opened.loss)
     args.unpair = args.unpair and needs.kind == "labels"
     if spec == "world":
-        name = "eval_lists.jsonl" if needs.kind == "lists" else "eval.jsonl"
-        spec = str(world.folder() / name)
+        _, held_out = world.row_files(needs.kind)
+        spec = str(world.folder() / held_out)
     limits, shape, options = data.read_flags(args)
     return data.load_tokens(spec, opened.tokenizer, needs, limits, shape, args.strict, options)
 

@@ -202,6 +202,13 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     )
 
 
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The dtype of --dtype; "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
 def autocast_options(dtype: str, device: torch.device) -> dict:
     enabled = dtype == "bfloat16"
     return {"device_type": device.type, "dtype": torch.bfloat16, "enabled": enabled}

@@ -179,8 +179,11 @@ def is_complete(folder: str | pathlib.Path) -> bool:
     """Has the run ended? Then there are weights, and config.json has the model's entries or there
     is an adapter."""
     folder = pathlib.Path(folder)
-    if not any(folder.glob("*.safetensors")):
-        return False
+    return any(folder.glob("*.safetensors")) and has_model(folder)
+
+
+def has_model(folder: pathlib.Path) -> bool:
+    """Is there a whole model or an adapter in this folder, and not only the flags of a run?"""
     return is_adapter(folder) or "model_type" in read_run_file(folder)
 
 

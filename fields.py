@@ -13,11 +13,10 @@ import re
 
 from conversations import beginning, is_message, parse_messages, read_messages
 from errors import UserError, nearest
+from registry import REAL
 from sources import JSON, KeyTwiceError, Unreadable
 from unread import is_blank
 
-# A number as text. float() alone would read "1_0" and digits of every script too.
-NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # A label as text or number.
 TRUTH = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
@@ -205,7 +204,7 @@ def number_of(value) -> float:
     """Return a number, or a text that is one, as a float. Everything else is NaN."""
     is_number = isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool)
     if isinstance(value, str):
-        is_number = NUMBER.fullmatch(value.strip()) is not None
+        is_number = REAL.fullmatch(value.strip()) is not None
     if not is_number:
         return math.nan
     try:

@@ -24,7 +24,6 @@ Letters: B prompts of a batch, T tokens of the longest prompt, V vocabulary.
 """
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 import data
 from errors import UserError
-from loading import leaves_out, loses
+from loading import leaves_out, loses, position_count
 from lora import use_adapter
 from templates import read_special_tokens, render, texts_of_rows
 
@@ -151,7 +150,8 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
 
             # The small rest runs on the CPU, where every kernel is deterministic.
             logits = output.logits[:, -1]  # (B, V)
-            logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logits = logits.to("cpu", dtype)
             tokens = choose_tokens(logits, settings, uniform[:, step])  # (B,)
             logps = logits.log_softmax(-1)  # (B, V)
             logps = logps.gather(1, tokens[:, None])[:, 0]  # (B,)
@@ -239,13 +239,6 @@ def reference_model(policy: torch.nn.Module, reference: Callable) -> Iterator[to
         yield policy.model
 
 
-def position_count(model) -> float:
-    """Return how many tokens a model can read, infinite if its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
-
-
-
 # --- Text to tokens, and back ---------------------------------------------------------------------
 
 def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
@@ -325,7 +318,8 @@ def answer_text(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int
     """
     if ids and ids[-1] in ends:
         ids = ids[:-1]
-    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode(prompt + ids)
     if whole.startswith(before):
         return whole[len(before):]
     return tokenizer.decode(ids)

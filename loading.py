@@ -12,6 +12,7 @@ Whatever transformers raises about a file becomes one line that names the file.
 """
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import unicodedata
@@ -185,6 +186,12 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
     if not tokenizer.chat_template:
         tokenizer.chat_template = load_tokenizer(base, revision).chat_template
     return tokenizer
+
+
+def position_count(model) -> float:
+    """Return how many tokens a model can read, infinite if its config does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -14,7 +14,6 @@ every kind. The other functions:
 import contextlib
 import hashlib
 import json
-import math
 import pathlib
 import re
 from argparse import Namespace
@@ -42,7 +41,7 @@ from checkpoint import without_ties
 from dpo import concatenated_forward
 from errors import UserError
 from files import json_digest, written_aside
-from loading import has_vocabulary, last_token, load_tokenizer
+from loading import has_vocabulary, last_token, load_tokenizer, position_count
 from log import bar_interval
 from logps import FastLogps
 from lora import adapter_tensors, lora_layers, use_adapter
@@ -96,8 +95,7 @@ def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
 
 def check_positions(args: Namespace, name: str, model: PreTrainedModel):
     """Raise a UserError if a row could be longer than the model."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    positions = position_count(model)
     if positions < 0:
         raise UserError(f"{name}: max_position_embeddings in its config.json is {positions}, and "
                         "must be above 0")

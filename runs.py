@@ -23,14 +23,19 @@ import torch
 
 import data
 import world
-from batches import autocast_options, collate
-from checkpoint import checkpoints, is_adapter, is_complete, read_state
+from batches import autocast_options, collate, resolve_dtype
+from checkpoint import checkpoints, has_model, is_adapter, is_complete, read_state
 from dpo import concatenated_forward, train_sft
 from errors import UserError
 from files import read_run_file
 from flags import build_parser, default_reference, naming_flags
-from generation import position_count, reference_model
-from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
+from generation import reference_model
+from loading import (
+    check_vocabulary,
+    load_adapter_tokenizer,
+    load_tokenizer,
+    position_count,
+)
 from logps import FastLogps
 from lora import read_adapter
 from losses import LOSSES, find, hyperparameters
@@ -117,12 +122,6 @@ def flags_of(folder: pathlib.Path) -> dict:
     return flags
 
 
-def has_model(folder: pathlib.Path) -> bool:
-    """Return whether a folder has a whole model or adapter, and not only the flags of a run."""
-    adapted = is_adapter(folder)
-    return adapted or "model_type" in read_run_file(folder)
-
-
 # --- Loading them ---------------------------------------------------------------------------------
 
 def open_run(name: str, base: str | None = None, ref_model: str | None = None,
@@ -143,9 +142,7 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
     settle_open_reference(args, saved, ref_model, with_reference)
     check_sources_exist(name, args, saved)
 
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if ALONE.device.type == "cuda" else "float32"
+    dtype = resolve_dtype(args.dtype, ALONE.device)
     tokenizer = load_saved_tokenizer(saved, args)
     policy = load_policy(args, saved.source, saved.weights, dtype, ALONE.device)
     policy.requires_grad_(False)

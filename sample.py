@@ -1,4 +1,4 @@
-"""Ask a trained model beside its reference, chat with it, or score a preference file by it.
+"""Ask a trained model and its reference, chat with it, or score a preference file by it.
 
     python sample.py --model runs/dpo --prompt "Why is the sky blue?"
     python sample.py --model runs/dpo --prompts prompts.txt --temperature 0.7 --out answers.jsonl

@@ -60,6 +60,7 @@ from batches import (
     of_all_pairs,
     pair_logps,
     raise_not_finite,
+    resolve_dtype,
     split_step,
 )
 from card import document_run, has_card
@@ -195,9 +196,8 @@ def name_sources(args, loss, home):
     world has."""
     sources = {"train": args.dataset}
     if args.dataset == "world":
-        is_lists = kind_of(loss) == "lists"
-        sources = {"train": home / ("lists.jsonl" if is_lists else "pairs.jsonl"),
-                   "eval": home / ("eval_lists.jsonl" if is_lists else "eval.jsonl")}
+        trained, held_out = world.row_files(kind_of(loss))
+        sources = {"train": home / trained, "eval": home / held_out}
     if args.eval_dataset:
         sources.pop("eval", None)
         sources |= evaluation_sets(args.eval_dataset)
@@ -685,9 +685,7 @@ def tokenizer_digest(tokenizer) -> str:
 def load_models(args, home, newest, ranks):
     """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
     function, in the same dtype."""
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    dtype = resolve_dtype(args.dtype, ranks.device)
     source = str(home / "reference") if args.model == "world" else args.model
     tokenizer, lines = load_trained_tokenizer(args, source)
 

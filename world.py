@@ -309,6 +309,13 @@ def folder() -> pathlib.Path:
     return pathlib.Path("runs") / f"world-{digest[:8]}"
 
 
+def row_files(kind: str) -> tuple[str, str]:
+    """Return the names of the training rows and of the held-out rows for a kind of loss."""
+    if kind == "lists":
+        return "lists.jsonl", "eval_lists.jsonl"
+    return "pairs.jsonl", "eval.jsonl"
+
+
 def enumeration_digest(home: pathlib.Path) -> str:
     """Hash the files that `evaluate_policy` reads."""
     digest = hashlib.blake2b(digest_size=12)

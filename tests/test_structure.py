@@ -27,7 +27,7 @@ ALLOWED_IMPORTS = {
     "sources": {"errors", "files"},
     "unread": {"errors"},
     "conversations": {"errors", "sources", "templates", "unread", "written"},
-    "fields": {"conversations", "errors", "sources", "unread"},
+    "fields": {"conversations", "errors", "registry", "sources", "unread"},
     "selection": {"errors", "registry"},
     "formats": {"conversations", "errors", "fields", "registry", "selection"},
     "layouts": {
@@ -39,7 +39,7 @@ ALLOWED_IMPORTS = {
         "conversations", "errors", "fields", "formats", "layouts", "loading", "losses", "ranges",
         "registry", "selection", "shorten", "sources", "templates", "unread", "written",
     },
-    "answers": {"data", "losses"},
+    "answers": {"data", "dpo", "losses"},
     "optimizers": {"errors"},
     "parallel": {"errors", "ranges", "streams"},
     "checkpoint": {"errors", "files", "parallel"},
