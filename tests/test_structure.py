@@ -81,6 +81,11 @@ ALLOWED_IMPORTS["chat"] = {"errors", "generation", "runs"}
 ALLOWED_IMPORTS["sample"] = {
     "audit", "chat", "data", "errors", "generation", "ranges", "runs", "world",
 }
+ALLOWED_IMPORTS["experiments"] = {
+    "answers", "checkpoint", "data", "errors", "files", "loading", "lora", "losses", "model",
+    "plots",
+}
+ALLOWED_IMPORTS["real_model"] = {"errors", "experiments", "files", "model", "plots", "ranges"}
 ALLOWED_IMPORTS["bench"] = {
     "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
 }
