@@ -251,7 +251,9 @@ def add_optimizer_flags(add):
     add("--max_steps", type=whole_number(">= 1"), help="optimizer steps, in place of --epochs")
     add("--lr", type=real_number("> 0"),
         help="peak learning rate (default 5e-7, with an adapter 5e-6; for sft 1e-5, with an "
-             "adapter 1e-4)")
+             "adapter 1e-4). These are for billions of parameters and hundreds of steps: a model "
+             "of 0.1 billion needs 5e-4 with an adapter to learn in tens of steps, see "
+             "docs/real_model.md")
     add("--lr_schedule", choices=SCHEDULES, default="linear", help="schedule after the warm-up")
     add("--min_lr", type=real_number(">= 0"), default=0.0,
         help="learning rate at the end of a linear or cosine schedule; a tenth of --lr is usual "

@@ -105,12 +105,21 @@ def learned(args: Namespace, experiment: Experiment) -> Learned | None:
                    count_per_token(scores), ratios.mean(0), record["cpu_seconds"])
 
 
-def verdict(interval: tuple[float, float]) -> str:
-    """Say whether a share differs from one half, which a model without learning has."""
-    low, high = interval
-    if low > 0.5:
-        return "yes"
-    return "wrong way" if high < 0.5 else "not shown"
+SMALL = 0.1  # nats: a smaller change of the margin is a direction, which no answer shows yet
+
+
+def verdict(result: Learned) -> str:
+    """Say whether the share of right pairs differs from one half, which a model has that learned
+    nothing, and whether the margin between chosen and rejected answers has grown visibly."""
+    low, high = result.interval()
+    if low <= 0.5:
+        return "wrong way" if high < 0.5 else "not shown"
+    return "yes" if result.changes[0] - result.changes[1] >= SMALL else "direction"
+
+
+def short(value: float) -> str:
+    """Format a learning rate: 5e-6, 0.01."""
+    return f"{value:g}".replace("e-0", "e-")
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -129,10 +138,10 @@ def result_row(result: Learned) -> list[str]:
     minutes = "resumed"
     if result.cpu_seconds is not None:
         minutes = f"{result.cpu_seconds / 60:.1f}"
-    return [f"`{result.experiment.name}`", f"{result.flags['lr']:g}",
-            f"{result.right / result.pairs:.2f}", f"{low:.2f} to {high:.2f}",
-            verdict((low, high)), f"{result.per_token / result.pairs:.2f}",
-            signed(result.changes[0]), signed(result.changes[1]), minutes]
+    return [f"`{result.experiment.name}`", short(result.flags["lr"]),
+            f"{result.right / result.pairs:.2f}", f"{low:.2f} to {high:.2f}", verdict(result),
+            f"{result.per_token / result.pairs:.2f}", signed(result.changes[0]),
+            signed(result.changes[1]), minutes]
 
 
 def results_section(args: Namespace, rows: str, results: list[Learned]) -> str:
@@ -154,10 +163,11 @@ def default_lines(results: list[Learned]) -> list[str]:
         if "lr" in result.experiment.flags:
             continue
         low, high = result.interval()
-        kind = "LoRA" if result.experiment.flags else "full"
-        lines.append(f"- `{result.experiment.loss}`, {kind}, lr {result.flags['lr']:g}: "
-                     f"{result.right} of {result.pairs} pairs right, {low:.2f} to {high:.2f}; "
-                     f"learned: {verdict((low, high))}.")
+        kind = "LoRA" if "lora_rank" in result.experiment.flags else "full"
+        margin = result.changes[0] - result.changes[1]
+        lines.append(f"- `{result.experiment.loss}`, {kind}, lr {short(result.flags['lr'])}: "
+                     f"{verdict(result)} ({result.right} of {result.pairs} pairs right, "
+                     f"{low:.2f} to {high:.2f}; margin {signed(margin)} nats)")
     return lines
 
 
@@ -290,7 +300,9 @@ def missing_line(results: list[Learned]) -> str:
 
 
 COLUMNS = """\
-- *right*: the share of pairs with training in favor of the chosen answer, see above
+- *learned*: "not shown" if the interval contains 0.5. Above 0.5 it is "yes" if the margin, Δ chosen
+  minus Δ rejected, grew by 0.1 nats or more, and "direction" if it grew by less: then most pairs
+  moved in the right direction, and no answer changes.
 - *per token*: the share of pairs whose chosen answer has the higher log-prob per token
 - *Δ chosen*, *Δ rejected*: the mean change of the log-prob of an answer, in nats
 - *CPU min*: processor time of the training command, with its start"""
@@ -310,8 +322,7 @@ Model: {model}, {parameters:,} parameters. Machine: {machine}.
 Each run trains for one epoch on {train} pairs, from the same model, with one seed. LoRA has rank
 {rank} on all linear layers. A held-out pair is *right* if training raised the log-prob of its
 chosen answer more than that of its rejected one. Without learning, half of the pairs are right.
-The interval is Wilson's. *Learned* is "yes" if the interval is above 0.5, and "not shown" if it
-contains 0.5.
+The interval is Wilson's.
 
 {columns}
 
@@ -326,7 +337,8 @@ run is better.
 
 {defaults}
 
-A run where nothing is shown needs a higher `--lr`, as in the tables, or more steps.
+Where a default shows nothing or a direction alone, set `--lr` as in the tables, or train for more
+steps: the defaults are for models of billions of parameters and for hundreds of steps.
 
 ## Curves
 
@@ -358,7 +370,7 @@ are the same for each run.
 - One small model, one seed, few pairs. A larger model needs a lower learning rate.
 - A right pair is not a better answer: nobody judged the answers.
 - Few learning rates were tried. Others may be better.
-- Times include what else ran on the machine.
+- The time is that of a processor. Programs that ran at the same time made it longer.
 """
 
 
@@ -385,7 +397,7 @@ def write_page(args: Namespace) -> None:
         defaults="\n".join(default_lines(results)), window=WINDOW, picture=picture.name,
         tokens=NEW_TOKENS, answers=answers_section(args), comparison=comparison_section(args),
         commands=commands_section(args, results))
-    write_text(args.page, text)
+    write_text(args.page, text.replace("\n\n\n\n", "\n\n"))
     print(f"{args.page} and {picture}: {len(results)} of {len(EXPERIMENTS)} runs")
 
 

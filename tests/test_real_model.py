@@ -2,6 +2,8 @@
 import json
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -23,6 +25,17 @@ RUNS = (
     Experiment("tuned", "instructions", "sigmoid", {"lora_rank": 4, "lr": "1e-2"}),
     Experiment("labels", "instructions", "kto", {"lora_rank": 4}),
 )
+REWARDS = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/accuracies"}
+LOGPS = {"logps/chosen", "logps/rejected"}
+# The metrics that this project and TRL both log.
+LOGGED = {
+    "sft": {"loss", "grad_norm"},
+    "sigmoid": REWARDS | LOGPS,
+    "ipo": REWARDS | LOGPS,
+    "simpo": REWARDS,
+    "orpo": REWARDS,
+    "kto": REWARDS - {"rewards/accuracies"} | LOGPS | {"kl"},
+}
 # The other trainer: what our run logged, with a loss and a kl that are larger by known numbers.
 OTHER = """
 import json, pathlib, sys
@@ -69,7 +82,7 @@ def made(tmp_path_factory):
         for module in (experiments, real_model):
             patch.setattr(module, "EXPERIMENTS", RUNS)
             patch.setattr(module, "FILES", {"instructions": Rows("pairs.jsonl", "Tiny", True)})
-        patch.setattr(experiments, "COMPARED", ("sigmoid", "kto"))
+        patch.setattr(experiments, "COMPARED", ("kto",))
         patch.setattr(experiments, "run_process", run_forked)
         make()
         yield SimpleNamespace(home=home, out=home / "out", make=make, patch=patch)
@@ -92,12 +105,14 @@ def test_wilsons_interval_with_all_right_is_n_over_n_plus_z_squared_to_one():
     assert abs(wilson(0, 8)[1] - (1 - low)) < 1e-12
 
 
-@pytest.mark.parametrize("interval, word", [
-    ((0.51, 0.7), "yes"), ((0.5, 0.7), "not shown"), ((0.3, 0.6), "not shown"),
-    ((0.2, 0.49), "wrong way"),
+@pytest.mark.parametrize("right, margin, word", [
+    (70, 9.0, "yes"), (70, 0.05, "direction"), (54, 9.0, "not shown"), (46, -9.0, "not shown"),
+    (30, -9.0, "wrong way"),
 ])
-def test_a_run_has_learned_only_if_the_whole_interval_is_above_one_half(interval, word):
-    assert real_model.verdict(interval) == word
+def test_a_run_has_learned_if_its_interval_is_above_one_half_and_its_margin_grew(
+        right, margin, word):
+    result = real_model.Learned(RUNS[0], {}, 100, right, 0, np.array([margin, 0.0]), 1.0)
+    assert real_model.verdict(result) == word
 
 
 @pytest.mark.parametrize("name", ["tuned", "labels"])
@@ -119,7 +134,7 @@ def test_the_row_of_a_run_has_the_share_and_the_changes_of_its_held_out_log_prob
 def test_the_page_names_the_default_learning_rate_that_train_py_used(made):
     flags = json.loads((made.out / "labels" / "run.json").read_text())["flags"]
     page = (made.home / "page.md").read_text()
-    assert f"`kto`, LoRA, lr {flags['lr']:g}: " in page
+    assert flags["lr"] == 5e-6 and "`kto`, LoRA, lr 5e-6: " in page
     assert "`sigmoid`, LoRA" not in page  # its learning rate is not the default
 
 
@@ -132,18 +147,23 @@ def test_a_second_call_runs_nothing_and_writes_the_same_page(made, monkeypatch):
 
 def test_the_page_has_the_largest_difference_from_the_other_trainer(made):
     page = (made.home / "page.md").read_text()
-    rows = re.findall(r"^\| `(?:sigmoid|kto)` \| .*$", page, re.MULTILINE)
-    assert [re.findall(r"\d+e[-+]\d+", row)[0] for row in rows] == ["2e-03", "2e-03"]
-    assert "5e-02" in rows[1] and "5e-02" not in rows[0]
+    comparison = page.partition("## Next to TRL")[2]
+    row = re.search(r"^\| `kto` \| .*$", comparison, re.MULTILINE)[0]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "2e-03" and cells[-2] == "5e-02"
+    assert set(cells[2:-2]) == {"0e+00"}
 
 
 def test_the_other_trainer_gets_the_token_ids_of_the_first_rows_in_their_order(made):
-    rows = lines_of(made.out / "compare" / "sigmoid-rows.jsonl")
+    rows = lines_of(made.out / "compare" / "kto-rows.jsonl")
     pairs = lines_of(made.out / "instructions" / "train.jsonl")
-    assert len(rows) == 4  # 2 steps of 2 pairs
-    for row, pair in zip(rows, pairs):
-        assert row["answers"] == [pair[side][0]["content"] for side in ("chosen", "rejected")]
-        assert len(row["answer_ids"]) == 2 and pair["prompt"][0]["content"] in row["prompt"]
+    assert len(rows) == 4  # 2 steps of 2 answers
+    for number, row in enumerate(rows):
+        pair, side = pairs[number // 2], ("chosen", "rejected")[number % 2]
+        assert row["answers"] == [pair[side][0]["content"]]
+        assert row["desirable"] == (side == "chosen")
+        assert pair["prompt"][0]["content"] in row["prompt"]
+        assert row["mismatched_ids"] not in row["answer_ids"]
 
 
 def test_training_and_held_out_rows_share_no_prompt(made):
@@ -199,3 +219,31 @@ def test_a_file_without_usable_pairs_is_one_line(rows, problem, tmp_path):
     args = SimpleNamespace(data=tmp_path, out=tmp_path, train_rows=1, held_out=1)
     with pytest.raises(errors.UserError, match=problem):
         experiments.split_rows(args, "instructions")
+
+
+@pytest.mark.slow
+def test_six_losses_trained_by_trl_from_one_adapter_log_the_same_numbers(made, monkeypatch):
+    """About two minutes. Needs trl and peft."""
+    pytest.importorskip("trl", minversion="1.0")
+    pytest.importorskip("peft")
+
+    def run(words, log):
+        if words[1] == "train.py":
+            return run_forked(words, log)
+        finished = subprocess.run(words, capture_output=True, text=True)
+        log.write_text(finished.stdout + finished.stderr)
+        return finished.returncode
+
+    script = experiments.ROOT / "tests" / "trl_steps.py"
+    args = real_model.parse_real_args([
+        f"--model={made.home / 'tiny'}", f"--data={made.home / 'data'}",
+        f"--out={made.home / 'trl'}", f"--compare={sys.executable} {script}"])
+    (args.out / "compare").mkdir(parents=True)
+    shutil.copytree(made.out / "instructions", args.out / "instructions")
+    monkeypatch.setattr(experiments, "run_process", run)
+    monkeypatch.setattr(experiments, "COMPARED", tuple(LOGGED))
+    experiments.compare(args)
+    compared = experiments.read_comparison(args)
+    for loss, metrics in LOGGED.items():
+        assert set(compared[loss]) == metrics, loss
+        assert all(difference < 1e-4 for difference in compared[loss].values()), compared[loss]
