@@ -317,8 +317,8 @@ def compared_rows(args: Namespace, loss: str) -> list[str]:
     return lines
 
 
-# Losses whose log-probs another trainer logs as averages per token.
-LOGGED_AS_AVERAGES = ("simpo", "orpo")
+# Metrics that TRL defines in another way: averages per token, or sums where we log averages.
+OTHER_UNITS = {"simpo": "logps", "orpo": "logps", "ipo": "rewards"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen",
            "logps/rejected", "kl", "grad_norm")
 
@@ -330,7 +330,7 @@ def largest_differences(loss: str, ours: list[dict], theirs: list[dict]) -> dict
         for metric in METRICS:
             if metric not in our_row or metric not in their_row:
                 continue
-            if metric.startswith("logps") and loss in LOGGED_AS_AVERAGES:
+            if metric.partition("/")[0] == OTHER_UNITS.get(loss):
                 continue
             value = our_row[metric]
             if metric == "kl":

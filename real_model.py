@@ -175,8 +175,9 @@ COMPARISON = """\
 Both trainers start from the same adapter and take the same {steps} steps: {batch} pairs in the same
 order ({batch} answers for `kto`), float32, lr {lr}, constant. A cell has the largest absolute
 difference over these steps. Log-probs are sums over an answer, in nats. TRL {trl}, PEFT {peft}.
-`tests/trl_steps.py` says what it changes in TRL, for `kto` and `orpo`. TRL logs no log-prob for
-`sft`, and averages for `simpo` and `orpo`.
+`tests/trl_steps.py` says what it changes in TRL, for `kto` and `orpo`. An empty cell: TRL does not
+log the metric, or in another unit (log-probs of `simpo` and `orpo` as averages per token, rewards of
+`ipo` as sums).
 
 {table}
 
@@ -197,9 +198,10 @@ def comparison_section(args: Namespace) -> str:
     for loss, found in compared.items():
         cells = [f"{found[name]:.0e}" if name in found else "" for name in names]
         rows.append([f"`{loss}`", *cells])
-    last = their_lines(args, next(iter(compared)))[-1]
+    steps = their_lines(args, next(iter(compared)))
+    last = steps[-1]
     return COMPARISON.format(
-        steps=args.compare_steps, batch=COMPARED_FLAGS["batch_size"], lr=COMPARED_FLAGS["lr"],
+        steps=len(steps), batch=COMPARED_FLAGS["batch_size"], lr=COMPARED_FLAGS["lr"],
         trl=last.get("trl", "?"), peft=last.get("peft", "?"),
         table=table(["loss", *[f"`{name}`" for name in names]], rows))
 

@@ -31,7 +31,7 @@ LOGPS = {"logps/chosen", "logps/rejected"}
 LOGGED = {
     "sft": {"loss", "grad_norm"},
     "sigmoid": REWARDS | LOGPS,
-    "ipo": REWARDS | LOGPS,
+    "ipo": {"loss", "grad_norm"} | LOGPS,
     "simpo": REWARDS,
     "orpo": REWARDS,
     "kto": REWARDS - {"rewards/accuracies"} | LOGPS | {"kl"},
