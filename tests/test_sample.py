@@ -471,7 +471,7 @@ class Terminal:
         for _ in range(times):
             os.killpg(self.process.pid, signal.SIGINT)
             if select.select([self.master], [], [], 3)[0]:
-                self.wait_for(shown)
+                assert shown in self.wait_for("\npolicy> ")
                 return
         raise AssertionError(f"no {shown!r} after {times} times Ctrl-C")
 
@@ -523,8 +523,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chat_folder):
     stopped = terminal.wait_for("\npolicy> ")
     count = int(re.search(r"\((\d+) tokens", stopped)[1])
     assert 0 < count < 50_000
-    terminal.interrupt_until("/quit or Ctrl-D leaves)")
-    terminal.wait_for("\npolicy> ")
+    terminal.interrupt_until("(/quit or Ctrl-D leaves)")
     terminal.send("\x04")
     assert terminal.finish() == 0
     assert "Traceback" not in terminal.text
