@@ -293,7 +293,7 @@ def test_in_the_world_the_audit_finds_the_labels_that_are_flipped(trained_world)
     flipped = []
     for row in rows:
         chosen, rejected = (
-            sample.true_reward_of(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+            world.true_reward_of(row["prompt"], row[side]) for side in ("chosen", "rejected"))
         flipped.append(chosen < rejected)
     flipped = np.array(flipped)
     assert 0.15 < flipped.mean() < 0.22
@@ -325,9 +325,9 @@ def test_without_a_run_the_reference_policy_of_the_world_answers(trained_world, 
 def test_the_true_reward_is_that_of_the_world_and_a_malformed_answer_has_none():
     thing, number = 3, 77
     expected = world.true_reward()[thing, number].item()
-    assert sample.true_reward_of(world.prompts()[thing], world.answers()[number]) == expected
-    assert sample.true_reward_of(world.prompts()[thing], " cold dark") is None
-    assert sample.true_reward_of("a cat is", world.answers()[number]) is None
+    assert world.true_reward_of(world.prompts()[thing], world.answers()[number]) == expected
+    assert world.true_reward_of(world.prompts()[thing], " cold dark") is None
+    assert world.true_reward_of("a cat is", world.answers()[number]) is None
 
 
 # --- Errors ---------------------------------------------------------------------------------------
