@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from batches import RowFormat, Task, collate
 from dpo import concatenated_forward
-from errors import UserError, printable
+from errors import printable
 from generation import Answer, Sampling, generate, reference_model, sharded_forward
 from log import Log
 from parallel import Ranks
@@ -54,7 +54,7 @@ class Sampler:
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
         self.autocast, self.beta = task.autocast, task.hyper.get("beta", 1.0)
         self.takes_part = ranks.rank == 0 or args.parallel == "fsdp"
-        self.prompts = first_prompts(args, *splits)
+        self.prompts = first_prompts(*splits, args.sample_prompts)
         # As many prompts in a forward as pairs in one of training, so that both fit.
         self.settings = Sampling(args.sample_tokens, batch_size=args.micro_batch_size or 4)
         self.fixed_answers = None
@@ -112,22 +112,16 @@ class Sampler:
         return row
 
 
-def first_prompts(args: Namespace, rows: Any, held_out: dict) -> list[dict]:
+def first_prompts(rows: Any, held_out: dict, count: int) -> list[dict]:
     """Return id and prompt_ids of the first different prompts of the held-out rows, of all
     evaluation sets in their order; of the training rows if no row is held out."""
     parts = [part for part in held_out.values() if len(part)]
     if not parts:
         parts = [rows]
-    columns = ["id", "prompt_ids", "prompt_key", "prompt_length"]
+    columns = ["id", "prompt_ids", "prompt_key"]
     every = datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
-    with_prompt = np.flatnonzero(data.column(every, "prompt_length"))
-    if not len(with_prompt):
-        raise UserError(f"--sample_every {args.sample_every}: no row has a prompt to answer; pass "
-                        "--sample_prompts 0")
-    keys = data.column(every, "prompt_key")[with_prompt]
-    _, first = np.unique(keys, return_index=True)
-    chosen = with_prompt[np.sort(first)[:args.sample_prompts]]
-    return list(every.select(chosen))
+    _, first = np.unique(data.column(every, "prompt_key"), return_index=True)
+    return list(every.select(np.sort(first)[:count]))
 
 
 # --- Log-probs and rewards ------------------------------------------------------------------------

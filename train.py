@@ -830,6 +830,15 @@ def check_first_rows(args, run, ranks) -> str:
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
 
 
+def begin_best(args, run, ranks):
+    """Check --keep_best, and give a resumed run the best weights of its checkpoint."""
+    if not args.keep_best:
+        return
+    check_metric(args, run, ranks)
+    if args.resume and ranks.rank == 0:
+        restore_best(run.folder, run.newest)
+
+
 def check_metric(args, run, ranks):
     """Raise a UserError if evaluations have no such metric as --keep_best, before the first step:
     on one row of each evaluation set, and the whole world."""
@@ -972,11 +981,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     if line:
         say(line)
 
-    if args.keep_best:
-        check_metric(args, run, ranks)
-        if args.resume and ranks.rank == 0:
-            restore_best(folder, run.newest)
-
+    begin_best(args, run, ranks)
     state, steps, best = run.state, run.steps, run.best
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder, ranks), caught_signals(ranks) as stopped,
