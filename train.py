@@ -1040,10 +1040,10 @@ def save_final(run, best, splits, ranks) -> str:
     if best.step:
         text += (f": the weights of step {best.step}, with {run.flags['keep_best']} "
                  f"{best.value:.4g}")
-    elif run.home:
-        text += world.sum_up(splits["world"])
     if (run.folder / CURVES_FILE).exists():
-        text += f"\ncurves: {run.folder / CURVES_FILE}"
+        text += f"; curves: {run.folder / CURVES_FILE}"
+    if run.home and not best.step:
+        text += world.sum_up(splits["world"])
     return text
 
 
