@@ -6,8 +6,8 @@ Each run of EXPERIMENTS is three commands:
     sample.py --score    computes the log-probs of the held-out answers, in float32
     sample.py --dataset  answers the first held-out prompts
 
-`run_command` runs a command once and keeps a record of it in --out. `compare` runs the same steps
-by this project and by another trainer.
+`run_command` runs a command once and keeps a record of it in --out. `compare_trainers` runs the
+same steps by this project and by another trainer.
 """
 import datetime
 import importlib.metadata
@@ -144,7 +144,7 @@ def split_rows(args: Namespace, name: str) -> None:
 
 # --- Commands -------------------------------------------------------------------------------------
 
-def to_words(script: str, flags: dict) -> list[str]:
+def script_words(script: str, flags: dict) -> list[str]:
     """Return the words of a command behind "python". A flag that is True has no value."""
     words = [script]
     for name, value in flags.items():
@@ -219,7 +219,7 @@ def train_words(args: Namespace, experiment: Experiment) -> list[str]:
     flags = {"loss": experiment.loss, "model": args.model,
              "dataset": args.out / experiment.rows / "train.jsonl"}
     flags |= experiment.all_flags()
-    return to_words("train.py", flags | {"output_dir": args.out / experiment.name})
+    return script_words("train.py", flags | {"output_dir": args.out / experiment.name})
 
 
 def score_words(args: Namespace, rows: str, model, out: pathlib.Path) -> list[str]:
@@ -228,13 +228,13 @@ def score_words(args: Namespace, rows: str, model, out: pathlib.Path) -> list[st
              "no_reference": True, "out": out}
     if model == args.model:
         flags["max_length"] = COMMON["max_length"]
-    return to_words("sample.py", flags)
+    return script_words("sample.py", flags)
 
 
-def answer_words(args: Namespace, rows: str, model, out: pathlib.Path) -> list[str]:
+def sample_words(args: Namespace, rows: str, model, out: pathlib.Path) -> list[str]:
     flags = {"model": model, "dataset": args.out / rows / "held_out.jsonl", "count": ANSWERED,
              "max_new_tokens": NEW_TOKENS, "no_reference": True, "out": out}
-    return to_words("sample.py", flags)
+    return script_words("sample.py", flags)
 
 
 def run_experiments(args: Namespace) -> None:
@@ -243,7 +243,7 @@ def run_experiments(args: Namespace) -> None:
         before = args.out / rows / "before.jsonl"
         run_command(args, f"{rows}-before-score", score_words(args, rows, args.model, before))
     answers = args.out / "answers-before.jsonl"
-    run_command(args, "answers-before", answer_words(args, "instructions", args.model, answers))
+    run_command(args, "answers-before", sample_words(args, "instructions", args.model, answers))
     for experiment in EXPERIMENTS:
         name = experiment.name
         folder = args.out / name
@@ -252,7 +252,7 @@ def run_experiments(args: Namespace) -> None:
         run_command(args, f"{name}-score", score_words(args, experiment.rows, folder, scores))
         if experiment.rows == "instructions":
             answers = args.out / f"{name}-answers.jsonl"
-            words = answer_words(args, experiment.rows, folder, answers)
+            words = sample_words(args, experiment.rows, folder, answers)
             run_command(args, f"{name}-answer", words)
 
 
@@ -278,7 +278,7 @@ def compared_words(args: Namespace, loss: str, adapter: pathlib.Path) -> list[st
         flags["ref"] = "adapter_off"
     if kind_of(find(loss)) == "labels":
         flags["unpair"] = True
-    return to_words("train.py", flags | {"output_dir": args.out / "compare" / f"ours-{loss}"})
+    return script_words("train.py", flags | {"output_dir": args.out / "compare" / f"ours-{loss}"})
 
 
 def write_job(args: Namespace, loss: str, adapter: pathlib.Path) -> pathlib.Path:
@@ -340,7 +340,7 @@ def largest_differences(loss: str, ours: list[dict], theirs: list[dict]) -> dict
     return found
 
 
-def compare(args: Namespace) -> None:
+def compare_trainers(args: Namespace) -> None:
     """Train each loss of COMPARED by both trainers, unless that was done before."""
     adapter = start_adapter(args)
     for loss in COMPARED:

@@ -32,10 +32,10 @@ from experiments import (
     NEW_TOKENS,
     ROOT,
     Experiment,
-    answer_words,
-    compare,
+    compare_trainers,
     read_comparison,
     run_experiments,
+    sample_words,
     score_words,
     shown_command,
     split_rows,
@@ -73,13 +73,13 @@ class Learned(NamedTuple):
         return wilson(self.right, self.pairs)
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
+def read_jsonl(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_logps(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Read the log-probs of chosen and rejected answers, and their numbers of tokens, (N, 2)."""
-    lines = read_lines(path)
+    lines = read_jsonl(path)
     logps = np.array([line["policy_logps"] for line in lines])
     return logps, np.array([line["lengths"] for line in lines])
 
@@ -124,7 +124,7 @@ def short(value: float) -> str:
 
 # --- The page -------------------------------------------------------------------------------------
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def page_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -147,13 +147,13 @@ def result_row(result: Learned) -> list[str]:
 def results_section(args: Namespace, rows: str, results: list[Learned]) -> str:
     """The table of one file of pairs."""
     before = args.out / rows / "before.jsonl"
-    count = len(read_lines(before))
+    count = len(read_jsonl(before))
     share = count_per_token(before) / count
     head = ["run", "lr", "right", "95 % interval", "learned", "per token", "Δ chosen",
             "Δ rejected", "CPU min"]
     lines = [["before", "", "", "", "", f"{share:.2f}", "", "", ""]]
     lines += [result_row(result) for result in results if result.experiment.rows == rows]
-    return f"## {FILES[rows].title}\n\n{table(head, lines)}"
+    return f"## {FILES[rows].title}\n\n{page_table(head, lines)}"
 
 
 def default_lines(results: list[Learned]) -> list[str]:
@@ -176,8 +176,8 @@ Both trainers start from the same adapter and take the same {steps} steps: {batc
 order ({batch} answers for `kto`), float32, lr {lr}, constant. A cell has the largest absolute
 difference over these steps. Log-probs are sums over an answer, in nats. TRL {trl}, PEFT {peft}.
 `tests/trl_steps.py` says what it changes in TRL, for `kto` and `orpo`. An empty cell: TRL does not
-log the metric, or in another unit (log-probs of `simpo` and `orpo` as averages per token, rewards of
-`ipo` as sums).
+log the metric, or in another unit: log-probs of `simpo` and `orpo` as averages per token, and
+rewards of `ipo` as sums.
 
 {table}
 
@@ -203,7 +203,7 @@ def comparison_section(args: Namespace) -> str:
     return COMPARISON.format(
         steps=len(steps), batch=COMPARED_FLAGS["batch_size"], lr=COMPARED_FLAGS["lr"],
         trl=last.get("trl", "?"), peft=last.get("peft", "?"),
-        table=table(["loss", *[f"`{name}`" for name in names]], rows))
+        table=page_table(["loss", *[f"`{name}`" for name in names]], rows))
 
 
 def cell(text: str, most: int = 220) -> str:
@@ -219,17 +219,17 @@ def answers_section(args: Namespace) -> str:
     files = {"before": args.out / "answers-before.jsonl"}
     for experiment in EXPERIMENTS:
         files[experiment.name] = args.out / f"{experiment.name}-answers.jsonl"
-    answers = {name: read_lines(path) for name, path in files.items() if path.is_file()}
+    answers = {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
     if "before" not in answers:
         return ""
-    held_out = read_lines(args.out / "instructions" / "held_out.jsonl")
+    held_out = read_jsonl(args.out / "instructions" / "held_out.jsonl")
     tables = []
     for i, line in enumerate(answers["before"]):
         prompt = held_out[i]["prompt"][0]["content"]
         rows = [[f"`{name}`", cell(lines[i]["policy"]["text"])] for name, lines in answers.items()]
         for side in ("chosen", "rejected"):
             rows.append([f"({side})", cell(line[side]["text"])])
-        tables.append(f"**{cell(prompt)}**\n\n{table(['run', 'answer'], rows)}")
+        tables.append(f"**{cell(prompt)}**\n\n{page_table(['run', 'answer'], rows)}")
     return "\n\n".join(tables)
 
 
@@ -242,7 +242,7 @@ def commands_section(args: Namespace, results: list[Learned]) -> str:
     folder, out = args.out / first.name, args.out / f"{first.name}-scores.jsonl"
     lines.append(shown_command(args, score_words(args, first.rows, folder, out)))
     out = args.out / f"{first.name}-answers.jsonl"
-    lines.append(shown_command(args, answer_words(args, first.rows, folder, out)))
+    lines.append(shown_command(args, sample_words(args, first.rows, folder, out)))
     return "```\n" + "\n".join(lines) + "\n```"
 
 
@@ -435,7 +435,7 @@ def main(argv: list[str]) -> None:
             split_rows(args, name)
         run_experiments(args)
         if args.compare:
-            compare(args)
+            compare_trainers(args)
     write_page(args)
 
 

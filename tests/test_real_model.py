@@ -242,7 +242,7 @@ def test_six_losses_trained_by_trl_from_one_adapter_log_the_same_numbers(made, m
     shutil.copytree(made.out / "instructions", args.out / "instructions")
     monkeypatch.setattr(experiments, "run_process", run)
     monkeypatch.setattr(experiments, "COMPARED", tuple(LOGGED))
-    experiments.compare(args)
+    experiments.compare_trainers(args)
     compared = experiments.read_comparison(args)
     for loss, metrics in LOGGED.items():
         assert set(compared[loss]) == metrics, loss
