@@ -43,11 +43,17 @@ class Rows(NamedTuple):
     file: str
     title: str
     is_chat: bool  # whether prompt and answers become messages, for the chat template
+    note: str = ""  # for the page
 
 
 FILES = {
-    "instructions": Rows("instructions_600.jsonl", "Instructions: polite against impolite", True),
-    "hh": Rows("hh_harmless_512.jsonl", "HH-harmless: the less harmful answer", False),
+    "instructions": Rows(
+        "instructions_600.jsonl", "Instructions: polite against impolite", True,
+        "Prompt and answers, texts in `prompt`, `chosen` and `rejected`, become chat messages. The "
+        "chosen answer is the politer wording."),
+    "hh": Rows(
+        "hh_harmless_512.jsonl", "HH-harmless: the less harmful answer", False,
+        "Transcripts of HH, in `chosen` and `rejected`, without the chat template."),
 }
 LONGEST = 700  # characters of a row, so that a run takes minutes
 

@@ -153,7 +153,8 @@ def results_section(args: Namespace, rows: str, results: list[Learned]) -> str:
             "Δ rejected", "CPU min"]
     lines = [["before", "", "", "", "", f"{share:.2f}", "", "", ""]]
     lines += [result_row(result) for result in results if result.experiment.rows == rows]
-    return f"## {FILES[rows].title}\n\n{page_table(head, lines)}"
+    about = f"`{FILES[rows].file}`. {FILES[rows].note}".strip()
+    return f"## {FILES[rows].title}\n\n{about}\n\n{page_table(head, lines)}"
 
 
 def default_lines(results: list[Learned]) -> list[str]:
