@@ -28,6 +28,7 @@ import data
 import packing
 from answers import answer_tensors, answers_loss
 from dpo import concatenated_inputs, preference_logps, preference_loss
+from experts import RouterLoss
 from losses import kind_of
 from parallel import Ranks, gather, shard, sum_over_ranks
 from variants import Variants, weighted_preference_loss, with_wpo
@@ -168,11 +169,20 @@ class Task(NamedTuple):
     device: torch.device
     row_format: RowFormat
     compares_pairs: bool  # the loss needs all pairs of a step at once
+    router_loss: RouterLoss | None = None  # of a mixture of experts
+
+    @property
+    def passes(self) -> int:
+        """Forwards of each micro-batch in a step: 2 where backward needs numbers of the whole
+        step."""
+        return 2 if self.compares_pairs or self.router_loss else 1
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
-              packed: bool = False, masked: bool = True, most_answers: int = 0) -> Task:
-    """The Task of a loss with its variants."""
+              packed: bool = False, masked: bool = True, most_answers: int = 0,
+              router_loss: RouterLoss | None = None) -> Task:
+    """The Task of a loss with its variants. A router loss reads from the mask which tokens of
+    padded rows are real."""
     options = {"reference_free": variants.reference_free}
     loss_and_metrics = preference_loss
     if kind_of(loss) != "pairs":
@@ -187,6 +197,7 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     # rounds logits to bf16, and FastLogps computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
     full_logits = not variants.wpo and not rounded
+    masked = masked or router_loss is not None
     row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers)
     return Task(
         loss=loss,
@@ -199,6 +210,7 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         device=device,
         row_format=row_format,
         compares_pairs="batch" in loss.tags,
+        router_loss=router_loss,
     )
 
 

@@ -6,6 +6,7 @@ not all of them at once: `ChunkedLogps`. (A model that scales or caps its logits
 
 Letters: 2B rows, T tokens, N scored tokens, H hidden size, V vocabulary.
 """
+import contextlib
 import math
 
 import torch
@@ -28,6 +29,7 @@ class FastLogps(SequenceLogps):
                 how probable a token is relative to a token that the policy samples there (WPO,
                 arXiv:2406.11827v2, eq. 2)
     inputs      input_ids and attention_mask, or packed rows
+    routing     an experts.Routing, which records what the routers of a mixture of experts do
 
     Returns logps (2B,), lengths (2B,) and, if asked for, alignments (2B,).
     """
@@ -35,6 +37,13 @@ class FastLogps(SequenceLogps):
     def __init__(self, model):
         super().__init__(model)
         self.bare_head = has_bare_head(model)
+
+    def forward(self, labels=None, routing=None, **inputs):
+        recorded = contextlib.nullcontext()
+        if routing is not None:
+            recorded = routing.recorded(self.model, inputs)
+        with recorded:
+            return super().forward(labels, **inputs)
 
     def fast_forward(self, targets: Targets | None = None, alignment=False, **inputs):
         if "packed" in inputs:
