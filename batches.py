@@ -169,13 +169,8 @@ class Task(NamedTuple):
     device: torch.device
     row_format: RowFormat
     compares_pairs: bool  # the loss needs all pairs of a step at once
-    router_loss: RouterLoss | None = None  # of a mixture of experts
-
-    @property
-    def passes(self) -> int:
-        """Forwards of each micro-batch in a step: 2 where backward needs numbers of the whole
-        step."""
-        return 2 if self.compares_pairs or self.router_loss else 1
+    router_loss: RouterLoss | None  # of a mixture of experts
+    passes: int  # forwards of a micro-batch: 2 where backward needs numbers of the whole step
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
@@ -193,12 +188,14 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         loss = with_wpo(loss, clamp)
         loss_and_metrics = functools.partial(weighted_preference_loss, clamp=clamp)
         options["alignment"] = True
-    # No full logits for WPO, which needs log Σ π² too, and none in bf16 on a GPU: there the head
-    # rounds logits to bf16, and FastLogps computes them in fp32.
+    # No full logits for WPO, which needs log Σ π² too, none for a router loss, which FastLogps
+    # records, and none in bf16 on a GPU: there the head rounds logits to bf16, and FastLogps
+    # computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
-    full_logits = not variants.wpo and not rounded
+    full_logits = not variants.wpo and router_loss is None and not rounded
     masked = masked or router_loss is not None
     row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers)
+    compares_pairs = "batch" in loss.tags
     return Task(
         loss=loss,
         hyper=hyper,
@@ -209,8 +206,9 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         autocast=autocast_options(dtype, device),
         device=device,
         row_format=row_format,
-        compares_pairs="batch" in loss.tags,
+        compares_pairs=compares_pairs,
         router_loss=router_loss,
+        passes=2 if compares_pairs or router_loss else 1,
     )
 
 

@@ -6,7 +6,6 @@ not all of them at once: `ChunkedLogps`. (A model that scales or caps its logits
 
 Letters: 2B rows, T tokens, N scored tokens, H hidden size, V vocabulary.
 """
-import contextlib
 import math
 
 import torch
@@ -38,14 +37,10 @@ class FastLogps(SequenceLogps):
         super().__init__(model)
         self.bare_head = has_bare_head(model)
 
-    def forward(self, labels=None, routing=None, **inputs):
-        recorded = contextlib.nullcontext()
+    def fast_forward(self, targets: Targets | None = None, alignment=False, routing=None, **inputs):
         if routing is not None:
-            recorded = routing.recorded(self.model, inputs)
-        with recorded:
-            return super().forward(labels, **inputs)
-
-    def fast_forward(self, targets: Targets | None = None, alignment=False, **inputs):
+            with routing.recorded(self.model, inputs):
+                return self.fast_forward(targets, alignment, **inputs)
         if "packed" in inputs:
             packing.enable(self.model)
         if targets is None:

@@ -433,40 +433,25 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
-    # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
-    # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
-    # A router loss needs the experts' shares of all tokens: pass 1 counts them.
-    whole_step, more = None, {}
+    # Some losses need numbers of the whole step: pass 1 computes these without a graph, and pass 2
+    # back-propagates by micro-batches.
+    whole_step = None
     if task.passes == 2:
         whole_step = first_pass(task, policy, reference, batches, step, ranks)
 
-    # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
+    # Forward and backward, one micro-batch at a time.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
     seen = []  # ids and metrics of each micro-batch, for the error about a loss that is not finite
     # zip asks for a piece first, so it ends before it takes a batch of the next step.
     for piece, batch in zip(step.pieces, batches):
         if ranks.size > 1:
             sync_gradients(policy, on=piece is step.pieces[-1])
-        if task.router_loss:
-            more["routing"] = Routing()
-        if task.compares_pairs:
-            # dL/dlogp already contains the reference, so this forward does not need one. The
-            # gradient of this sum is that of the loss; its value is not the loss.
-            out = pair_logps(task, policy, None, batch, reference_free=True, **more)
-            logp_grads = whole_step.logp_grads
-            losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
-            metrics = {name: every[piece.pairs] for name, every in whole_step.metrics.items()}
+        if task.passes == 2:
+            losses, metrics = second_pass(task, policy, reference, batch, step, piece, whole_step)
         else:
-            losses, metrics = pair_losses(task, policy, reference, batch, step.state, **more)
+            losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
-        loss = piece.weight * losses.sum() * ranks.size / step.count
-        if task.router_loss:
-            coefficient, top_k = task.router_loss
-            balance = balance_loss(more["routing"], top_k, whole_step.expert_counts)
-            loss = loss + piece.weight * ranks.size * coefficient * balance
-            part = piece.weight * step.count * balance.detach().double()  # divided by count below
-            totals["aux_loss"] = totals.get("aux_loss", 0) + part
-        loss.backward()
+        (piece.weight * losses.sum() * ranks.size / step.count).backward()
         for name, numbers in metrics.items():
             totals[name] = totals.get(name, 0) + piece.weight * numbers.double().sum()
         seen.append((batch["id"], metrics))
@@ -492,7 +477,11 @@ def mismatched_kl(task, model, reference, batches, pieces, count, ranks):
 
 
 def first_pass(task, policy, reference, batches, step, ranks):
-    """Run the forwards of a step without a graph -> WholeStep."""
+    """Run the forwards of a step without a graph -> WholeStep.
+
+    A loss that compares pairs needs all of them at once, but only their log-probs. A router loss
+    needs to know how often each expert is chosen.
+    """
     model = unwrap(policy)
     options = {} if task.compares_pairs else {"reference_free": True}
 
@@ -511,6 +500,30 @@ def first_pass(task, policy, reference, batches, step, ranks):
     if task.compares_pairs:
         logp_grads, metrics = logp_gradients(task, tensors | step.state)
     return WholeStep(logp_grads, metrics, counts)
+
+
+def second_pass(task, policy, reference, batch, step, piece, whole_step):
+    """-> losses (B,) of a micro-batch with a graph, {metric: (B,)} without. The gradient of the
+    losses is that of this micro-batch's part of the whole step's loss."""
+    routing = Routing() if task.router_loss else None
+    options = {"routing": routing} if task.router_loss else {}
+    if task.compares_pairs:
+        # dL/dlogp already contains the reference, so this forward does not need one. The sum has
+        # the gradient of the loss, but not its value.
+        out = pair_logps(task, policy, None, batch, reference_free=True, **options)
+        losses = 0
+        for name, gradients in whole_step.logp_grads.items():
+            losses = losses + gradients[piece.pairs] * out[name]  # (B,)
+        metrics = {name: every[piece.pairs] for name, every in whole_step.metrics.items()}
+    else:
+        losses, metrics = pair_losses(task, policy, reference, batch, step.state, **options)
+    if task.router_loss:
+        coefficient, top_k = task.router_loss
+        # Each pair gets the same part of the router loss, so that the mean over the step has all.
+        part = balance_loss(routing, top_k, whole_step.expert_counts) * step.count / len(losses)
+        losses = losses + coefficient * part
+        metrics = metrics | {"aux_loss": part.detach().expand(len(losses))}
+    return losses, metrics
 
 
 def clip_gradients(policy, max_norm, ranks):
