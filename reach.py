@@ -5,12 +5,13 @@ parts that no text reaches, such as a vision tower, and `freeze` freezes them.
 """
 import contextlib
 import itertools
+import os
 
 import torch
 from transformers import PretrainedConfig
 
 from errors import reading
-from lora import NF4Linear
+from lora import NF4Linear, has_stacked_experts
 
 # --- Noise ----------------------------------------------------------------------------------------
 
@@ -111,18 +112,30 @@ def short_forward(model, used: set):
     """Run four tokens -> the logits' node of the autograd graph. `used` gets each called module."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(1, 5, device=device)[None] % model.get_input_embeddings().num_embeddings
-    advice = "; take config.json from the model that the weights belong to"
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda module, inputs: used.add(module)))
     try:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         what = f"{model.name_or_path}: cannot compute a text of four tokens"
-        with torch.enable_grad(), reading(what, advice):
+        with torch.enable_grad(), reading(what, forward_advice(model)):
             return model(**inputs, use_cache=False).logits.grad_fn
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def forward_advice(model) -> str:
+    """Return what to do about a model whose forward raises an error."""
+    if model.dtype == torch.float64 and has_stacked_experts(model):
+        return "; stacked experts have no float64 kernels, so choose another --dtype"
+    if model.config.get_text_config() is not model.config:
+        name = model.name_or_path
+        return ("; the class of this version of transformers fails on text. To train the language "
+                "model alone, save it in Python: transformers.AutoModelForCausalLM.from_pretrained("
+                f"{name!r}).save_pretrained({os.path.basename(name) + '-text'!r}), then copy the "
+                "tokenizer's files")
+    return "; take config.json from the model that the weights belong to"
 
 
 def graph_leaves(node) -> set[int]:

@@ -19,6 +19,7 @@ from steps import SIZES, Words, flat_gradient, make_columns
 from transformers import AutoModelForCausalLM
 
 import experts
+import lora
 import model as models
 import reach
 import train
@@ -407,3 +408,44 @@ def test_a_coefficient_below_0_in_the_config_is_refused_unless_the_flag_gives_an
         fit(**run)
     _, metrics = fit(**run, router_aux_loss_coef=0.1, out="given")
     assert aux_losses(metrics)[0] > 1
+
+
+# --- Adapters, and other things that stacked experts lack -----------------------------------------
+
+@pytest.mark.parametrize("target, message", [
+    (None, "the experts of this model are not linear layers"),
+    ("all-linear", "the experts of this model are not linear layers"),
+    ("q_proj,down_proj", "--lora_target down_proj: is a tensor that stacks the weights of experts"),
+    ("experts.gate_up_proj", "is a tensor that stacks the weights of experts, which is not"),
+    (".*mlp.experts.(gate_up_proj|down_proj)", "is a tensor that stacks the weights of experts"),
+    ("gate", "no linear layer has such a name; there are k_proj, o_proj, q_proj, v_proj"),
+])
+def test_stacked_experts_get_no_adapter_and_the_error_says_so(target, message, plain):
+    model = models.load_model(plain)
+    if not lora.has_stacked_experts(model):
+        pytest.skip("this version of transformers has experts of linear layers")
+    with pytest.raises(UserError) as caught:
+        lora.target_modules(model, target)
+    assert message in str(caught.value)
+    assert "all of them are adapted" not in str(caught.value)
+
+
+def test_an_adapter_of_a_mixture_computes_the_same_in_peft(fit, plain, ten_rows):
+    peft = pytest.importorskip("peft")
+    out, _ = fit(model=plain, dataset=ten_rows, **RUN, router_aux_loss_coef=0.5, lora_rank=2,
+                 lora_target="q_proj,o_proj")
+    ids = torch.arange(1, 13)[None]
+    base = AutoModelForCausalLM.from_pretrained(plain)
+    with torch.no_grad():
+        before = base(ids).logits
+        theirs = peft.PeftModel.from_pretrained(base, out).eval()(ids).logits
+        ours = models.load_model(plain)
+        lora.load_adapter(ours, out)
+        assert torch.allclose(ours(ids).logits, theirs, atol=1e-5)
+    assert not torch.allclose(before, theirs, atol=1e-3)
+
+
+def test_a_mixture_in_float64_is_refused_with_the_dtype_as_the_reason(fit, plain, ten_rows):
+    """No kernel for stacked experts takes float64, on a CPU."""
+    with pytest.raises(UserError, match="have no float64 kernels, so choose another --dtype"):
+        fit(model=plain, dataset=ten_rows, **RUN, dtype="float64")
