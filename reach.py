@@ -8,7 +8,7 @@ import itertools
 import os
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from errors import reading
 from lora import NF4Linear, has_stacked_experts
@@ -129,12 +129,13 @@ def forward_advice(model) -> str:
     """Return what to do about a model whose forward raises an error."""
     if model.dtype == torch.float64 and has_stacked_experts(model):
         return "; stacked experts have no float64 kernels, so choose another --dtype"
-    if model.config.get_text_config() is not model.config:
+    text_class = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    if text_class not in (None, type(model)):
         name = model.name_or_path
-        return ("; the class of this version of transformers fails on text. To train the language "
-                "model alone, save it in Python: transformers.AutoModelForCausalLM.from_pretrained("
-                f"{name!r}).save_pretrained({os.path.basename(name) + '-text'!r}), then copy the "
-                "tokenizer's files")
+        return (f"; this version of transformers cannot use {type(model).__name__} on text. To "
+                "train its language model alone, save that in Python: transformers.AutoModelFor"
+                f"CausalLM.from_pretrained({name!r}).save_pretrained("
+                f"{os.path.basename(name) + '-text'!r}), then copy the tokenizer's files")
     return "; take config.json from the model that the weights belong to"
 
 
