@@ -169,15 +169,13 @@ class Task(NamedTuple):
     device: torch.device
     row_format: RowFormat
     compares_pairs: bool  # the loss needs all pairs of a step at once
-    router_loss: RouterLoss | None  # of a mixture of experts
     passes: int  # forwards of a micro-batch: 2 where backward needs numbers of the whole step
+    router_loss: RouterLoss | None = None  # of a mixture of experts
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
-              packed: bool = False, masked: bool = True, most_answers: int = 0,
-              router_loss: RouterLoss | None = None) -> Task:
-    """The Task of a loss with its variants. A router loss reads from the mask which tokens of
-    padded rows are real."""
+              packed: bool = False, masked: bool = True, most_answers: int = 0) -> Task:
+    """The Task of a loss with its variants."""
     options = {"reference_free": variants.reference_free}
     loss_and_metrics = preference_loss
     if kind_of(loss) != "pairs":
@@ -188,14 +186,11 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         loss = with_wpo(loss, clamp)
         loss_and_metrics = functools.partial(weighted_preference_loss, clamp=clamp)
         options["alignment"] = True
-    # No full logits for WPO, which needs log Σ π² too, none for a router loss, which FastLogps
-    # records, and none in bf16 on a GPU: there the head rounds logits to bf16, and FastLogps
-    # computes them in fp32.
+    # No full logits for WPO, which needs log Σ π² too, and none in bf16 on a GPU: there the head
+    # rounds logits to bf16, and FastLogps computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
-    full_logits = not variants.wpo and router_loss is None and not rounded
-    masked = masked or router_loss is not None
+    full_logits = not variants.wpo and not rounded
     row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers)
-    compares_pairs = "batch" in loss.tags
     return Task(
         loss=loss,
         hyper=hyper,
@@ -206,10 +201,16 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         autocast=autocast_options(dtype, device),
         device=device,
         row_format=row_format,
-        compares_pairs=compares_pairs,
-        router_loss=router_loss,
-        passes=2 if compares_pairs or router_loss else 1,
+        compares_pairs="batch" in loss.tags,
+        passes=2 if "batch" in loss.tags else 1,
     )
+
+
+def with_router_loss(task: Task, router_loss: RouterLoss) -> Task:
+    """The task with a loss that balances experts. FastLogps records the routers, so it computes all
+    log-probs, and the mask of padded rows says which tokens are real."""
+    row_format = task.row_format._replace(masked=True, full_logits=False)
+    return task._replace(router_loss=router_loss, passes=2, row_format=row_format)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -62,6 +62,7 @@ from batches import (
     raise_not_finite,
     resolve_dtype,
     split_step,
+    with_router_loss,
 )
 from card import document_run, has_card
 from checkpoint import (
@@ -776,14 +777,14 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
     return attention, masked
 
 
-def settle_router_loss(args, model, dtype, ranks) -> RouterLoss | None:
-    """--router_aux_loss_coef, or what the model's config asks for -> RouterLoss, or None."""
+def settle_router_loss(args, task, model, ranks) -> Task:
+    """The task, with the router loss of --router_aux_loss_coef or of the model's config, if any."""
     coefficient = args.router_aux_loss_coef
     if coefficient is None:
         coefficient = asked_coefficient(model.model)
     if not coefficient:
-        return None
-    reason = try_rows(find_no_router_loss, model, dtype, ranks)
+        return task
+    reason = try_rows(find_no_router_loss, model, task.dtype, ranks)
     if reason is not None and args.router_aux_loss_coef:
         raise UserError(f"--router_aux_loss_coef {coefficient:g}: {reason}")
     line = (f"router loss: {coefficient:g} x aux_loss, which balances the experts, is added to the "
@@ -792,7 +793,9 @@ def settle_router_loss(args, model, dtype, ranks) -> RouterLoss | None:
         line = f"router loss: the model's config.json asks for it, but it is not added: {reason}"
     if ranks.rank == 0:
         print(line)
-    return None if reason else RouterLoss(coefficient, experts_per_token(model.model))
+    if reason is not None:
+        return task
+    return with_router_loss(task, RouterLoss(coefficient, experts_per_token(model.model)))
 
 
 def print_changed_flags(args, saved):
@@ -854,10 +857,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
-    router_loss = settle_router_loss(args, model, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(rows, *held_out.values()), router_loss)
-    task = with_spread(task)
+                     masked, most_answers(rows, *held_out.values()))
+    task = settle_router_loss(args, with_spread(task), model, ranks)
     if args.ref == "cache":
         splits = {"train": rows} | held_out
         held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)

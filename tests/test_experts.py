@@ -23,7 +23,7 @@ import lora
 import model as models
 import reach
 import train
-from batches import collate_on_cpu, make_task
+from batches import collate_on_cpu, make_task, with_router_loss
 from errors import UserError
 from experts import RouterLoss, Routing, balance_loss
 from logps import FastLogps
@@ -73,8 +73,8 @@ def build(name, vocabulary=SIZES["vocab_size"], **options):
 
 
 def collate(columns, router_loss, packed=False, loss="sigmoid"):
-    task = make_task(find(loss), {}, Variants(), "float32", ALONE.device, packed,
-                     router_loss=router_loss)
+    task = make_task(find(loss), {}, Variants(), "float32", ALONE.device, packed)
+    task = with_router_loss(task, router_loss)
     return task, collate_on_cpu(columns, Words(pad_token_id=0, size=97), task.row_format)
 
 
