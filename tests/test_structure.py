@@ -75,6 +75,9 @@ ALLOWED_IMPORTS = {
     },
 }
 ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
+ALLOWED_IMPORTS["samples"] = {
+    "batches", "data", "dpo", "errors", "generation", "log", "parallel", "world",
+}
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["runs"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["audit"] = set(ALLOWED_IMPORTS)
