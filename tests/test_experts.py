@@ -307,12 +307,11 @@ def test_the_config_turns_the_loss_on_and_the_flag_turns_it_off_or_gives_another
     assert not differences(off, zero)
 
 
-def test_another_size_of_the_micro_batches_changes_nothing(fit, plain, ten_rows):
-    runs = []
-    for size in (1, 4):
-        flags = RUN | {"micro_batch_size": size, "dataset": ten_rows, "router_aux_loss_coef": 0.5}
-        runs.append(fit(model=plain, **flags, out=f"size-{size}")[1])
-    assert not differences(runs[0], runs[1], 1e-4)
+def test_the_size_of_micro_batches_and_gradient_checkpointing_change_nothing(fit, plain, ten_rows):
+    flags = RUN | {"dataset": ten_rows, "router_aux_loss_coef": 0.5, "model": plain}
+    _, small = fit(**flags | {"micro_batch_size": 1}, out="small")
+    _, large = fit(**flags | {"micro_batch_size": 4, "gradient_checkpointing": True}, out="large")
+    assert not differences(small, large, 1e-4)
 
 
 @pytest.mark.parametrize("flags", [

@@ -71,8 +71,11 @@ def ten_rows(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True, "attention": "packed"}],
-                         ids=["padded", "packed"])
+@pytest.mark.parametrize("flags", [
+    pytest.param({}, id="padded"),
+    pytest.param({"gradient_checkpointing": True, "attention": "packed"}, id="packed",
+                 marks=pytest.mark.slow),
+])
 def test_a_model_that_reads_images_trains_on_texts_and_loads_again_with_its_class(
         name, flags, fit, tokenizer, ten_rows, tmp_path):
     if name.startswith(WITH_IMAGES) and not vision_loads:
