@@ -70,6 +70,9 @@ def name_words(tokens):
             kind = "words"
         elif text in FUNCTIONS:
             kind = "function"
+        if text in ",.:;" and named and named[-1][0] == "words":  # punctuation of the English
+            named[-1] = ("words", named[-1][1] + text)
+            continue
         named.append((kind, text))
     return named
 
@@ -202,9 +205,10 @@ def parse_formula(text: str) -> list[tuple]:
 
 # --- MathML ---------------------------------------------------------------------------------------
 
-def to_mathml(tree: list[tuple], in_script: bool = False) -> str:
-    """Return the MathML of a tree. Fractions in scripts get a slash."""
-    parts, before = [], ("operator", "")
+def to_mathml(tree: list[tuple], in_script: bool = False, continues: bool = False) -> str:
+    """Return the MathML of a tree. Fractions in scripts get a slash. If the tree continues another
+    one, an operator at its start has a left operand."""
+    parts, before = [], ("symbol", "") if continues else ("operator", "")
     for node in tree:
         if node[0] == "operator":
             parts.append(write_operator(node[1], before[0] == "operator"))
@@ -270,7 +274,9 @@ def write_symbol(text):
 def write_group(node, in_script):
     _, opening, tree, closing = node
     inside = to_mathml(tree, in_script)
-    return f'<mrow><mo>{opening}</mo><mrow>{inside}</mrow><mo>{closing}</mo></mrow>'
+    is_tall = "<mfrac" in inside or "<munder>" in inside
+    style = f'stretchy="{str(is_tall).lower()}" lspace="0" rspace="0"'
+    return f"<mrow><mo {style}>{opening}</mo><mrow>{inside}</mrow><mo {style}>{closing}</mo></mrow>"
 
 
 def write_scripts(base, below, above, in_script):
@@ -356,8 +362,6 @@ def write_piece(piece, continues):
     piece = [node for node in piece if node[0] != "space" or len(piece) > 1]
     if piece[0][0] == "words":
         words = "".join(html.escape(node[1]) for node in piece if node[0] != "space")
-        return f"<span>{words}</span>"
-    content = to_mathml(tidy(piece))
-    if continues and piece[0] == ("operator", piece[0][-1]):
-        content = content.replace('form="prefix" lspace="0" rspace="0"', 'form="infix"', 1)
+        return f'<span class="words">{words}</span>'
+    content = to_mathml(tidy(piece), continues=continues)
     return f'<math displaystyle="true"><mrow>{content}</mrow></math>'
