@@ -37,6 +37,7 @@ from registry import (
     needs_reference,
     needs_scores,
     start_state,
+    tensor_arguments,
 )
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -49,9 +50,11 @@ TAGS = {  # of @loss, and what the page says of it
     "batch": "depends on the other pairs of the batch",
     "one_best": "reads which answer is the best, and no other order",
 }
-NOTES = {  # about a plot, by tag
+NOTES = {  # about a plot, by tag or kind
     "batch": "The pair is in a batch with three pairs that stay at βh = −2, 0 and 2, where β is the "
              "default. The loss is the mean of the batch.",
+    "labels": "An answer of 0 on the axis is as probable as under the reference.",
+    "lists": "The log-ratios of y₂ and y₃ stay at 0.",
 }
 
 
@@ -224,7 +227,8 @@ def write_tags(function):
 def search_text(function: Callable) -> str:
     """Return what the search box looks through: names, first lines, papers, tags, flags."""
     words = [function.__name__, *other_names(function), *introduction(function),
-             docstring_section(function, "Paper"), *tags_of(function), *hyperparameters(function)]
+             docstring_section(function, "Paper"), *tags_of(function),
+             *tensor_arguments(function), *hyperparameters(function)]
     return html.escape(" ".join(" ".join(words).lower().split()))
 
 
@@ -242,6 +246,22 @@ def write_hyperparameters(function):
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def paper_lines(function: Callable) -> list[str]:
+    """Return the lines about the papers of a loss. A line of the docstring that is full continues
+    in the next one."""
+    lines, room = [], -1
+    for line in docstring_section(function, "Paper").splitlines():
+        if len(line.split()[0]) > room and lines:
+            lines[-1] += " " + line
+        else:
+            lines.append(line)
+        room = PAPER_COLUMNS - len(line) - 1
+    return lines
+
+
+PAPER_COLUMNS = 85  # of the text in a section of a docstring
+
+
 def write_section(function, name, title):
     text = " ".join(docstring_section(function, name).split())
     return f"<h4>{title}</h4><p>{write_prose(text)}</p>"
@@ -250,7 +270,7 @@ def write_section(function, name, title):
 # --- Plots ----------------------------------------------------------------------------------------
 
 # Of the drawing, in units of its viewBox. A step of the horizontal axis has 7 units.
-LEFT, TOP, BOTTOM, WIDTH, HEIGHT = 76, 14, 330, 650, 400
+LEFT, TOP, BOTTOM, WIDTH, HEIGHT = 86, 14, 330, 660, 400
 STRIDE = 7
 MIDDLE = LEFT + STRIDE * STEPS // 2
 
@@ -299,8 +319,8 @@ def draw_curves(text: str, styles: list[str]) -> str:
     for style, curve in zip(styles, decode(text, len(styles)).tolist()):
         points = []
         for index, value in enumerate(curve):
-            y = BOTTOM - round_half_up((BOTTOM - TOP) * (value - low) / (high - low))
-            points.append(f"{LEFT + STRIDE * index},{y}")
+            tenths = round_half_up(10 * (BOTTOM - TOP) * (value - low) / (high - low))
+            points.append(f"{LEFT + STRIDE * index},{BOTTOM - tenths / 10:g}")
         parts.append(f'<path class="curve {style}" d="M{" ".join(points)}"/>')
     return "".join(parts)
 
@@ -335,11 +355,11 @@ def write_plots(function: Callable) -> str:
         write_plot("Loss", sweep.losses, planes[sweep.start][0], sweep),
         write_plot("Push", sweep.pushes, planes[sweep.start][1], sweep),
     ]
-    notes = [f'<p class="note">{note}</p>' for tag, note in NOTES.items() if tag in function.tags]
+    notes = [f'<p class="note">{note}</p>' for tag, note in NOTES.items() if tag in tags_of(function)]
     data = {"betas": sweep.betas, "smoothings": sweep.smoothings, "planes": planes}
     controls = ""
     if sliders:
-        reset = '<button type="button" class="reset" hidden>default</button>'
+        reset = '<button type="button" class="reset" disabled>default</button>'
         controls = f'<div class="sliders">{" ".join(sliders)} {reset}</div>'
         controls += f'<script type="application/json">{json.dumps(data)}</script>'
     return f'<div class="plots">{"".join(panels)}</div>{"".join(notes)}{controls}'
@@ -353,8 +373,7 @@ def write_loss(function: Callable) -> str:
     summary, *more = [write_prose(part) for part in introduction(function)]
     anchors = "".join(f'<span id="{other}"></span>' for other in other_names(function))
     also = "".join(f" <small>also <code>{other}</code></small>" for other in other_names(function))
-    papers = "<br>".join(write_prose(line) for line in
-                         docstring_section(function, "Paper").splitlines())
+    papers = "<br>".join(write_prose(line) for line in paper_lines(function))
     formula = typeset(docstring_section(function, "Formula"))
     code = highlight(runnable_code(name))
     return "\n".join([

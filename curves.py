@@ -115,7 +115,7 @@ def describe_axis(function: Callable) -> str:
     if kind == "labels":
         return "log-ratio ℓ − ℓ° of the answer (nats)"
     if kind == "lists":
-        return "log-ratio of y₁; y₂ and y₃ stay at the reference (nats)"
+        return "log-ratio of y₁ (nats)"
     if len(sides) == 1:
         return f"change of the log-prob of the {sides[0]} answer (nats)"
     if "average" in function.tags:

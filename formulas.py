@@ -296,6 +296,8 @@ def write_fraction(above, below, in_script):
     if in_script:
         return f"<mrow>{to_mathml(above, True)}<mo>/</mo>{to_mathml(below, True)}</mrow>"
     high, low = to_mathml(without_brackets(above)), to_mathml(without_brackets(below))
+    if low.startswith("<mover"):  # keep the bar of a symbol off the line of the fraction
+        low = f'<mspace width="0" height="0.85em"/>{low}'
     return f"<mfrac><mrow>{high}</mrow><mrow>{low}</mrow></mfrac>"
 
 
