@@ -109,7 +109,9 @@ def runnable_code(name: str) -> str:
             imports += block
         else:
             blocks.append("\n".join(drop_sections(block, ("Gradient", "Elsewhere"))))
-    return "\n\n\n".join(["\n".join(imports), *blocks]) + "\n"
+    if imports:
+        blocks.insert(0, "\n".join(imports))
+    return "\n\n\n".join(blocks) + "\n"
 
 
 def drop_sections(lines, names):
