@@ -25,7 +25,15 @@ from collections.abc import Callable
 
 import losses
 from card import SYMBOLS, docstring_section
-from curves import STEPS, Sweep, decode, encode, sweep_loss, write_number
+from curves import (
+    STEPS,
+    Sweep,
+    axis_and_digits,
+    decode_curves,
+    encode_curves,
+    sweep_loss,
+    write_number,
+)
 from files import written_aside
 from formulas import typeset
 from registry import (
@@ -51,8 +59,8 @@ TAGS = {  # of @loss, and what the page says of it
     "one_best": "reads which answer is the best, and no other order",
 }
 NOTES = {  # about a plot, by tag or kind
-    "batch": "The pair is in a batch with three pairs that stay at βh = −2, 0 and 2, where β is the "
-             "default. The loss is the mean of the batch.",
+    "batch": "The pair is in a batch with three others, which stay at βh = −2, −1 and 1 for the "
+             "default of β. The loss is the mean of the batch.",
     "labels": "An answer of 0 on the axis is as probable as under the reference.",
     "lists": "The log-ratios of y₂ and y₃ stay at 0.",
 }
@@ -129,22 +137,33 @@ def highlight(code: str) -> str:
     """Return code as HTML, with a class for keywords, strings, comments, numbers and the names of
     functions where they are defined."""
     lines = code.splitlines(keepends=True)
-    parts, row, column, before = [], 1, 0, ""
+    parts, position, before = [], (1, 0), ""
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
-        parts.append(html.escape(text_between(lines, (row, column), token.start), quote=False))
-        text = html.escape(text_between(lines, token.start, token.end), quote=False)
+        spaces = text_between(lines, position, token.start)
+        text = escape(text_between(lines, token.start, token.end))
         style = token_style(token, before)
-        parts.append(f'<span class="{style}">{text}</span>' if style else text)
-        (row, column), before = token.end, token.string
+        if style:
+            text = f'<span class="{style}">{text}</span>'
+        parts += [spaces, text]
+        position, before = token.end, token.string
     return "".join(parts)
+
+
+def escape(text):
+    return html.escape(text, quote=False)
 
 
 def text_between(lines, start, end):
     """Return the text from one (row, column) to another."""
-    if start[0] == end[0]:
-        return lines[start[0] - 1][start[1]:end[1]] if start[0] <= len(lines) else ""
-    last = lines[end[0] - 1][:end[1]] if end[0] <= len(lines) else ""
-    return "".join([lines[start[0] - 1][start[1]:], *lines[start[0]:end[0] - 1], last])
+    (first, left), (last, right) = start, end
+    if first > len(lines):
+        return ""
+    if first == last:
+        return lines[first - 1][left:right]
+    rows = [lines[first - 1][left:], *lines[first:last - 1]]
+    if last <= len(lines):
+        rows.append(lines[last - 1][:right])
+    return "".join(rows)
 
 
 def token_style(token, before):
@@ -172,27 +191,30 @@ def write_prose(text: str) -> str:
     """Return a text of a docstring as HTML: papers and pages are links, names of losses too."""
     parts, position = [], 0
     for match in LINKS.finditer(text):
-        parts += [html.escape(text[position:match.start()], quote=False), write_link(match)]
+        before = text[position:match.start()]
+        parts += [escape(before), write_link(match)]
         position = match.end()
-    parts.append(html.escape(text[position:], quote=False))
+    parts.append(escape(text[position:]))
     return "".join(parts)
 
 
 def write_link(match):
-    text = html.escape(match.group(), quote=False)
+    text, code = escape(match.group()), match["code"]
     if match["number"]:
-        return f'<a href="https://arxiv.org/abs/{match["number"]}{match["version"] or ""}">{text}</a>'
+        address = f"https://arxiv.org/abs/{match['number']}{match['version'] or ''}"
+        return f'<a href="{address}">{text}</a>'
     if match["site"]:
-        return f'<a href="https://{match["site"]}">{text}</a>'
-    code = html.escape(match["code"], quote=False)
-    if match["code"] in LOSSES:
-        return f'<a href="#{match["code"]}"><code>{code}</code></a>'
-    return f"<code>{code}</code>"
+        return f'<a href="https://{text}">{text}</a>'
+    if code in LOSSES:
+        return f'<a href="#{code}"><code>{code}</code></a>'
+    return f"<code>{escape(code)}</code>"
 
 
 def other_names(function: Callable) -> list[str]:
     """Return the older names of a loss."""
-    return [name for name in LOSSES if LOSSES[name] is function and name != function.__name__]
+    names = [name for name, each in LOSSES.items() if each is function]
+    names.remove(function.__name__)
+    return names
 
 
 def introduction(function: Callable) -> list[str]:
@@ -228,10 +250,17 @@ def write_tags(function):
 
 def search_text(function: Callable) -> str:
     """Return what the search box looks through: names, first lines, papers, tags, flags."""
-    words = [function.__name__, *other_names(function), *introduction(function),
-             docstring_section(function, "Paper"), *tags_of(function),
-             *tensor_arguments(function), *hyperparameters(function)]
-    return html.escape(" ".join(" ".join(words).lower().split()))
+    words = [
+        function.__name__,
+        *other_names(function),
+        *introduction(function),
+        docstring_section(function, "Paper"),
+        *tags_of(function),
+        *tensor_arguments(function),
+        *hyperparameters(function),
+    ]
+    text = " ".join(words).lower()
+    return html.escape(" ".join(text.split()))
 
 
 def write_hyperparameters(function):
@@ -274,31 +303,35 @@ def write_section(function, name, title):
 # Of the drawing, in units of its viewBox. A step of the horizontal axis has 7 units.
 LEFT, TOP, BOTTOM, WIDTH, HEIGHT = 86, 14, 330, 660, 400
 STRIDE = 7
-MIDDLE = LEFT + STRIDE * STEPS // 2
+RIGHT = LEFT + STRIDE * STEPS
+MIDDLE = (LEFT + RIGHT) // 2
 
 
 def write_plot(title: str, names: list[str], text: str, sweep: Sweep) -> str:
     """Return a panel: its legend and its drawing. The script replaces the group "moving"."""
-    legend = ""
-    if len(names) > 1 or names[0] != "L":
-        keys = [f'<span class="key {style_of(name)}">{name}</span>' for name in names]
-        legend = " ".join(keys)
-    ends = write_number(sweep.radius)
-    styles = " ".join(style_of(name) for name in names)
-    label = html.escape(f"{title} against the {sweep.axis}", quote=True)
-    right = LEFT + STRIDE * STEPS
-    x_labels = "".join([
-        f'<text class="first" x="{LEFT}" y="{BOTTOM + 28}">−{ends}</text>',
-        f'<text class="middle" x="{MIDDLE}" y="{BOTTOM + 28}">0</text>',
-        f'<text class="last" x="{right}" y="{BOTTOM + 28}">{ends}</text>',
-        f'<text class="middle" x="{MIDDLE}" y="{BOTTOM + 60}">{sweep.axis}</text>',
+    styles = [style_of(name) for name in names]
+    keys = [f'<span class="key {style_of(name)}">{name}</span>' for name in names if name != "L"]
+    label = html.escape(f"{title} against the {sweep.axis}")
+    return "".join([
+        f"<figure><figcaption><b>{title}</b> {' '.join(keys)}</figcaption>",
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" ',
+        f'data-styles="{" ".join(styles)}">',
+        draw_horizontal_axis(sweep),
+        f'<g class="moving">{draw_plane(text, styles)}</g></svg></figure>',
     ])
-    return (
-        f'<figure><figcaption><b>{title}</b> {legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
-        f'data-styles="{styles}">{x_labels}<path class="zero" d="M{MIDDLE} {TOP}V{BOTTOM}"/>'
-        f'<g class="moving">{draw_curves(text, styles.split())}</g></svg></figure>'
-    )
+
+
+def draw_horizontal_axis(sweep):
+    """The labels below a panel, and its line at 0."""
+    end = write_number(sweep.radius)
+    y = BOTTOM + 28
+    return "".join([
+        f'<text class="first" x="{LEFT}" y="{y}">−{end}</text>',
+        f'<text class="middle" x="{MIDDLE}" y="{y}">0</text>',
+        f'<text class="last" x="{RIGHT}" y="{y}">{end}</text>',
+        f'<text class="middle" x="{MIDDLE}" y="{y + 32}">{sweep.axis}</text>',
+        f'<path class="zero" d="M{MIDDLE} {TOP}V{BOTTOM}"/>',
+    ])
 
 
 def style_of(name):
@@ -306,25 +339,36 @@ def style_of(name):
     return styles.get(name, "rejected")
 
 
-def draw_curves(text: str, styles: list[str]) -> str:
-    """Return SVG of the horizontal lines, their labels and the curves. The script of the page has
-    the same function, and a test compares the two."""
+def draw_plane(text: str, styles: list[str]) -> str:
+    """Return SVG of the horizontal lines, their labels and the curves. The script of the page does
+    the same, and a test compares the two."""
     ticks = text.partition("|")[0].split()
-    low, high = float(ticks[0]), float(ticks[-1])
     parts = []
     for index, tick in enumerate(ticks):
-        y = BOTTOM - round_half_up((BOTTOM - TOP) * index / (len(ticks) - 1))
-        style = "zero" if float(tick) == 0 else "grid"
-        label = tick.replace("-", "−")
-        parts.append(f'<path class="{style}" d="M{LEFT} {y}H{LEFT + STRIDE * STEPS}"/>'
-                     f'<text class="last" x="{LEFT - 8}" y="{y + 7}">{label}</text>')
-    for style, curve in zip(styles, decode(text, len(styles)).tolist()):
-        points = []
-        for index, value in enumerate(curve):
-            tenths = round_half_up(10 * (BOTTOM - TOP) * (value - low) / (high - low))
-            points.append(f"{LEFT + STRIDE * index},{BOTTOM - tenths / 10:g}")
-        parts.append(f'<path class="curve {style}" d="M{" ".join(points)}"/>')
+        parts.append(draw_tick(tick, index / (len(ticks) - 1)))
+    low, high, _ = axis_and_digits(text)
+    shares = (decode_curves(text, len(styles)) - low) / (high - low)
+    for style, curve in zip(styles, shares.tolist()):
+        parts.append(draw_line(style, curve))
     return "".join(parts)
+
+
+def draw_tick(tick, share):
+    y = BOTTOM - round_half_up((BOTTOM - TOP) * share)
+    style = "zero" if float(tick) == 0 else "grid"
+    label = tick.replace("-", "−")
+    return (f'<path class="{style}" d="M{LEFT} {y}H{RIGHT}"/>'
+            f'<text class="last" x="{LEFT - 8}" y="{y + 7}">{label}</text>')
+
+
+def draw_line(style, shares):
+    """Draw a curve, whose values are shares of the height."""
+    points = []
+    for index, share in enumerate(shares):
+        x = LEFT + STRIDE * index
+        tenths = round_half_up(10 * (BOTTOM - TOP) * share)
+        points.append(f"{x},{BOTTOM - tenths / 10:g}")
+    return f'<path class="curve {style}" d="M{" ".join(points)}"/>'
 
 
 def round_half_up(value):
@@ -333,11 +377,25 @@ def round_half_up(value):
 
 def write_slider(name: str, label: str, stops: list[float], start: int) -> str:
     """Return a slider over the stops of a hyper-parameter."""
+    value = f"{stops[start]:g}"
     return (
-        f'<label>{label} <input type="range" class="{name}" min="0" max="{len(stops) - 1}" step="1" '
-        f'value="{start}" aria-valuetext="{stops[start]:g}"> <output>{stops[start]:g}</output>'
-        "</label>"
+        f'<label>{label} <input type="range" class="{name}" min="0" max="{len(stops) - 1}" '
+        f'step="1" value="{start}" aria-valuetext="{value}"> <output>{value}</output></label>'
     )
+
+
+def write_sliders(sweep: Sweep) -> str:
+    """Return the sliders of a loss."""
+    sliders = []
+    count = max(1, len(sweep.smoothings))
+    beta, smoothing = divmod(sweep.start, count)
+    if sweep.betas:
+        sliders.append(write_slider("beta", "β", sweep.betas, beta))
+    if sweep.smoothings:
+        label = "label smoothing ε"
+        sliders.append(write_slider("smoothing", label, sweep.smoothings, smoothing))
+    reset = '<button type="button" class="reset" disabled>default</button>'
+    return f'<div class="sliders">{" ".join(sliders)} {reset}</div>'
 
 
 def write_plots(function: Callable) -> str:
@@ -345,26 +403,22 @@ def write_plots(function: Callable) -> str:
     sweep = sweep_loss(function)
     planes = []
     for losses_there, pushes in sweep.planes:
-        planes.append([encode(losses_there), encode(pushes)])
-    count = max(1, len(sweep.smoothings))
-    sliders = []
-    if sweep.betas:
-        sliders.append(write_slider("beta", "β", sweep.betas, sweep.start // count))
-    if sweep.smoothings:
-        sliders.append(write_slider("smoothing", "label smoothing ε", sweep.smoothings,
-                                    sweep.start % count))
-    panels = [
-        write_plot("Loss", sweep.losses, planes[sweep.start][0], sweep),
-        write_plot("Push", sweep.pushes, planes[sweep.start][1], sweep),
+        planes.append([encode_curves(losses_there), encode_curves(pushes)])
+    loss_text, push_text = planes[sweep.start]
+    parts = [
+        '<div class="plots">',
+        write_plot("Loss", sweep.losses, loss_text, sweep),
+        write_plot("Push", sweep.pushes, push_text, sweep),
+        "</div>",
     ]
-    notes = [f'<p class="note">{note}</p>' for tag, note in NOTES.items() if tag in tags_of(function)]
-    data = {"betas": sweep.betas, "smoothings": sweep.smoothings, "planes": planes}
-    controls = ""
-    if sliders:
-        reset = '<button type="button" class="reset" disabled>default</button>'
-        controls = f'<div class="sliders">{" ".join(sliders)} {reset}</div>'
-        controls += f'<script type="application/json">{json.dumps(data)}</script>'
-    return f'<div class="plots">{"".join(panels)}</div>{"".join(notes)}{controls}'
+    for tag in tags_of(function):
+        if tag in NOTES:
+            parts.append(f'<p class="note">{NOTES[tag]}</p>')
+    if len(planes) > 1:
+        data = {"betas": sweep.betas, "smoothings": sweep.smoothings, "planes": planes}
+        parts.append(write_sliders(sweep))
+        parts.append(f'<script type="application/json">{json.dumps(data)}</script>')
+    return "".join(parts)
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -448,10 +502,14 @@ def make_page() -> str:
     return page
 
 
-def make(path: str | pathlib.Path = PAGE) -> None:
+def write_book(path: str | pathlib.Path = PAGE) -> None:
     """Write the page to a file."""
+    page = make_page()
     with written_aside(pathlib.Path(path)) as temporary:
-        temporary.write_text(make_page(), encoding="utf-8", newline="\n")
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+make = write_book  # figures.py calls the `make` of each of its figures
 
 
 def main():
@@ -463,7 +521,7 @@ def write_page(arguments):
     parser = Parser(description="Write the page about all losses")
     parser.add_argument("--out", default=str(PAGE), metavar="FILE.html", help="file to write")
     path = parser.parse_args(arguments).out
-    make(path)
+    write_book(path)
     print(f"wrote {path}")
 
 

@@ -22,10 +22,12 @@ from typing import NamedTuple
 import torch
 
 from registry import (
+    compares_answers,
     hyperparameters,
     in_range,
     kind_of,
     needs_reference,
+    needs_scores,
     sides_of,
     tensor_arguments,
 )
@@ -33,16 +35,18 @@ from registry import (
 STEPS = 80  # of the horizontal axis
 LENGTHS = {"chosen": 30.0, "rejected": 20.0}  # tokens
 SCORES = {"chosen": 3.0, "rejected": 1.0}
+LIST_SCORES = (3.0, 2.0, 1.0)
 PER_TOKEN = -1.5  # nats: the average log-prob of a token under the reference
 BETA_STEPS = 6  # stops of the slider for β, from the default to ten times its value
 SMOOTHINGS = tuple(i / 20 for i in range(10))
-OTHER_MARGINS = (-2.0, 0.0, 2.0)  # βh of the other pairs of a batch
+OTHER_MARGINS = (-2.0, -1.0, 1.0)  # βh of the other pairs of a batch
 
 # Half of the width of the horizontal axis is 6/β nats: βh from −6 to 6. Not so for these losses,
-# whose β is no scale of the margin or whose curve bends elsewhere.
+# whose β is no scale of the margin or whose curve bends elsewhere. No corner of a curve is at one of
+# the points that are computed, because there the last bits decide between two gradients.
 RADIUS = {
     "discopop": 16.0, "ipo": 12.0, "sppo_hard": 1500.0, "cal_dpo": 24.0, "chipo": 8.0,
-    "repo": 2.0, "slic": 4.0, "sft": 45.0,
+    "repo": 1.9, "slic": 3.9, "sft": 45.0,
 }
 # Without a reference, an average log-prob above 0 would have no meaning.
 LARGEST_AVERAGE = 2.8
@@ -68,25 +72,32 @@ def sweep_loss(function: Callable) -> Sweep:
     radius = radius_of(function)
     x = torch.linspace(-radius, radius, STEPS + 1, dtype=torch.float64)
     planes = []
-    for beta in betas or [None]:
-        for smoothing in smoothings or [None]:
-            given = {"beta": beta, "label_smoothing": smoothing}
-            named = {name: value for name, value in given.items() if value is not None}
-            planes.append(compute_curves(function, x, named))
     start = 0
-    if betas:
-        start = betas.index(defaults["beta"]) * max(1, len(smoothings))
-    if smoothings:
-        start += smoothings.index(defaults["label_smoothing"])
+    for named in slider_values(betas, smoothings):
+        if named.items() <= defaults.items():
+            start = len(planes)
+        planes.append(compute_curves(function, x, named))
     losses, pushes = curve_names(function)
     return Sweep(describe_axis(function), radius, losses, pushes, betas, smoothings, planes, start)
+
+
+def slider_values(betas: list[float], smoothings: list[float]) -> list[dict[str, float]]:
+    """Return the hyper-parameters of each plane: β by β, and for each β every smoothing."""
+    values = [{"beta": beta} for beta in betas] or [{}]
+    if not smoothings:
+        return values
+    both = []
+    for named in values:
+        both += [named | {"label_smoothing": smoothing} for smoothing in smoothings]
+    return both
 
 
 def beta_stops(default: float) -> list[float]:
     """Return the values of β, from a tenth of the default to ten times its value."""
     stops = []
     for step in range(-BETA_STEPS, BETA_STEPS + 1):
-        stops.append(float(f"{default * 10 ** (step / BETA_STEPS):.3g}"))
+        factor = 10 ** (step / BETA_STEPS)
+        stops.append(float(f"{default * factor:.3g}"))
     return stops
 
 
@@ -150,125 +161,152 @@ def compute_curves(function: Callable, x: torch.Tensor, named: dict) -> tuple:
 
 def pair_curves(function, x, named):
     """One pair at each margin."""
-    tensors = pair_tensors(function, x)
-    leaves = [tensors[f"policy_{side}_logps"].requires_grad_() for side in sides_of(function)]
-    losses = function(**tensors, **named)
+    tensors = margin_tensors(function, x)
+    leaves = policy_leaves(function, tensors)
+    losses = function(**tensors, **named)  # (N,)
+    return losses.detach()[None], pushes_of(losses, leaves)
+
+
+def policy_leaves(function, tensors):
+    """Return the log-probs of the policy, which get gradients."""
+    names = [f"policy_{side}_logps" for side in sides_of(function)]
+    return [tensors[name].requires_grad_() for name in names]
+
+
+def pushes_of(losses, leaves):
+    """Return −∂L/∂log π (answers, N)."""
     slopes = torch.autograd.grad(losses.sum(), leaves)
-    return losses.detach()[None], -torch.stack(slopes)
+    return -torch.stack(slopes)
 
 
-def pair_tensors(function: Callable, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors of a pair at each margin x. Averages are per token."""
-    signs = {"chosen": 1, "rejected": -1}
-    sides = sides_of(function)
-    share = 0.5 * x if len(sides) == 2 else x
+def margin_tensors(function: Callable, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pair at each margin x (N,)."""
     tensors = {}
-    for side, length in LENGTHS.items():
-        sign = signs[side] if len(sides) == 2 else 1
-        start = PER_TOKEN * length
-        if "average" in function.tags:
-            moved = length * (PER_TOKEN + sign * share)
-        elif needs_reference(function) or len(sides) == 1:
-            moved = start + sign * share
-        else:  # the margin is w − l itself
-            moved = PER_TOKEN * sum(LENGTHS.values()) / 2 + sign * share
-        tensors[f"policy_{side}_logps"] = moved
-        tensors[f"ref_{side}_logps"] = torch.full_like(x, start)
-        tensors[f"{side}_lengths"] = torch.full_like(x, length)
-        tensors[f"{side}_scores"] = torch.full_like(x, SCORES[side])
+    for side in LENGTHS:
+        tensors |= side_tensors(function, side, x)
     wanted = tensor_arguments(function)
     return {name: value for name, value in tensors.items() if name in wanted}
+
+
+def side_tensors(function, side, x):
+    """Return the tensors of one answer of the pair."""
+    length = LENGTHS[side]
+    reference = PER_TOKEN * length
+    start, change = reference, x
+    if compares_answers(function):  # the margin is half the rise of one, half the fall of the other
+        change = x / 2 if side == "chosen" else -x / 2
+        if not needs_reference(function):  # it is w − l itself, so both start at one value
+            start = PER_TOKEN * sum(LENGTHS.values()) / 2
+    if "average" in function.tags:
+        start, change = reference, length * change
+    return {
+        f"policy_{side}_logps": start + change,
+        f"ref_{side}_logps": torch.full_like(x, reference),
+        f"{side}_lengths": torch.full_like(x, length),
+        f"{side}_scores": torch.full_like(x, SCORES[side]),
+    }
 
 
 def batch_curves(function, x, named):
     """A batch of four pairs, three of which stay where they are. The loss is its mean, and a push
     is that of the pair that moves, times the number of pairs."""
     scale = hyperparameters(function)["beta"]
-    others = pair_tensors(function, torch.tensor(OTHER_MARGINS, dtype=x.dtype) / scale)
-    moving = pair_tensors(function, x)
-    leaves = [moving[f"policy_{side}_logps"].requires_grad_() for side in sides_of(function)]
+    margins = torch.tensor(OTHER_MARGINS, dtype=x.dtype) / scale
+    others = margin_tensors(function, margins)
+    moving = margin_tensors(function, x)
+    leaves = policy_leaves(function, moving)
 
     def batch_loss(pair):
-        batch = {name: torch.cat([pair[name][None], others[name]]) for name in pair}
+        batch = {}
+        for name, value in pair.items():
+            batch[name] = torch.cat([value[None], others[name]])  # (4,)
         return function(**batch, **named).mean()
 
     losses = torch.func.vmap(batch_loss)(moving)  # (N,)
-    slopes = torch.autograd.grad(losses.sum(), leaves)
-    return losses.detach()[None], -torch.stack(slopes) * (1 + len(OTHER_MARGINS))
+    count = 1 + len(OTHER_MARGINS)
+    return losses.detach()[None], count * pushes_of(losses, leaves)
 
 
 def label_curves(function, x, named):
     """An answer at each log-ratio, once with the label good and once with the label bad."""
     losses, pushes = [], []
+    reference = torch.zeros_like(x)
     for label in (True, False):
         logps = x.clone().requires_grad_()
         labels = torch.full_like(x, label, dtype=torch.bool)
-        values = function(logps, torch.zeros_like(x), labels, **named)
-        slope, = torch.autograd.grad(values.sum(), logps)
+        values = function(logps, reference, labels, **named)  # (N,)
         losses.append(values.detach())
-        pushes.append(-slope)
-    return torch.stack(losses), torch.stack(pushes)
+        pushes.append(pushes_of(values, [logps]))
+    return torch.stack(losses), torch.cat(pushes)
 
 
 def list_curves(function, x, named):
     """A list of three answers, at each log-ratio of the first."""
     zeros = torch.zeros_like(x)
-    logps = torch.stack([x, zeros, zeros], dim=1).requires_grad_()  # (N, 3)
+    leaves = [x.clone().requires_grad_(), zeros.clone().requires_grad_(), zeros.requires_grad_()]
+    logps = torch.stack(leaves, dim=1)  # (N, 3)
     tensors = {"mask": torch.ones_like(logps, dtype=torch.bool)}
-    if "scores" in tensor_arguments(function):
-        scores = torch.tensor([3.0, 2.0, 1.0], dtype=x.dtype)
+    if needs_scores(function):
+        scores = torch.tensor(LIST_SCORES, dtype=x.dtype)
         tensors["scores"] = scores.expand_as(logps)
-    values = function(logps, torch.zeros_like(logps), **tensors, **named)
-    slopes, = torch.autograd.grad(values.sum(), logps)
-    return values.detach()[None], -slopes.T
+    reference = torch.zeros_like(logps)
+    losses = function(logps, reference, **tensors, **named)  # (N,)
+    return losses.detach()[None], pushes_of(losses, leaves)
 
 
 # --- Numbers as text ------------------------------------------------------------------------------
 
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 LEVELS = 64 ** 2 - 1  # a value is two digits of base 64
+TICKS = 5  # of a vertical axis, at most
 
 
 def choose_ticks(curves: torch.Tensor) -> list[float]:
     """Return ticks in equal steps that contain all values and 0."""
-    low, high = min(0.0, curves.min().item()), max(0.0, curves.max().item())
+    low = min(0.0, curves.min().item())
+    high = max(0.0, curves.max().item())
     span = max(high - low, 1e-9)
-    power = 10.0 ** math.floor(math.log10(span / 4))
+    exponent = math.floor(math.log10(span / TICKS))
     for factor in (1, 2, 2.5, 5, 10, 20):
-        step = factor * power
+        step = factor * 10.0 ** exponent
         first = math.floor(round(low / step, 6))
         last = math.ceil(round(high / step, 6))
-        if last - first <= 4:
+        if last - first < TICKS:
             break
     return [i * step for i in range(first, last + 1)]
 
 
 def write_number(value: float) -> str:
     """Write a number with few characters: 0.1, 600, 1e6."""
-    return f"{value:.6g}".replace("e+0", "e").replace("e-0", "e-")
+    text = f"{value:.6g}"
+    return text.replace("e+0", "e").replace("e-0", "e-")
 
 
-def encode(curves: torch.Tensor) -> str:
+def encode_curves(curves: torch.Tensor) -> str:
     """Return curves (M, N) as text: the ticks of their axis, and two digits for each value, between
     the first and the last tick. Values are rounded before, so that the last bits, in which versions
     of torch differ, change nothing."""
     ticks = choose_ticks(curves)
-    low, span = ticks[0], ticks[-1] - ticks[0]
-    text = []
-    for value in curves.flatten().tolist():
-        share = float(f"{(value - low) / span:.9f}")
-        level = math.floor(share * LEVELS + 0.5)
-        text.append(DIGITS[level // 64] + DIGITS[level % 64])
-    labels = " ".join(write_number(tick) for tick in ticks)
-    return f"{labels}|{''.join(text)}"
+    shares = (curves.flatten() - ticks[0]) / (ticks[-1] - ticks[0])
+    digits = []
+    for share in shares.tolist():
+        level = math.floor(round(share, 9) * LEVELS + 0.5)
+        digits += [DIGITS[level // 64], DIGITS[level % 64]]
+    labels = [write_number(tick) for tick in ticks]
+    return f"{' '.join(labels)}|{''.join(digits)}"
 
 
-def decode(text: str, count: int) -> torch.Tensor:
-    """Return `count` curves (count, N), up to rounding: the reverse of `encode`."""
+def decode_curves(text: str, count: int) -> torch.Tensor:
+    """Return `count` curves (count, N), up to rounding: the reverse of `encode_curves`."""
+    low, high, digits = axis_and_digits(text)
+    numbers = [DIGITS.index(digit) for digit in digits]
+    pairs = torch.tensor(numbers, dtype=torch.float64).view(count, -1, 2)
+    levels = 64 * pairs[..., 0] + pairs[..., 1]  # (count, N)
+    return low + levels / LEVELS * (high - low)
+
+
+def axis_and_digits(text: str) -> tuple[float, float, str]:
+    """Return the first and the last tick of encoded curves, and their digits."""
     labels, _, digits = text.partition("|")
-    ticks = [float(label) for label in labels.split()]
-    levels = []
-    for first, second in zip(digits[::2], digits[1::2]):
-        levels.append(64 * DIGITS.index(first) + DIGITS.index(second))
-    shares = torch.tensor(levels, dtype=torch.float64) / LEVELS
-    return (ticks[0] + shares * (ticks[-1] - ticks[0])).view(count, -1)
+    ticks = labels.split()
+    return float(ticks[0]), float(ticks[-1]), digits

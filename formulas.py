@@ -121,7 +121,7 @@ class FormulaReader:
         return tidy(nodes)
 
     def divide(self, nodes):
-        """Replace the last nodes by a fraction. `a b/c d` divides b by c; `a b / c d` divides all."""
+        """Replace the last nodes by a fraction: b/c in `a b/c d`, everything in `a b / c d`."""
         self.take()
         if self.peek()[0] != "space":
             if not nodes or nodes[-1][0] in ("operator", "space"):

@@ -73,6 +73,9 @@ ALLOWED_IMPORTS = {
         "logps", "lora", "losses", "model", "parallel",
     },
 }
+ALLOWED_IMPORTS["formulas"] = set()
+ALLOWED_IMPORTS["curves"] = {"registry"}
+ALLOWED_IMPORTS["book"] = {"card", "curves", "errors", "files", "formulas", "losses", "registry"}
 ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["runs"] = set(ALLOWED_IMPORTS)
