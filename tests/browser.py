@@ -8,6 +8,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SWITCHES = ("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
             "--no-first-run", "--disable-extensions", "--disable-background-networking",
             "--disable-dev-shm-usage", "--hide-scrollbars", "--host-resolver-rules=MAP * 0.0.0.0")
+TIMEOUT = 120  # seconds
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "/": 191}
 
 
@@ -63,6 +65,8 @@ class Browser:
     def receive(self):
         """Return the next message, and note exceptions and requests of the page."""
         while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.read_end], [], [], TIMEOUT)
+            assert ready, f"Chromium said nothing for {TIMEOUT} seconds"
             data = os.read(self.read_end, 1 << 20)
             assert data, "Chromium has ended"
             self.buffer += data
