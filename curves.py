@@ -42,8 +42,8 @@ SMOOTHINGS = tuple(i / 20 for i in range(10))
 OTHER_MARGINS = (-2.0, -1.0, 1.0)  # βh of the other pairs of a batch
 
 # Half of the width of the horizontal axis is 6/β nats: βh from −6 to 6. Not so for these losses,
-# whose β is no scale of the margin or whose curve bends elsewhere. No corner of a curve is at one of
-# the points that are computed, because there the last bits decide between two gradients.
+# whose β is no scale of the margin or whose curve bends elsewhere. No curve has a corner at a point
+# that is computed, because there the last bits decide between two gradients.
 RADIUS = {
     "discopop": 16.0, "ipo": 12.0, "sppo_hard": 1500.0, "cal_dpo": 24.0, "chipo": 8.0,
     "repo": 1.9, "slic": 3.9, "sft": 45.0,
