@@ -16,8 +16,8 @@ tree, `to_mathml` writes a tree. A tree is a list of nodes, and a node is a tupl
     ("scripts", node, below, above)       trees of the subscript and the superscript, or None
     ("fraction", above, below)            two trees
 
-A formula with a character that is not known here raises FormulaError, and `typeset` then returns the
-text as it is.
+A formula with a character that is not known here raises FormulaError, and `typeset` then returns
+the text as it is.
 """
 import html
 import re
