@@ -42,6 +42,7 @@ from losses import (
 )
 from optimizers import MOMENTS, SCHEDULES
 from ranges import real_number, whole_number
+from sources import evaluation_sets
 from trackers import check_trackers
 from variants import Variants, check_variants
 
@@ -788,32 +789,6 @@ def check_best(args, saved):
     if saved and args.eval_every != saved["eval_every"]:
         raise UserError(f"--eval_every {args.eval_every}: the run has {saved['eval_every']}, which "
                         f"may not change with --keep_best {args.keep_best}")
-
-
-EVAL_SET = re.compile(r"(\w[\w-]*)=(.*)", re.DOTALL)
-
-
-def evaluation_sets(spec: str) -> dict[str, str]:
-    """Return {split of metrics.jsonl: rows} of --eval_dataset.
-
-    "FILE" is {"eval": "FILE"}, and "a=FILE,b=FILE" {"eval/a": "FILE", "eval/b": "FILE"}. The rows
-    of a name may be a mixture, because a part without a name belongs to the set before it.
-    """
-    if os.path.exists(spec) or not EVAL_SET.fullmatch(spec.partition(",")[0]):
-        return {"eval": spec}
-    sets, split = {}, None
-    for part in spec.split(","):
-        match = EVAL_SET.fullmatch(part)
-        if match is None:
-            sets[split] += f",{part}"
-            continue
-        split = f"eval/{match[1]}"
-        if split in sets or not match[2]:
-            problem = "names two sets" if split in sets else "names no rows"
-            raise UserError(f"--eval_dataset {spec}: {match[1]} {problem}; write "
-                            "NAME=ROWS,NAME=ROWS with different names")
-        sets[split] = match[2]
-    return sets
 
 
 def check_model(args):

@@ -28,7 +28,7 @@ from checkpoint import checkpoints, has_model, is_adapter, is_complete, read_sta
 from dpo import concatenated_forward, train_sft
 from errors import UserError
 from files import read_run_file
-from flags import build_parser, default_reference, naming_flags
+from flags import build_parser, default_reference, naming_flags, revision_of_base
 from generation import reference_model
 from loading import (
     check_vocabulary,
@@ -173,7 +173,8 @@ def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:
     """Load the tokenizer of a run, with the chat template that it was trained with, or with that of
     a --chat_template given now."""
     if saved.weights is not None and is_adapter(saved.weights):
-        tokenizer = load_adapter_tokenizer(saved.weights, saved.source)
+        revision = args.revision if saved.source == args.model else None
+        tokenizer = load_adapter_tokenizer(saved.weights, saved.source, revision)
     else:
         tokenizer = load_tokenizer(saved.weights or saved.source)
     if args.chat_template:
@@ -185,6 +186,8 @@ def flags_to_load(saved: Saved, loss: Callable, changed: dict) -> Namespace:
     """Return the flags of the run, with the defaults of train.py for those that it did not have."""
     flags = vars(build_parser(LOSSES["sigmoid"]).parse_args([]))
     flags |= vars(build_parser(loss).parse_args([])) | {"model": saved.source}
+    if saved.weights is not None and not saved.flags and not os.path.isdir(saved.source):
+        flags["revision"] = revision_of_base(saved.weights)  # of an adapter made by PEFT
     flags |= saved.flags | changed
     flags |= {"parallel": "ddp", "compile": False, "gradient_checkpointing": False}
     # The tokenizer of the run has its --chat_template already.

@@ -28,7 +28,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -87,7 +86,7 @@ from files import (
     missing_folders,
     written_aside,
 )
-from flags import evaluation_sets, parse_args, read_variants
+from flags import parse_args, read_variants
 from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
 from log import Log, introduce
@@ -134,6 +133,7 @@ from reference import (
     moving_tensors,
     settings_digest,
 )
+from sources import evaluation_sets
 from streams import output_is_closed, script_signals_and_streams
 from verify import can_drop_mask, can_pack, find_fault
 
@@ -186,7 +186,7 @@ def load_rows(args, loss, tokenizer, home, ranks):
         for split, (_, account) in loaded.items():
             name = split.partition("/")[2]
             print(f"{flag_of(split)} {name + ': ' if name else ''}{data.describe(account)}")
-        print(data.describe_statistics(data.statistics(rows, all_prompts(held_out))))
+        print(data.describe_statistics(data.statistics(rows, data.all_prompts(held_out))))
         print(data.show(rows, tokenizer, most=300))
     return rows, held_out
 
@@ -207,12 +207,6 @@ def name_sources(args, loss, home):
 def flag_of(split):
     """-> the flag that the rows of a split come from."""
     return "--dataset" if split == "train" else "--eval_dataset"
-
-
-def all_prompts(held_out):
-    """-> the hashes of the prompts of all evaluation sets, as rows."""
-    return datasets.concatenate_datasets(
-        [rows.select_columns(["prompt_key"]) for rows in held_out.values()])
 
 
 def check_weights(args, loss, where, rows):

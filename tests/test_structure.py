@@ -60,7 +60,7 @@ ALLOWED_IMPORTS = {
     "variants": {"dpo", "losses"},
     "flags": {
         "best", "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers",
-        "ranges", "trackers", "variants", "world",
+        "ranges", "sources", "trackers", "variants", "world",
     },
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
