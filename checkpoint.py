@@ -64,8 +64,11 @@ LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of 
 # Flags that a resumed run may change: they change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "compile", "deterministic", "report_to", "push_to_hub",
+    "attention", "compile", "deterministic", "report_to", "push_to_hub", "save_last",
 }
+# Flags of which a resumed run may have a higher value: it becomes a longer run. --epochs may be
+# replaced by --max_steps, and the other way round, if that gives no fewer steps.
+LENGTH = ("epochs", "max_steps", "early_stop")
 
 
 # --- The folder of a run --------------------------------------------------------------------------
@@ -150,13 +153,31 @@ def flags_path(folder: str | pathlib.Path) -> pathlib.Path:
     return path if path.exists() else path.with_name("config.json")
 
 
+def may_change(name: str, value: Any, before: Any) -> bool:
+    """Return whether a resumed run may have this value of a flag in place of the one before."""
+    if name in FREE_ON_RESUME:
+        return True
+    if name in LENGTH and value is not None and before is not None:
+        return value >= before
+    # The other one of the two flags is given: see train.check_length.
+    return name in ("epochs", "max_steps")
+
+
+def is_longer(flags: dict, saved: dict) -> bool:
+    """Return whether these flags make a run longer."""
+    return any(flags[name] != saved[name] for name in LENGTH)
+
+
 def check_agreement(saved: dict) -> None:
-    """Raise a UserError if two files have different values of a flag that may not change."""
+    """Raise a UserError if two files have different values of a flag that may not change.
+
+    A checkpoint may be that of a run which was shorter then.
+    """
     first_path, first = next(iter(saved.items()))
     for path, flags in saved.items():
-        for name in sorted((first.keys() | flags.keys()) - FREE_ON_RESUME):
+        for name in sorted(first.keys() | flags.keys()):
             values = [json.dumps(some.get(name, "no value")) for some in (first, flags)]
-            if values[0] != values[1]:
+            if values[0] != values[1] and not may_change(name, first.get(name), flags.get(name)):
                 raise UserError(
                     f"{first_path}: {name} is {values[0]}, but {path} has {values[1]}: one of the "
                     f"two was changed. Put a good copy of {first_path.name} in its place, or "
@@ -333,28 +354,32 @@ def tensor_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
-def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, save_every: int,
-                     keep: int | None, ranks: Ranks) -> tuple[int, str]:
+def plan_checkpoints(args: Any, folder: pathlib.Path, size: int, start: int, steps: int,
+                     ranks: Ranks) -> tuple[int, str]:
     """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
 
+    args            with --save_every, --save_last, and --keep_checkpoints, by default 2, and 1 if a
+                    checkpoint is LARGE
     size            bytes of one checkpoint
     start, steps    the step from which the run continues, and the last step
-    keep            --keep_checkpoints; by default 2, and 1 if a checkpoint is LARGE
 
     A new checkpoint is written before an old one is deleted, so the disk needs room for keep + 1.
     If there is no room for the checkpoints that are due, raise now and not hours later. If none is
     due before the end, the returned line only mentions the lack of room.
     """
-    if keep is None:
-        keep = 1 if size > LARGE else 2
-    due = 0
-    if save_every:
-        due = (steps - 1) // save_every - start // save_every
-    text = f"a checkpoint has {readable(size)}; "
+    keep = args.keep_checkpoints or (1 if size > LARGE else 2)
+    due, occasions = 0, []
+    if args.save_every:
+        due = max(0, (steps - 1) // args.save_every - start // args.save_every)
     if due:
-        text += f"written every {save_every} steps and when interrupted, the newest {keep} kept"
-    else:
-        text += "written when interrupted"
+        occasions.append(f"every {args.save_every} steps")
+    if args.save_last:
+        due += 1
+        occasions.append("after the last step")
+    occasions.append("when interrupted")
+    text = f"a checkpoint has {readable(size)}; written {' and '.join(occasions)}"
+    if due:
+        text += f", the newest {keep} kept"
     # Rank 0 decides for all ranks: it has the folder.
     problem = None
     if ranks.rank == 0:
@@ -367,7 +392,7 @@ def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, sa
     problem = first_reason(problem, ranks)
     if problem and due:
         raise UserError(f"--output_dir {folder}: {problem}; make room, or lower "
-                        "--keep_checkpoints, or write none by --save_every 0")
+                        "--keep_checkpoints, or write none by --save_every 0 without --save_last")
     if problem:
         text += f". There is no room for it: {problem}"
     return keep, text
@@ -609,7 +634,11 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     reader.fs = OwnFiles([str(folder / name) for name in state["files"]
                           if name.startswith("optimizer/")])
     dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-    scheduler.load_state_dict(state["scheduler"])
-    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
-        group["lr"] = lr
+    # The learning rate is computed, because the schedule may be that of a longer run now.
+    done, rates = state["scheduler"]["last_epoch"], []
+    for group, rate, factor in zip(
+            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = rate * factor(done)
+        rates.append(group["lr"])
+    scheduler.load_state_dict(state["scheduler"] | {"_last_lr": rates})
     return state["step"], state["loss_state"]

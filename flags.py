@@ -26,7 +26,7 @@ from collections.abc import Callable
 import data
 import world
 from best import is_higher_better
-from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
+from checkpoint import LENGTH, flags_path, may_change, saved_flags
 from errors import Parser, UserError, any_name
 from files import read_json
 from hub import check_hub_name
@@ -200,7 +200,10 @@ def add_source_flags(add):
     add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
     add_config_flag(add)
     add("--resume", action="store_true",
-        help="continue from the newest checkpoint in --output_dir, with the flags of that run")
+        help="continue from the newest checkpoint in --output_dir, with the flags of that run; "
+             "with a higher --max_steps, --epochs or --early_stop it becomes a longer run, even if "
+             "it has ended: --lr_schedule is then that of the new length, with the warm-up of the "
+             "old one")
 
 
 def add_policy_flags(add, loss):
@@ -309,6 +312,9 @@ def add_run_flags(add):
         help="stop after N evaluations without a better --keep_best; 3 to 5 are usual")
     add("--save_every", type=whole_number(">= 0"), default=200,
         help="steps between checkpoints (0: only when interrupted)")
+    add("--save_last", action="store_true",
+        help="write a checkpoint after the last step too, from which --resume --max_steps MORE "
+             "makes the finished run longer; it needs the disk space of --save_every's")
     add("--keep_checkpoints", type=whole_number(">= 1"),
         help="number of newest checkpoints to keep (default 2; 1 if one is above 10 GB)")
     add("--report_to", metavar="NAME,NAME",
@@ -370,7 +376,8 @@ def parse_args(
     argv = insert_config(argv)
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch"):
+    for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch", "--epochs",
+                 "--max_steps"):
         first.add_argument(flag)
     first.add_argument("--dataset", type=any_name)
     first.add_argument("--resume", action="store_true")
@@ -393,7 +400,11 @@ def parse_args(
     if early.tokens_per_micro_batch:
         defaults.pop("micro_batch_size", None)
     # These defaults are given as values, so that --help prints the parser's: those of real runs.
-    start = argparse.Namespace(**defaults | saved)
+    if early.epochs or early.max_steps:  # a resumed run may be made longer by either flag
+        defaults |= saved | {"epochs": None, "max_steps": None}
+    else:
+        defaults |= saved
+    start = argparse.Namespace(**defaults)
     args, unknown = parser.parse_known_args(argv, start)
     if unknown:
         refuse_flags(unknown, argv, loss_name, all_flags)
@@ -727,9 +738,12 @@ def check_unchanged(args, saved):
     """Raise a UserError if a flag of a resumed run is not the saved one."""
     for name in ["loss", *sorted(saved)] if saved else []:
         value = getattr(args, name, None)
-        if name not in FREE_ON_RESUME and value != saved[name]:
-            raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, "
-                            "and may not change when it is resumed")
+        if value == saved[name] or may_change(name, value, saved[name]):
+            continue
+        rule = "and may not change when it is resumed"
+        if name in LENGTH:
+            rule = "which may only be made higher when it is resumed"
+        raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, {rule}")
 
 
 def check_args(args, saved):

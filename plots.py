@@ -4,8 +4,9 @@
     python log.py runs/sigmoid runs/ipo --plot curves.png     # one color per run
 
 A panel shows one metric: the rows of training as a thin line, the rows of evaluations as a line
-with markers in the same color. Of several evaluation sets, each has its own dashes. A metric that no run has, such as the log-prob of rejected answers
-with --loss sft, has no panel. A run draws its own curves when it ends, into curves.png.
+with markers in the same color. Of several evaluation sets, each has its own dashes. A metric that
+no run has, such as the log-prob of rejected answers with --loss sft, has no panel. A run draws its
+own curves when it ends, into curves.png.
 """
 import itertools
 import json

@@ -62,20 +62,24 @@ from batches import (
     resolve_dtype,
     split_step,
 )
-from card import document_run, has_card
+from card import document_run, has_card, reopen_run
 from checkpoint import (
     FREE_ON_RESUME,
+    LENGTH,
+    checkpoints,
     claim,
     delete_old_checkpoints,
     explained_write_errors,
     how_to_continue,
     gather_tensors,
     is_complete,
+    is_longer,
     load_checkpoint,
     newest_checkpoint,
     optimizer_tensors,
     plan_checkpoints,
     save_checkpoint,
+    saved_flags,
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
@@ -721,15 +725,40 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
 
 def print_changed_flags(args, saved):
     """Say which flags a resumed run changes."""
-    for name in sorted(FREE_ON_RESUME - {"resume", "output_dir"}):
+    for name in sorted(FREE_ON_RESUME.union(LENGTH) - {"resume", "output_dir"}):
         value = getattr(args, name)
-        if value != saved[name]:
+        if value != saved[name] and value is not None:
             print(f"--{name} {value}: it was {saved[name]} when the checkpoint was written")
+
+
+def step_count(epochs, max_steps, rows, batch_size):
+    """-> the steps of a run with these flags."""
+    return max_steps or epochs * math.ceil(rows / batch_size)
+
+
+def check_length(args, steps, rows, best):
+    """Raise if the flags of a resumed run make it shorter, or longer beyond an --early_stop at
+    which it has ended."""
+    saved = saved_flags(args.output_dir)
+    before = step_count(saved["epochs"], saved["max_steps"], rows, args.batch_size)
+    name = "max_steps" if args.max_steps else "epochs"
+    flag = f"--{name} {getattr(args, name)}"
+    if steps < before:
+        raise UserError(f"{flag}: the run in {args.output_dir} has {before} steps, and this gives "
+                        f"{steps}; a resumed run may only become longer")
+    if steps > before and has_lost_patience(args, best):
+        raise UserError(f"{flag}: the run in {args.output_dir} was ended by --early_stop "
+                        f"{args.early_stop}; give a higher --early_stop too")
+
+
+def has_lost_patience(args, best):
+    """-> whether --early_stop ends the run."""
+    return bool(args.early_stop) and best.waited >= args.early_stop
 
 
 def count_steps(args, rows, ranks):
     """-> the steps of the run, and those of its warm-up. A warm-up longer than the run is said."""
-    steps = args.max_steps or args.epochs * math.ceil(rows / args.batch_size)
+    steps = step_count(args.epochs, args.max_steps, rows, args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
         highest = args.lr * steps / (warmup + 1)
@@ -772,9 +801,10 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
         start, state = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
         best = Best(**saved["best"])
+    if args.resume:
+        check_length(args, steps, len(rows), best)
     size = checkpoint_bytes(args, model, reference)
-    keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
-                                  args.keep_checkpoints, ranks)
+    keep, plan = plan_checkpoints(args, folder, size, start, steps, ranks)
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
@@ -859,7 +889,7 @@ def keep_if_best(args, run, log, number, splits, best, ranks) -> tuple[Best, boo
     best = broadcast(judge(best, args.keep_best, splits, number), ranks)
     if best.step == number:
         save_best(run, ranks)
-    patient = not args.early_stop or best.waited < args.early_stop
+    patient = not has_lost_patience(args, best)
     if not patient and number < run.steps:
         log.say(f"--early_stop {args.early_stop}: no better {args.keep_best} since step "
                 f"{best.step}; stopped after step {number} of {run.steps}")
@@ -957,16 +987,22 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
 
     if args.keep_best:
         check_metric(args, run, ranks)
-        if args.resume and ranks.rank == 0:
+    if args.resume and ranks.rank == 0:
+        reopen_run(folder)
+        if args.keep_best:
             restore_best(folder, run.newest)
 
-    state, steps, best = run.state, run.steps, run.best
+    state, steps, best, splits = run.state, run.steps, run.best, {}
+    # A kill may have come between the checkpoint of --save_last and the model.
+    numbers = range(run.start + 1, steps + 1)
+    if has_lost_patience(args, best):
+        numbers = range(0)
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder, ranks), caught_signals(ranks) as stopped,
           contextlib.closing(batches)):
         log = Log(folder, run.flags, run.newest, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
-        for number in range(run.start + 1, steps + 1):
+        for number in numbers:
             values, state, tokens = advance(args, run, number, batches, state,
                                             bool(stopped), ranks)
 
@@ -986,7 +1022,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
                 best, ended = keep_if_best(args, run, log, number, splits, best, ranks)
                 last = last or ended
             due = args.save_every and number % args.save_every == 0
-            if not last and (stopping or due):
+            if args.save_last if last else stopping or due:
                 write_checkpoint(args, run, number, state, best, ranks)
             if not last and stopping:
                 log.close()
@@ -1015,7 +1051,7 @@ def save_final(run, best, splits, ranks) -> str:
     if best.step:
         return (f"saved in {run.folder}: the weights of step {best.step}, with "
                 f"{run.flags['keep_best']} {best.value:.4g}")
-    return f"saved in {run.folder}" + (world.sum_up(splits["world"]) if run.home else "")
+    return f"saved in {run.folder}" + (world.sum_up(splits["world"]) if "world" in splits else "")
 
 
 def main(argv: list[str], ranks: Ranks) -> bool:
@@ -1023,7 +1059,13 @@ def main(argv: list[str], ranks: Ranks) -> bool:
     train_policy does."""
     args, loss, hyper = parse_args(argv, __doc__)
     folder, made = choose_folder(args, ranks)
-    if args.resume and is_complete(folder):
+    longer = args.resume and is_longer(vars(args), saved_flags(args.output_dir))
+    complete = args.resume and is_complete(folder)
+    if complete and longer and not checkpoints(folder):
+        raise UserError(f"--output_dir {folder}: this run has ended and has no checkpoint left to "
+                        "continue from; only a run with --save_last, or with a checkpoint of "
+                        "--save_every, can be made longer")
+    if complete and not longer:
         finish_complete_run(folder, ranks)
     else:
         # The folder comes first: a run that may not write there has not spent an hour on its

@@ -104,6 +104,7 @@ CHANGES = {
     "keep_best": ({"eval_every": 1, "lr": 3.0}, "eval/loss"),
     "early_stop": ({"eval_every": 1, "lr": 3.0, "keep_best": "eval/loss", "epochs": 3}, 1),
     "save_every": ({}, 1),
+    "save_last": ({}, True),
     "keep_checkpoints": ({"save_every": 1}, 1),
     "report_to": ({}, "tensorboard"),
     "push_to_hub": ({}, "me/mine"),
