@@ -65,6 +65,7 @@ LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of 
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
     "attention", "compile", "deterministic", "report_to", "push_to_hub", "save_last",
+    "eval_only", "dry_run",
 }
 # Flags of which a resumed run may have a higher value: it becomes a longer run. --epochs may be
 # replaced by --max_steps, and the other way round, if that gives no fewer steps.
@@ -177,7 +178,9 @@ def check_agreement(saved: dict) -> None:
     for path, flags in saved.items():
         for name in sorted(first.keys() | flags.keys()):
             values = [json.dumps(some.get(name, "no value")) for some in (first, flags)]
-            if values[0] != values[1] and not may_change(name, first.get(name), flags.get(name)):
+            if name in first and name in flags and may_change(name, first[name], flags[name]):
+                continue
+            if values[0] != values[1]:
                 raise UserError(
                     f"{first_path}: {name} is {values[0]}, but {path} has {values[1]}: one of the "
                     f"two was changed. Put a good copy of {first_path.name} in its place, or "
@@ -354,7 +357,7 @@ def tensor_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
-def plan_checkpoints(args: Any, folder: pathlib.Path, size: int, start: int, steps: int,
+def plan_checkpoints(args: Any, folder: pathlib.Path | None, size: int, start: int, steps: int,
                      ranks: Ranks) -> tuple[int, str]:
     """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
 
@@ -380,13 +383,14 @@ def plan_checkpoints(args: Any, folder: pathlib.Path, size: int, start: int, ste
     text = f"a checkpoint has {readable(size)}; written {' and '.join(occasions)}"
     if due:
         text += f", the newest {keep} kept"
-    # Rank 0 decides for all ranks: it has the folder.
+    # Rank 0 decides for all ranks: it has the folder. --eval_only has none.
     problem = None
-    if ranks.rank == 0:
+    if ranks.rank == 0 and folder is not None:
         existing = len(own_checkpoints(folder))
         most = min(keep + 1, existing + max(1, due))
         needed = (most - existing) * size
-        free = shutil.disk_usage(folder).free
+        above = [path for path in (folder, *folder.parents) if path.is_dir()]
+        free = shutil.disk_usage(above[0]).free  # --dry_run does not make the folder
         if needed > free:
             problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
     problem = first_reason(problem, ranks)

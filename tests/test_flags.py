@@ -48,6 +48,8 @@ CHANGES = {
     "eval_share": ({}, 0.3),
     "output_dir": ({}, "ELSEWHERE"),
     "resume": ({}, True),
+    "eval_only": ({}, True),
+    "dry_run": ({}, True),
     "adapter": ({}, "ADAPTER"),
     "lora_rank": ({}, 2),
     "lora_alpha": (LORA, 1),
@@ -117,6 +119,7 @@ CHANGES = {
 }
 REFUSED = {
     "resume": "--output_dir out does not exist",
+    "eval_only": "--batch_size: is not read with --eval_only; leave it out",
     "parallel": "one process alone has nothing to share",
     "revision": "is not a model of the Hub and has no revisions",
     "layout": "--layout kto needs the fields prompt, completion, label",
