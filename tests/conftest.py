@@ -176,6 +176,35 @@ def run_by_torchrun(flags, ranks):
                           capture_output=True, timeout=300)
 
 
+def one_of_each(cases, kind_of_case):
+    """Parameters of a test: the first case of each kind, and the others marked slow."""
+    seen, others = set(), []
+    for case in cases:
+        kind = kind_of_case(case)
+        if kind in seen:
+            others.append(case)
+        seen.add(kind)
+    return marked_slow(cases, others)
+
+
+def marked_slow(cases, slow):
+    """Parameters of a test, those in `slow` with the mark of this name."""
+    parameters = []
+    for case in cases:
+        marks = [pytest.mark.slow] if case in slow else []
+        parameters.append(pytest.param(case, marks=marks, id=case))
+    return parameters
+
+
+def selected(request, name):
+    """The values of the parameter `name` in the tests of this module that are going to run."""
+    values = set()
+    for item in request.session.items:
+        if item.path == request.path and hasattr(item, "callspec"):
+            values.add(item.callspec.params.get(name))
+    return values
+
+
 @pytest.fixture
 def fit(folder, pairs, tmp_path):
     """Run train.main in this process on the tiny model and rows -> output folder, its metrics."""

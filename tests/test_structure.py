@@ -196,8 +196,8 @@ def test_in_train_only_run_calls_main():
     assert callers == {"run"}
 
 
-def test_the_readme_contains_the_table_of_losses_that_registry_generates():
-    assert "\n".join(registry.table()) in (ROOT / "README.md").read_text()
+def test_docs_losses_contains_the_tables_of_losses_that_registry_generates():
+    assert "\n".join(registry.table()) in (ROOT / "docs/losses.md").read_text()
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
