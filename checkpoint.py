@@ -379,8 +379,8 @@ def plan_checkpoints(args: Any, folder: pathlib.Path | None, size: int, start: i
     if args.save_last:
         due += 1
         occasions.append("after the last step")
-    occasions.append("when interrupted")
-    text = f"a checkpoint has {readable(size)}; written {' and '.join(occasions)}"
+    others = f"{', '.join(occasions)} and " if occasions else ""
+    text = f"a checkpoint has {readable(size)}; written {others}when interrupted"
     if due:
         text += f", the newest {keep} kept"
     # Rank 0 decides for all ranks: it has the folder. --eval_only has none.

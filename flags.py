@@ -837,7 +837,7 @@ def check_unchanged(args, saved):
         if value == saved[name] or may_change(name, value, saved[name]):
             continue
         rule = "and may not change when it is resumed"
-        if name in LENGTH:
+        if name in LENGTH and saved[name] is not None:
             rule = "which may only be made higher when it is resumed"
         raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, {rule}")
 

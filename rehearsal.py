@@ -108,15 +108,16 @@ def describe_plan(args: Namespace, run: Any, warmup: int, measured: Measured) ->
     timed = ", ".join(f"{seconds:.3g} s" for seconds in measured.steps)
     lines = [
         f"rows         {rows} to train on, {', '.join(held_out)}",
-        f"steps        {steps} of {args.batch_size} {units}, {steps / each_epoch:.3g} epochs of "
-        f"{each_epoch} steps; warm-up {warmup} steps",
+        f"steps        {steps} of {args.batch_size} {units}; epochs: {steps / each_epoch:.3g}, of "
+        f"{each_epoch} steps; warm-up: {warmup} steps",
         f"tokens       {mean * batch:,.0f} in a step on average; the longest row has {longest:,}",
         f"first steps  {timed}, forward and backward without an update; {1 / pace:,.0f} tokens/s",
         f"time         {duration(training)} for {steps} steps",
     ]
     total = training
     if measured.evaluation:
-        lines[-1] += f", {duration(measured.evaluation)} for each of {evaluations} evaluations"
+        lines[-1] += (f", {duration(measured.evaluation)} for an evaluation; evaluations: "
+                      f"{evaluations}")
         total += measured.evaluation * evaluations
     lines[-1] += f"; about {duration(total)} together, without checkpoints"
     if args.early_stop:
@@ -134,9 +135,13 @@ def describe_size(args: Namespace, run: Any, checkpoint: int, model: int,
         text += (f"; {readable(measured.peak)} at most were in use on the GPU in these steps, and "
                  f"{readable(peak)} are with the optimizer's state")
     disk = f"disk         {readable(model)} for the model"
-    if args.save_every or args.save_last:
-        most = readable((run.keep + 1) * checkpoint)
-        disk += f", {most} for {run.keep} checkpoints and a new one"
+    written = int(args.save_last)
+    if args.save_every:
+        written += (run.steps - 1) // args.save_every
+    # A new checkpoint is written before an old one is deleted.
+    most = min(run.keep + 1, written)
+    if most:
+        disk += f", {readable(most * checkpoint)} for at most {most} checkpoints at a time"
     else:
         disk += f", {readable(checkpoint)} for a checkpoint if the run is interrupted"
     return [text, disk]

@@ -763,7 +763,8 @@ def print_changed_flags(args, saved):
     for name in sorted(FREE_ON_RESUME.union(LENGTH) - {"resume", "output_dir"}):
         value = getattr(args, name)
         if value != saved[name] and value is not None:
-            print(f"--{name} {value}: it was {saved[name]} when the checkpoint was written")
+            before = "not given" if saved[name] is None else saved[name]
+            print(f"--{name} {value}: it was {before} when the checkpoint was written")
 
 
 def step_count(epochs, max_steps, rows, batch_size):

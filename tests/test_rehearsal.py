@@ -76,9 +76,10 @@ def test_rows_steps_and_warm_up_are_those_of_the_run(rehearse, fit, given, capsy
     each = -(-int(rows[0]) // 8)
     warmup = given.get("warmup_steps", steps // 10)
     assert after("steps", printed) == (
-        f"{steps} of 8 pairs, {steps / each:.3g} epochs of {each} steps; warm-up {warmup} steps")
+        f"{steps} of 8 pairs; epochs: {steps / each:.3g}, of {each} steps; warm-up: {warmup} steps")
     evaluations = len([row for row in metrics if row["split"] == "eval"])
-    assert f"each of {evaluations} evaluations" in after("time", printed)
+    assert f"an evaluation; evaluations: {evaluations}; about" in after("time", printed)
+    assert after("disk", printed).endswith("for a checkpoint if the run is interrupted")
     # The lines before are those of a run.
     for line in told.splitlines():
         if "parameters, " in line or line.startswith(("a checkpoint has", "attention:")):
@@ -88,12 +89,12 @@ def test_rows_steps_and_warm_up_are_those_of_the_run(rehearse, fit, given, capsy
 def test_the_named_sets_and_the_checkpoints_are_counted(rehearse, fit, tmp_path):
     sets = {name: write_jsonl(tmp_path / f"{name}.jsonl", make_rows(count, seed=count))
             for name, count in (("near", 5), ("far", 9))}
-    printed = rehearse(eval_share=None, save_every=1, keep_checkpoints=3, lora_rank=2,
+    printed = rehearse(eval_share=None, save_every=1, keep_checkpoints=3, lora_rank=2, max_steps=9,
                        eval_dataset=f"near={sets['near']},far={sets['far']}")
     assert after("rows", printed) == "22 to train on, 5 held out as near, 9 held out as far"
     size, = re.findall(r"a checkpoint has ([\d.]+) kB", printed)
-    disk = re.fullmatch(r"([\d.]+) kB for the model, ([\d.]+) kB for 3 checkpoints and a new one",
-                        after("disk", printed))
+    disk = re.fullmatch(r"([\d.]+) kB for the model, ([\d.]+) kB for at most 4 checkpoints at a "
+                        "time", after("disk", printed))
     assert float(disk[2]) == pytest.approx(4 * float(size), rel=1e-2)
     assert float(size) == pytest.approx(3 * float(disk[1]), rel=1e-2)  # with two moments
 
@@ -105,7 +106,7 @@ def test_the_time_of_a_run_is_in_proportion_to_its_steps():
         times[steps] = next(line for line in lines if line.startswith("time"))
     assert "20 s for 10 steps" in times[10] and "33 min for 1000 steps" in times[1000]
     # 3 and 1000 / 4 evaluations of 6 s.
-    assert "6 s for each of 3 evaluations; about 38 s together" in times[10]
+    assert "6 s for an evaluation; evaluations: 3; about 38 s together" in times[10]
     assert "about 58 min together" in times[1000]
 
 
