@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 import data
-from batches import autocast_options, collate, resolve_dtype
+from batches import autocast_options, resolve_dtype
 from checkpoint import is_adapter
-from dpo import concatenated_forward
 from errors import UserError
 from flags import build_parser, default_reference, naming_flags, revision_of_base
 from generation import reference_model
@@ -28,6 +27,7 @@ from logps import FastLogps
 from losses import LOSSES, find, hyperparameters
 from parallel import Ranks
 from reference import check_reference, load_reference
+from samples import measure_answers
 from saved import Saved, find_saved
 from train import load_policy
 
@@ -173,22 +173,9 @@ def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
             yield model
 
 
-@torch.no_grad()
 def answer_rewards(opened: Opened, beta: float, prompt: list[int],
                    answers: list[list[int]]) -> list[dict]:
-    """Compute the log-probs of answers to one prompt under policy and reference, as training does,
-    and their implicit rewards."""
-    row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
-    batch = collate(row, opened.tokenizer, ALONE.device)
-    with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
-        logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
-        ref_logps = [None] * len(logps)
-        if opened.reference is not None:
-            ref_logps = concatenated_forward(opened.reference, batch)["logps"][0].tolist()
-    measured = []
-    for ids, logp, ref_logp in zip(answers, logps, ref_logps):
-        values = {"tokens": len(ids), "logp": logp}
-        if ref_logp is not None:
-            values |= {"ref_logp": ref_logp, "reward": beta * (logp - ref_logp)}
-        measured.append(values)
-    return measured
+    """Compute the log-probs and rewards of answers to one prompt: see samples.measure_answers."""
+    autocast = autocast_options(opened.dtype, ALONE.device)
+    return measure_answers(opened.policy, opened.reference, opened.tokenizer, autocast, beta,
+                           prompt, answers)

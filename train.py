@@ -129,6 +129,7 @@ from parallel import (
     whole,
     wrap,
 )
+from plots import CURVES_FILE
 from reach import freeze, is_below, unreached_by_text
 from reference import (
     cache_reference,
@@ -679,6 +680,7 @@ class Run(NamedTuple):
     fixed: dict  # hashes of what must be the same when the run is resumed
     flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
     keep: int  # how many checkpoints are kept
+    sampler: Any  # samples.Sampler, with --sample_every
 
 
 def load_trained_tokenizer(args, source, trained=None):
@@ -803,6 +805,14 @@ def count_steps(args, rows, ranks):
     return steps, warmup
 
 
+def make_sampler(args, task, model, reference, splits, tokenizer, home, ranks):
+    """-> a samples.Sampler, or None without --sample_every."""
+    if not args.sample_prompts:
+        return None
+    from samples import Sampler  # other runs do not read the file
+    return Sampler(args, task, model, reference, splits, tokenizer, home is not None, ranks)
+
+
 def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     """Everything before the first step, in the order in which the parts need each other.
 
@@ -850,6 +860,7 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
                      masked, most_answers(rows, *held_out.values()))
     task = with_spread(task)
+    sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
     if args.ref == "cache" and not args.dry_run:
         splits = {"train": rows} | held_out
         held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)
@@ -863,7 +874,7 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
     return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
                first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
-               state, fixed, flags, keep)
+               state, fixed, flags, keep, sampler)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -1080,6 +1091,8 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
                 best, ended = keep_if_best(args, run._replace(state=state), log, number, splits,
                                            best, ranks)
                 last = last or ended
+            if run.sampler and run.sampler.is_due(number, last):
+                run.sampler.sample(number, log)
             due = args.save_every and number % args.save_every == 0
             if args.save_last if last else stopping or due:
                 write_checkpoint(args, run, number, state, best, ranks)
@@ -1107,10 +1120,15 @@ def save_final(run, best, splits, ranks) -> str:
     if ranks.rank == 0:  # a kill may have come before this
         delete_old_checkpoints(run.folder, run.keep)
         document_run(run.folder)
+    text = f"saved in {run.folder}"
     if best.step:
-        return (f"saved in {run.folder}: the weights of step {best.step}, with "
-                f"{run.flags['keep_best']} {best.value:.4g}")
-    return f"saved in {run.folder}" + (world.sum_up(splits["world"]) if "world" in splits else "")
+        text += (f": the weights of step {best.step}, with {run.flags['keep_best']} "
+                 f"{best.value:.4g}")
+    if (run.folder / CURVES_FILE).exists():
+        text += f"; curves: {run.folder / CURVES_FILE}"
+    if "world" in splits and not best.step:
+        text += world.sum_up(splits["world"])
+    return text
 
 
 def rehearse(args, loss, hyper, ranks):

@@ -231,8 +231,9 @@ def wait_for_checkpoint(process, out):
 def unfinished(out):
     """Delete the final model from the folder, as if the run had ended after its last checkpoint."""
     flags = checkpoint.saved_flags(out)
+    kept = ("metrics.jsonl", "samples.jsonl", ".lock", files.LIST)
     for path in out.iterdir():
-        if path.is_file() and path.name not in ("metrics.jsonl", ".lock", files.LIST):
+        if path.is_file() and path.name not in kept:
             path.unlink()
     checkpoint.write_flags(out, flags)
     return out

@@ -270,9 +270,9 @@ def test_accuracy_is_printed_by_length_and_by_decile_and_a_tie_is_not_accurate()
 def test_the_true_reward_is_that_of_the_world_and_a_malformed_answer_has_none():
     thing, number = 3, 77
     expected = world.true_reward()[thing, number].item()
-    assert sample.true_reward_of(world.prompts()[thing], world.answers()[number]) == expected
-    assert sample.true_reward_of(world.prompts()[thing], " cold dark") is None
-    assert sample.true_reward_of("a cat is", world.answers()[number]) is None
+    assert world.true_reward_of(world.prompts()[thing], world.answers()[number]) == expected
+    assert world.true_reward_of(world.prompts()[thing], " cold dark") is None
+    assert world.true_reward_of("a cat is", world.answers()[number]) is None
 
 
 # --- Errors ---------------------------------------------------------------------------------------

@@ -77,7 +77,13 @@ ALLOWED_IMPORTS = {
 ALLOWED_IMPORTS["rehearsal"] = {
     "checkpoint", "data", "log", "losses", "optimizers", "parallel",
 }
+ALLOWED_IMPORTS["formulas"] = set()
+ALLOWED_IMPORTS["curves"] = {"registry"}
+ALLOWED_IMPORTS["book"] = {"card", "curves", "errors", "files", "formulas", "losses", "registry"}
 ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
+ALLOWED_IMPORTS["samples"] = {
+    "batches", "data", "dpo", "errors", "generation", "log", "parallel", "world",
+}
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["runs"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["audit"] = set(ALLOWED_IMPORTS)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import command, differences, read_metrics, run_training, to_arguments
 
-import sample
 import world
 from losses import LOSSES
 
@@ -46,6 +45,28 @@ def test_train_py_without_flags_reaches_the_optimum_and_learns_the_true_reward(f
     assert "correlation" in stdout.splitlines()[-1]
 
 
+def test_train_py_without_flags_ends_with_three_answers_their_true_rewards_and_the_curves(
+        first_run):
+    cwd, stdout = first_run
+    folder, lines = cwd / "runs" / "sigmoid", stdout.splitlines()
+    rows = read_lines(folder / "samples.jsonl")
+    assert [row["step"] for row in rows] == [512] * 3
+    prompts = [row["prompt"] for row in rows]
+    assert len(set(prompts)) == 3 and set(prompts) <= set(world.prompts())
+    truths = {}
+    for side in ("policy", "reference"):
+        truths[side] = [row[side]["true_reward"] for row in rows]
+        assert truths[side] == [
+            world.true_reward_of(row["prompt"], row[side]["text"]) for row in rows]
+    assert sum(truths["policy"]) > sum(truths["reference"]) + 6  # in nats; STD is 2
+    shown = [float(value) for value in re.findall(r"true reward ([-+][\d.]+): ", stdout)]
+    assert shown == pytest.approx(sum(zip(*truths.values()), ()), abs=0.006)
+    start = lines.index("step 512 samples:")
+    assert lines[start + 10].startswith("saved in runs/sigmoid")
+    if (folder / "curves.png").exists():  # not without matplotlib
+        assert lines[start + 10].endswith("; curves: runs/sigmoid/curves.png")
+
+
 def test_the_metrics_of_the_world_are_logged_during_training_and_at_the_end(first_run):
     cwd, _ = first_run
     rows = [row for row in read_metrics(cwd / "runs" / "sigmoid") if row["split"] == "world"]
@@ -66,7 +87,7 @@ def test_in_the_world_the_audit_finds_the_labels_that_are_flipped(first_run, wor
     flipped = []
     for row in rows:
         chosen, rejected = (
-            sample.true_reward_of(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+            world.true_reward_of(row["prompt"], row[side]) for side in ("chosen", "rejected"))
         flipped.append(chosen < rejected)
     flipped = np.array(flipped)
     assert 0.15 < flipped.mean() < 0.22
