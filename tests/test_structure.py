@@ -60,8 +60,9 @@ ALLOWED_IMPORTS = {
     "variants": {"dpo", "losses"},
     "flags": {
         "best", "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers",
-        "ranges", "trackers", "variants", "world",
+        "ranges", "saved", "sources", "trackers", "variants", "world",
     },
+    "saved": {"checkpoint", "dpo", "errors", "files", "lora", "plots", "world"},
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
     "log": {
@@ -72,6 +73,9 @@ ALLOWED_IMPORTS = {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
         "logps", "lora", "losses", "model", "parallel",
     },
+}
+ALLOWED_IMPORTS["rehearsal"] = {
+    "checkpoint", "data", "log", "losses", "optimizers", "parallel",
 }
 ALLOWED_IMPORTS["formulas"] = set()
 ALLOWED_IMPORTS["curves"] = {"registry"}
