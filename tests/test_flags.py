@@ -48,6 +48,8 @@ CHANGES = {
     "eval_share": ({}, 0.3),
     "output_dir": ({}, "ELSEWHERE"),
     "resume": ({}, True),
+    "eval_only": ({}, True),
+    "dry_run": ({}, True),
     "adapter": ({}, "ADAPTER"),
     "lora_rank": ({}, 2),
     "lora_alpha": (LORA, 1),
@@ -105,6 +107,7 @@ CHANGES = {
     "keep_best": ({"eval_every": 1, "lr": 3.0}, "eval/loss"),
     "early_stop": ({"eval_every": 1, "lr": 3.0, "keep_best": "eval/loss", "epochs": 3}, 1),
     "save_every": ({}, 1),
+    "save_last": ({}, True),
     "keep_checkpoints": ({"save_every": 1}, 1),
     "sample_every": ({}, 0),
     "sample_prompts": ({"sample_every": 0, "sample_tokens": 2}, 1),
@@ -120,6 +123,7 @@ CHANGES = {
 }
 REFUSED = {
     "resume": "--output_dir out does not exist",
+    "eval_only": "--batch_size: is not read with --eval_only; leave it out",
     "parallel": "one process alone has nothing to share",
     "revision": "is not a model of the Hub and has no revisions",
     "layout": "--layout kto needs the fields prompt, completion, label",

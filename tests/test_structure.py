@@ -61,8 +61,9 @@ ALLOWED_IMPORTS = {
     "variants": {"dpo", "losses"},
     "flags": {
         "best", "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers",
-        "ranges", "trackers", "variants", "world",
+        "ranges", "saved", "sources", "trackers", "variants", "world",
     },
+    "saved": {"checkpoint", "dpo", "errors", "files", "lora", "plots", "world"},
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
     "batches": {"answers", "data", "dpo", "experts", "losses", "packing", "parallel", "variants"},
     "log": {
@@ -74,6 +75,12 @@ ALLOWED_IMPORTS = {
         "logps", "lora", "losses", "model", "parallel",
     },
 }
+ALLOWED_IMPORTS["rehearsal"] = {
+    "checkpoint", "data", "log", "losses", "optimizers", "parallel",
+}
+ALLOWED_IMPORTS["formulas"] = set()
+ALLOWED_IMPORTS["curves"] = {"registry"}
+ALLOWED_IMPORTS["book"] = {"card", "curves", "errors", "files", "formulas", "losses", "registry"}
 ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
 ALLOWED_IMPORTS["samples"] = {
     "batches", "data", "dpo", "errors", "generation", "log", "parallel", "world",
