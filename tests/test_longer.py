@@ -92,7 +92,7 @@ def test_so_it_is_with_whatever_a_run_carries_from_step_to_step(fit, given):
 
 
 def test_a_run_is_made_longer_twice(runs, out):
-    for steps in (7, 10):
+    for steps in (8, 10):
         resume(out, f"--max_steps={steps}")
     assert not differences(runs / "whole", out)
 
