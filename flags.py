@@ -87,6 +87,8 @@ OTHER_TRAINERS = {
     "gamma_beta_ratio": "--gamma, which is gamma_beta_ratio x beta",
     "simpo_gamma": "--gamma with --loss simpo",
     "use_weighting": "--wpo",
+    "moe_aux_loss_coef": "--router_aux_loss_coef",
+    "output_router_logits": "--router_aux_loss_coef C, such as 0.001",
     "f_divergence_type": "--f_divergence reverse_kl, forward_kl, js or alpha",
     "f_alpha_divergence_coef": "--f_alpha",
     "disable_dropout": "leave it out: the model's dropout is always off",
@@ -234,6 +236,10 @@ def add_policy_flags(add, loss):
     add("--quantize", choices=("nf4",), help="store the frozen weights in 4 bits (QLoRA)")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward: less memory, more time")
+    add("--router_aux_loss_coef", type=real_number(">= 0"),
+        help="mixtures of experts: weight of the loss that balances the experts, 0.001 to 0.02 in "
+             "most configs; it costs a second forward (default: none, or that of the model's "
+             "config where its output_router_logits is true)")
     if not needs_reference(loss):
         return
     add("--ref", choices=("model", "adapter_off", "adapter", "cache", "none"),

@@ -25,7 +25,7 @@ from losses import kind_of
 from optimizers import MOMENTS
 from parallel import Ranks, crowded_line, shard
 from plots import parse_rows, plot_runs
-from reach import frozen_line, router_loss_line
+from reach import frozen_line
 from trackers import open_trackers
 from world import brief
 
@@ -143,7 +143,7 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
-    for line in (frozen_line(model.model), router_loss_line(model.model), crowded_line(ranks)):
+    for line in (frozen_line(model.model), crowded_line(ranks)):
         if line:
             print(line)
     print(memory_line(model, reference, MOMENTS[args.optimizer]))

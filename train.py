@@ -62,6 +62,7 @@ from batches import (
     raise_not_finite,
     resolve_dtype,
     split_step,
+    with_router_loss,
 )
 from card import document_run, has_card, reopen_run
 from checkpoint import (
@@ -87,6 +88,14 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
+from experts import (
+    Routing,
+    RouterLoss,
+    asked_coefficient,
+    balance_loss,
+    experts_per_token,
+    find_no_router_loss,
+)
 from files import (
     delete_if_abandoned,
     free_name,
@@ -421,10 +430,18 @@ class Step(NamedTuple):
     state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, start_state
 
 
-def pair_losses(task, policy, reference, batch, state):
+class WholeStep(NamedTuple):
+    """Numbers of all rows of a step, from its first pass."""
+    logp_grads: dict | None  # dL/dlogp of a loss that compares pairs: see batches.logp_gradients
+    metrics: dict | None  # of this loss
+    expert_counts: torch.Tensor | None  # (E,) of a router loss: see experts.py
+
+
+def pair_losses(task, policy, reference, batch, state, **more):
     """-> losses (B,) with a graph, {metric: (B,)} without."""
     with torch.autocast(**task.autocast):
-        tensors = preference_logps(policy, reference, batch, task.loss, **task.options)
+        options = task.options | more
+        tensors = preference_logps(policy, reference, batch, task.loss, **options)
         return task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
 
 
@@ -435,30 +452,26 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
     A row of another kind than a pair is treated alike: see answers.py.
 
-    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs
+    batches    yields this rank's micro-batches, all of them `task.passes` times
     stopping   whether this rank caught a signal. The metric "stop" is above 0 if any rank did
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
-    # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
-    # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
-    logp_grads, all_metrics = None, None
-    if task.compares_pairs:
-        logp_grads, all_metrics = first_pass(task, policy, reference, batches, step, ranks)
+    # Some losses need numbers of the whole step: pass 1 computes these without a graph, and pass 2
+    # back-propagates by micro-batches.
+    whole_step = None
+    if task.passes == 2:
+        whole_step = first_pass(task, policy, reference, batches, step, ranks)
 
-    # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
+    # Forward and backward, one micro-batch at a time.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
     seen = []  # ids and metrics of each micro-batch, for the error about a loss that is not finite
     # zip asks for a piece first, so it ends before it takes a batch of the next step.
     for piece, batch in zip(step.pieces, batches):
         if ranks.size > 1:
             sync_gradients(policy, on=piece is step.pieces[-1])
-        if task.compares_pairs:
-            # dL/dlogp already contains the reference, so this forward does not need one. The
-            # gradient of this sum is that of the loss; its value is not the loss.
-            out = pair_logps(task, policy, None, batch, reference_free=True)
-            losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
-            metrics = {name: every[piece.pairs] for name, every in all_metrics.items()}
+        if task.passes == 2:
+            losses, metrics = second_pass(task, policy, reference, batch, step, piece, whole_step)
         else:
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
@@ -488,14 +501,53 @@ def mismatched_kl(task, model, reference, batches, pieces, count, ranks):
 
 
 def first_pass(task, policy, reference, batches, step, ranks):
-    """-> dL/dlogp of all pairs of the step, and their metrics: see batches.logp_gradients."""
+    """Run the forwards of a step without a graph -> WholeStep.
+
+    A loss that compares pairs needs all of them at once, but only their log-probs. A router loss
+    needs to know how often each expert is chosen.
+    """
     model = unwrap(policy)
+    options = {} if task.compares_pairs else {"reference_free": True}
 
-    def logps(batch):
-        return pair_logps(task, model, reference, batch)
+    def numbers(batch):
+        if task.router_loss is None:
+            return pair_logps(task, model, reference, batch)
+        routing = Routing()
+        tensors = pair_logps(task, model, reference, batch, routing=routing, **options)
+        counts = routing.counts(task.router_loss.top_k, len(batch["id"]))
+        return tensors | {"expert_counts": counts}
 
-    tensors = of_all_pairs(logps, batches, step.pieces, step.count, ranks)
-    return logp_gradients(task, tensors | step.state)
+    tensors = of_all_pairs(numbers, batches, step.pieces, step.count, ranks)
+    logp_grads, metrics, counts = None, None, None
+    if task.router_loss:
+        counts = tensors.pop("expert_counts").sum(0)  # (E,)
+    if task.compares_pairs:
+        logp_grads, metrics = logp_gradients(task, tensors | step.state)
+    return WholeStep(logp_grads, metrics, counts)
+
+
+def second_pass(task, policy, reference, batch, step, piece, whole_step):
+    """-> losses (B,) of a micro-batch with a graph, {metric: (B,)} without. The gradient of the
+    losses is that of this micro-batch's part of the whole step's loss."""
+    routing = Routing() if task.router_loss else None
+    options = {"routing": routing} if task.router_loss else {}
+    if task.compares_pairs:
+        # dL/dlogp already contains the reference, so this forward does not need one. The sum has
+        # the gradient of the loss, but not its value.
+        out = pair_logps(task, policy, None, batch, reference_free=True, **options)
+        losses = 0
+        for name, gradients in whole_step.logp_grads.items():
+            losses = losses + gradients[piece.pairs] * out[name]  # (B,)
+        metrics = {name: every[piece.pairs] for name, every in whole_step.metrics.items()}
+    else:
+        losses, metrics = pair_losses(task, policy, reference, batch, step.state, **options)
+    if task.router_loss:
+        coefficient, top_k = task.router_loss
+        # Each pair gets the same part of the router loss, so that the mean over the step has all.
+        part = balance_loss(routing, top_k, whole_step.expert_counts) * step.count / len(losses)
+        losses = losses + coefficient * part
+        metrics = metrics | {"aux_loss": part.detach().expand(len(losses))}
+    return losses, metrics
 
 
 def clip_gradients(policy, max_norm, ranks):
@@ -586,7 +638,7 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
         for number in range(start + 1, steps + 1):
             window = row_window(args, number, len(rows))
             pieces = split_step(args, len(window), tokens[window], ranks)
-            yield from passes(rows, window, pieces, others, 2 if task.compares_pairs else 1)
+            yield from passes(rows, window, pieces, others, task.passes)
 
     return load_batches(selections(), tokenizer, task.row_format, task.device)
 
@@ -760,6 +812,27 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
     return attention, masked
 
 
+def settle_router_loss(args, task, model, ranks) -> Task:
+    """The task, with the router loss of --router_aux_loss_coef or of the model's config, if any."""
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = asked_coefficient(model.model)
+    if not coefficient:
+        return task
+    reason = try_rows(find_no_router_loss, model, task.dtype, ranks)
+    if reason is not None and args.router_aux_loss_coef:
+        raise UserError(f"--router_aux_loss_coef {coefficient:g}: {reason}")
+    line = (f"router loss: {coefficient:g} x aux_loss, which balances the experts, is added to the "
+            "loss of a step; it costs a second forward")
+    if reason is not None:
+        line = f"router loss: the model's config.json asks for it, but it is not added: {reason}"
+    if ranks.rank == 0:
+        print(line)
+    if reason is not None:
+        return task
+    return with_router_loss(task, RouterLoss(coefficient, experts_per_token(model.model)))
+
+
 def print_changed_flags(args, saved):
     """Say which flags a resumed run changes."""
     for name in sorted(FREE_ON_RESUME.union(LENGTH) - {"resume", "output_dir"}):
@@ -859,7 +932,7 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
                      masked, most_answers(rows, *held_out.values()))
-    task = with_spread(task)
+    task = settle_router_loss(args, with_spread(task), model, ranks)
     sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
     if args.ref == "cache" and not args.dry_run:
         splits = {"train": rows} | held_out

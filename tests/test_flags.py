@@ -59,6 +59,7 @@ CHANGES = {
     "dora": (LORA, True),
     "quantize": (LORA, "nf4"),
     "gradient_checkpointing": ({}, True),
+    "router_aux_loss_coef": ({}, 0.1),
     "ref": ({}, "cache"),
     "ref_model": ({}, "OTHER"),
     "ref_batch_size": ({"ref": "cache"}, 1),
@@ -128,6 +129,7 @@ REFUSED = {
     "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
+    "router_aux_loss_coef": "is a dense model",
     "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
 }
 if importlib.util.find_spec("tensorboard") is None:

@@ -56,6 +56,7 @@ ALLOWED_IMPORTS = {
     },
     "packing": {"data", "dpo"},
     "logps": {"dpo", "packing"},
+    "experts": {"errors", "packing", "reach"},
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
@@ -64,7 +65,7 @@ ALLOWED_IMPORTS = {
     },
     "saved": {"checkpoint", "dpo", "errors", "files", "lora", "plots", "world"},
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
-    "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
+    "batches": {"answers", "data", "dpo", "experts", "losses", "packing", "parallel", "variants"},
     "log": {
         "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
         "parallel", "plots", "reach", "trackers", "world",
