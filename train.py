@@ -817,7 +817,7 @@ def settle_router_loss(args, task, model, ranks) -> Task:
     coefficient = args.router_aux_loss_coef
     if coefficient is None:
         coefficient = asked_coefficient(model.model)
-    if not coefficient:
+    if not coefficient or args.eval_only:
         return task
     reason = try_rows(find_no_router_loss, model, task.dtype, ranks)
     if reason is not None and args.router_aux_loss_coef:
