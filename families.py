@@ -1,0 +1,31 @@
+"""Decides the family of a model from its config, once, when it is loaded.
+
+    decoder           prompt and answer are one text, as in Llama: dpo.SequenceLogps
+    encoder_decoder   the encoder reads the prompt, the decoder writes the answer, as in T5:
+                      encoder_decoder.py
+"""
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
+
+from errors import UserError
+
+AUTO_CLASSES = {
+    "decoder": AutoModelForCausalLM,
+    "encoder_decoder": AutoModelForSeq2SeqLM,
+}
+
+
+def family_of(config: PretrainedConfig) -> str:
+    """Return the family of a model of this config."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder_decoder"
+    return "decoder"
+
+
+def auto_class_of(name: str, config: PretrainedConfig) -> type:
+    """Return the class of transformers that loads a model of this config, or raise a UserError if
+    no family has such models. `name` is that of the model, for the error."""
+    auto_class = AUTO_CLASSES[family_of(config)]
+    if type(config) not in auto_class._model_mapping:
+        raise UserError(f"{name}: is a {config.model_type} model, which writes no text; pass a "
+                        "decoder, such as Llama, or an encoder-decoder, such as T5")
+    return auto_class
