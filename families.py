@@ -12,6 +12,8 @@ AUTO_CLASSES = {
     "decoder": AutoModelForCausalLM,
     "encoder_decoder": AutoModelForSeq2SeqLM,
 }
+# The task_type of PEFT's adapter_config.json.
+TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
 def family_of(config: PretrainedConfig) -> str:
@@ -19,6 +21,20 @@ def family_of(config: PretrainedConfig) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "encoder_decoder"
     return "decoder"
+
+
+def family_of_adapter(adapter: dict) -> str:
+    """Return the family of the base of an adapter from the entries of its adapter_config.json."""
+    is_encoder_decoder = adapter.get("task_type") == TASK_TYPES["encoder_decoder"]
+    return "encoder_decoder" if is_encoder_decoder else "decoder"
+
+
+def text_inputs(model, ids) -> dict:
+    """Return the inputs of a model for a text of these ids, (N, T)."""
+    inputs = {"input_ids": ids}
+    if family_of(model.config) == "encoder_decoder":
+        inputs["decoder_input_ids"] = ids
+    return inputs
 
 
 def auto_class_of(name: str, config: PretrainedConfig) -> type:

@@ -23,10 +23,11 @@ import torch
 
 import data
 import world
-from batches import autocast_options, collate, resolve_dtype
+from batches import RowFormat, autocast_options, collate, resolve_dtype
 from checkpoint import checkpoints, has_model, is_adapter, is_complete, read_state
 from dpo import concatenated_forward, train_sft
 from errors import UserError
+from families import family_of
 from files import read_run_file
 from flags import build_parser, default_reference, naming_flags
 from generation import reference_model
@@ -65,6 +66,14 @@ class Opened(NamedTuple):
     dtype: str
     options: dict  # of the chat template
     notes: list[str]
+
+    @property
+    def family(self) -> str:
+        return family_of(self.policy.model.config)
+
+    def context(self, prompt: list[int]) -> list[int]:
+        """Return the tokens before an answer of the decoder, of which the prompt may be apart."""
+        return [] if self.family == "encoder_decoder" else prompt
 
 
 # --- Where the parts are --------------------------------------------------------------------------
@@ -251,7 +260,8 @@ def answer_rewards(opened: Opened, beta: float, prompt: list[int],
     """Compute the log-probs of answers to one prompt under policy and reference, as training does,
     and their implicit rewards."""
     row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
-    batch = collate(row, opened.tokenizer, ALONE.device)
+    row_format = RowFormat(family=opened.family)
+    batch = collate(row, opened.tokenizer, ALONE.device, row_format)
     with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
         logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
         ref_logps = [None] * len(logps)
