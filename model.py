@@ -164,6 +164,7 @@ def compile_blocks(model):
     if not blocks:
         raise UserError(f"--compile: {type(model).__name__} does not say which of its modules are "
                         "blocks; leave the flag out")
+    compiled = 0
     for block in blocks:
         for name, module in block.named_children():
             norm = type(module).__name__.endswith("Norm")
@@ -171,6 +172,10 @@ def compile_blocks(model):
             four_bits = any(isinstance(layer, NF4Linear) for layer in module.modules())
             if norm or (mlp and not four_bits and not has_stacked_experts(block)):
                 module.compile(dynamic=True)
+                compiled += 1
+    if not compiled:
+        raise UserError(f"--compile: the blocks of {type(model).__name__} have no MLP or norm that "
+                        "can be compiled on its own; leave the flag out")
 
 
 # --- Make and save --------------------------------------------------------------------------------
