@@ -336,12 +336,13 @@ def check_prompt_room(model: torch.nn.Module, prompts: list[list[int]], names: l
     """Raise a UserError if a prompt leaves the model no position for an answer, or is longer than
     an encoder."""
     most = position_count(model)
+    room, use = most - 1, "prompt and answer"
     if family_of(model.config) == "encoder_decoder":
-        most += 1
+        room, use = most, "a prompt"
     for ids, name in zip(prompts, names):
-        if len(ids) >= most:
-            raise UserError(f"{name}: has {len(ids):,} tokens, and the model can read "
-                            f"{most - 1:,}; shorten it")
+        if len(ids) > room:
+            raise UserError(f"{name}: has {len(ids):,} tokens, and the model has {most:,} "
+                            f"positions for {use}; shorten it")
 
 
 def answer_text(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int]) -> str:

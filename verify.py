@@ -169,7 +169,7 @@ def seeded_forward(module, ids, seed: int) -> tuple[torch.Tensor, dict]:
             if isinstance(output, tuple):
                 output = output[0]
             if torch.is_tensor(output):
-                sums[name] = output.double().square().sum()
+                sums.setdefault(name, output.double().square().sum())  # of its first call
         return hook
 
     for name, part in module.model.named_modules():
