@@ -246,8 +246,10 @@ def test_a_model_without_noise_whose_decoder_is_causal_has_no_fault(kind, tokeni
 
 def test_a_decoder_that_reads_later_tokens_and_a_layer_with_noise_are_found(tokenizers):
     module = make_module("T5", tokenizers["T5"])
-    module.model.decoder.is_decoder = False  # then T5 makes no causal mask
-    module.model.decoder.config.is_decoder = False
+    module.model.decoder.config.is_decoder = False  # then T5 makes no causal mask
+    for layer in module.model.decoder.modules():
+        if hasattr(layer, "is_causal"):
+            layer.is_causal = False
     assert "depend on later tokens" in find_fault(module)
     noisy = make_module("T5", tokenizers["T5"])
     noisy.model.decoder.block[1].layer[2].dropout = torch.nn.Dropout(0.5)
