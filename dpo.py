@@ -256,7 +256,7 @@ def main(argv):
     # Policy and reference start from the same weights; only the policy gets an optimizer.
     tokenizer = load_tokenizer(source)
     policy = SequenceLogps(load_model(source, device=device))
-    if family_of(policy.model.config) != "decoder":
+    if family_of(policy.model.config) == "encoder_decoder":
         raise UserError(f"--model {source}: is no decoder; train it by train.py")
     reference = SequenceLogps(load_model(source, device=device))
     positions = getattr(policy.model.config, "max_position_embeddings", 1024)

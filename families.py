@@ -12,8 +12,6 @@ AUTO_CLASSES = {
     "decoder": AutoModelForCausalLM,
     "encoder_decoder": AutoModelForSeq2SeqLM,
 }
-# The task_type of PEFT's adapter_config.json.
-TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
 def family_of(config: PretrainedConfig) -> str:
@@ -23,10 +21,17 @@ def family_of(config: PretrainedConfig) -> str:
     return "decoder"
 
 
+SEQ_2_SEQ = "SEQ_2_SEQ_LM"
+
+
+def task_type_of(config: PretrainedConfig) -> str:
+    """Return the task_type of PEFT's adapter_config.json for an adapter of this model."""
+    return SEQ_2_SEQ if family_of(config) == "encoder_decoder" else "CAUSAL_LM"
+
+
 def family_of_adapter(adapter: dict) -> str:
     """Return the family of the base of an adapter from the entries of its adapter_config.json."""
-    is_encoder_decoder = adapter.get("task_type") == TASK_TYPES["encoder_decoder"]
-    return "encoder_decoder" if is_encoder_decoder else "decoder"
+    return "encoder_decoder" if adapter.get("task_type") == SEQ_2_SEQ else "decoder"
 
 
 def text_inputs(model, ids) -> dict:

@@ -82,7 +82,7 @@ def has_bare_head(model) -> bool:
 
     The answer is no for models that scale or cap their logits, such as Gemma 2.
     """
-    if family_of(model.config) != "decoder":
+    if family_of(model.config) == "encoder_decoder":
         return False
     head = model.get_output_embeddings()
     if head is None or model.base_model is model or model.device.type == "meta":

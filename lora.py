@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError, nearest, reading
-from families import TASK_TYPES, family_of
+from families import task_type_of
 from files import RUN_FILE, moved_into, read_json, read_run_file
 from limits import run_limited
 
@@ -381,7 +381,7 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
     tensors = tensors or adapter_tensors(model, name)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     config = adapter_config(layers, name, base)
-    config["task_type"] = TASK_TYPES[family_of(model.config)]
+    config["task_type"] = task_type_of(model.config)
     config["revision"] = getattr(model, "base_revision", None)
     if getattr(model, "base_fingerprint", None):
         extra["base_fingerprint"] = model.base_fingerprint
