@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from conftest import (
     ALONE,
@@ -34,10 +33,9 @@ from errors import UserError
 from families import family_of
 from files import read_run_file
 from generation import Sampling, encode_prompts, generate
-from losses import LOSSES
 from lora import read_adapter
+from losses import LOSSES
 from reach import turn_off_noise
-from registry import Needs
 from variants import Variants
 from verify import can_drop_mask, can_pack, find_fault
 
