@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import BaseModelOutput
 
 import data
 from dpo import IGNORE
@@ -42,12 +41,12 @@ class EncoderDecoderLogps(FastLogps):
     def logits(self, input_ids, attention_mask, answer_ids, answer_mask, rows):
         """input_ids and attention_mask (B, P); answer_ids and answer_mask (N, T); rows (N,), the
         index of each answer's prompt -> logits (N, T, V), which predict answer_ids."""
-        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
+        encoded = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         # In backward, the gradients of all answers of a row are added up.
-        hidden = hidden.index_select(0, rows)  # (N, P, H)
+        encoded.last_hidden_state = encoded.last_hidden_state.index_select(0, rows)  # (N, P, H)
         start = answer_ids.new_full((len(answer_ids), 1), self.start)
         output = self.model(
-            encoder_outputs=BaseModelOutput(hidden),
+            encoder_outputs=encoded,
             attention_mask=attention_mask.index_select(0, rows),
             decoder_input_ids=torch.cat([start, answer_ids[:, :-1]], dim=1),
             decoder_attention_mask=answer_mask,

@@ -111,7 +111,7 @@ def split_prompts(model, prompts, size, forward, prefix) -> list[list[int]]:
     return batches
 
 
-def pads_exactly(model, forward, prefix) -> bool:
+def pads_exactly(model, forward, prefix=None) -> bool:
     """Return whether two tokens behind a padded prompt have the log-probs that they have behind the
     prompt alone. In some models padding becomes NaN, or part of a recurrent state."""
     def two_logps(prompts):

@@ -200,8 +200,10 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
 
 def position_count(model) -> float:
     """Return how many tokens a model can read, infinite if its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    config, counts = model.config.get_text_config(), []
+    for part in ("", "encoder_", "decoder_"):  # encoder and decoder of LED have different numbers
+        counts.append(getattr(config, f"max_{part}position_embeddings", None) or math.inf)
+    return min(counts)
 
 
 def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
