@@ -23,6 +23,8 @@ These rules hold for every row:
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
                  tails of the answers. shorten.py removes most of a very long text before.
     messages     the chat template writes them; templates.py checks that no text is lost.
+    families     an encoder-decoder reads the prompt, with all that its tokenizer puts around a
+                 text, in its encoder, and writes the answer: each is tokenized and truncated alone.
     drops        rows without a training signal (an empty answer, chosen equal to rejected) are
                  dropped, counted and named in the report.
 

@@ -60,11 +60,10 @@ def get_batch_logps(logits, labels, label_pad_token_id=IGNORE, is_encoder_decode
         shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"logits are (B, T, V) and labels (B, T), got {shapes}")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if not is_encoder_decoder:
-        labels = labels[:, 1:]  # (B, T-1)
-        logits = logits[:, :-1]  # (B, T-1, V)
+    labels = labels if is_encoder_decoder else labels[:, 1:]  # (B, T-1), or (B, T)
+    logits = logits[:, :labels.shape[1]].to(dtype)  # (B, T-1, V), or (B, T, V)
     # −log π(label) at each position, and 0 where the label is label_pad_token_id.
-    nll = F.cross_entropy(logits.to(dtype).flatten(0, 1), labels.flatten(), reduction="none",
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none",
                           ignore_index=label_pad_token_id)  # (B(T-1),)
     logps = -nll.view(labels.shape).sum(-1)
     lengths = (labels != label_pad_token_id).sum(-1)
@@ -75,9 +74,8 @@ class SequenceLogps(torch.nn.Module):
     """Wraps a causal LM so that forward() returns the results of `get_batch_logps`.
 
     All of it runs in one forward of one module, because DDP and FSDP put their hooks there.
-    encoder_decoder.py has the module of an encoder-decoder, which differs in `logits` alone.
+    encoder_decoder.py has that of an encoder-decoder.
     """
-    is_encoder_decoder = False
 
     def __init__(self, model):
         super().__init__()
@@ -87,11 +85,8 @@ class SequenceLogps(torch.nn.Module):
         """input_ids, attention_mask and labels (N, T) -> logps (N,), lengths (N,)."""
         if labels is None:  # the second path of a subclass, logps.FastLogps
             return self.fast_forward(**inputs)
-        logits = self.logits(**inputs)  # (N, T, V)
-        return get_batch_logps(logits, labels, is_encoder_decoder=self.is_encoder_decoder)
-
-    def logits(self, **inputs):
-        return self.model(**inputs, use_cache=False).logits
+        logits = self.model(**inputs, use_cache=False).logits  # (N, T, V)
+        return get_batch_logps(logits, labels)
 
 
 def concatenated_inputs(batch):

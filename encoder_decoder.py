@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 import data
-from dpo import IGNORE
+from dpo import IGNORE, get_batch_logps
 from errors import UserError
 from families import family_of
 from logps import FastLogps
@@ -37,6 +37,12 @@ class EncoderDecoderLogps(FastLogps):
     def __init__(self, model):
         super().__init__(model)
         self.start = start_id(model.config)
+
+    def forward(self, labels=None, **inputs):
+        """The inputs of `logits` and labels (N, T) -> logps (N,), lengths (N,)."""
+        if labels is None:
+            return self.fast_forward(**inputs)
+        return get_batch_logps(self.logits(**inputs), labels, is_encoder_decoder=True)
 
     def logits(self, input_ids, attention_mask, answer_ids, answer_mask, rows):
         """input_ids and attention_mask (B, P); answer_ids and answer_mask (N, T); rows (N,), the

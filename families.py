@@ -47,6 +47,6 @@ def auto_class_of(name: str, config: PretrainedConfig) -> type:
     no family has such models. `name` is that of the model, for the error."""
     auto_class = AUTO_CLASSES[family_of(config)]
     if type(config) not in auto_class._model_mapping:
-        raise UserError(f"{name}: is a {config.model_type} model, which writes no text; pass a "
-                        "decoder, such as Llama, or an encoder-decoder, such as T5")
+        raise UserError(f"{name}: is a {config.model_type} model, which does not answer text by "
+                        "text; pass a decoder, such as Llama, or an encoder-decoder, such as T5")
     return auto_class

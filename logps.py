@@ -33,9 +33,14 @@ class FastLogps(SequenceLogps):
     Returns logps (2B,), lengths (2B,) and, if asked for, alignments (2B,).
     """
 
+    is_encoder_decoder = False
+
     def __init__(self, model):
         super().__init__(model)
         self.bare_head = has_bare_head(model)
+
+    def logits(self, **inputs):
+        return self.model(**inputs, use_cache=False).logits
 
     def trial_inputs(self, ids):
         """The inputs of a forward on a row of these ids, (1, T)."""

@@ -1,4 +1,5 @@
 """Encoder-decoders: log-probs are those of the model, the encoder runs once, runs end as others."""
+import argparse
 import json
 import shutil
 
@@ -34,8 +35,9 @@ from families import family_of
 from files import read_run_file
 from generation import Sampling, encode_prompts, generate
 from lora import read_adapter
-from losses import LOSSES
+from losses import LOSSES, needs_of
 from reach import turn_off_noise
+from reference import mismatched_rows
 from variants import Variants
 from verify import can_drop_mask, can_pack, find_fault
 
@@ -487,12 +489,29 @@ def test_the_cached_reference_and_the_one_in_memory_train_the_same_model(
 
 
 def test_losses_of_labels_and_of_lists_train_too(fit, folders, ten_rows):
-    """The answer of another row, for KTO, is not truncated to what its prompt leaves."""
-    longest = 13  # tokens of the longest answer or prompt
     for flags in ({"loss": "kto", "unpair": True}, {"loss": "plackett_luce"}):
-        _, rows = fit(model=folders / "T5", dataset=ten_rows, max_steps=2, max_length=longest,
-                      out=flags["loss"], **flags)
+        _, rows = fit(model=folders / "T5", dataset=ten_rows, max_steps=2, out=flags["loss"],
+                      **flags)
         assert rows[-1]["split"] == "eval"
+
+
+def test_the_answer_of_another_row_is_not_truncated_to_what_a_prompt_leaves(tokenizers, ten_rows):
+    needs, device = needs_of(LOSSES["kto"]), ALONE.device
+    shape = data.Shape(unpair=True)
+    limits = data.Limits(max_length=8, family=FAMILY)
+    rows, _ = data.load_tokens(ten_rows, tokenizers["T5"], needs, limits, shape)
+    task = make_task(LOSSES["kto"], {}, Variants(), "float32", device, family=FAMILY)
+    others = mismatched_rows(argparse.Namespace(max_length=8), task, rows)
+    assert sorted(others[:]["answer_ids"]) == sorted(rows[:]["answer_ids"])
+
+
+def test_policy_and_reference_answer_during_a_run(fit, folders, ten_rows):
+    out, _ = fit(model=folders / "Bart", dataset=ten_rows, max_steps=2, sample_every=1,
+                 sample_prompts=2, sample_tokens=4)
+    lines = (out / "samples.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert len(lines) == 4 and not first["policy"]["text"].startswith("<bos>sun")
+    assert first["policy"]["reward"] != 0
 
 
 @pytest.mark.slow
@@ -528,7 +547,7 @@ def test_a_model_of_no_family_is_refused_in_one_line(kind, tokenizers, tmp_path)
     config = getattr(transformers, f"{kind}Config")()
     config.save_pretrained(tmp_path)
     tokenizers["T5"].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"is a {config.model_type} model, which writes no text"):
+    with pytest.raises(UserError, match=f"is a {config.model_type} model, which does not"):
         models.load_model(str(tmp_path))
 
 

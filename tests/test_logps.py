@@ -66,9 +66,9 @@ def full_logits(monkeypatch):
     """A list of the shapes of the logits that dpo.get_batch_logps was called with."""
     shapes, get_batch_logps = [], dpo.get_batch_logps
 
-    def spy(logits, labels, **options):
+    def spy(logits, labels):
         shapes.append(logits.shape)
-        return get_batch_logps(logits, labels, **options)
+        return get_batch_logps(logits, labels)
 
     monkeypatch.setattr(dpo, "get_batch_logps", spy)
     return shapes
