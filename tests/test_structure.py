@@ -58,17 +58,20 @@ ALLOWED_IMPORTS = {
     },
     "packing": {"data", "dpo"},
     "logps": {"dpo", "families", "packing"},
+    "experts": {"errors", "packing", "reach"},
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
         "best", "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers",
-        "ranges", "trackers", "variants", "world",
+        "ranges", "saved", "sources", "trackers", "variants", "world",
     },
+    "saved": {"checkpoint", "dpo", "errors", "files", "lora", "plots", "world"},
     "card": {
         "checkpoint", "errors", "families", "files", "flags", "loading", "losses", "plots",
     },
     "batches": {
-        "answers", "data", "dpo", "encoder_decoder", "losses", "packing", "parallel", "variants",
+        "answers", "data", "dpo", "encoder_decoder", "experts", "losses", "packing", "parallel",
+        "variants",
     },
     "log": {
         "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
@@ -79,6 +82,12 @@ ALLOWED_IMPORTS = {
         "loading", "log", "logps", "lora", "losses", "model", "parallel",
     },
 }
+ALLOWED_IMPORTS["rehearsal"] = {
+    "checkpoint", "data", "log", "losses", "optimizers", "parallel",
+}
+ALLOWED_IMPORTS["formulas"] = set()
+ALLOWED_IMPORTS["curves"] = {"registry"}
+ALLOWED_IMPORTS["book"] = {"card", "curves", "errors", "files", "formulas", "losses", "registry"}
 ALLOWED_IMPORTS["generation"] = {
     "data", "encoder_decoder", "errors", "families", "loading", "lora", "packing", "templates",
 }
