@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 import packing
 import world
-from answers import Mismatched, group_means
+from answers import group_means
 from best import (
     BEST,
     Best,
@@ -88,6 +88,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
+from encoder_decoder import logps_module
 from experts import (
     Routing,
     RouterLoss,
@@ -96,6 +97,7 @@ from experts import (
     experts_per_token,
     find_no_router_loss,
 )
+from families import family_of
 from files import (
     delete_if_abandoned,
     free_name,
@@ -148,6 +150,7 @@ from reference import (
     fingerprint,
     load_reference,
     load_weights,
+    mismatched_rows,
     move_reference,
     moving_tensors,
     settings_digest,
@@ -180,12 +183,12 @@ def make_world(ranks: Ranks) -> pathlib.Path:
 
 # --- Rows -----------------------------------------------------------------------------------------
 
-def load_rows(args, loss, tokenizer, home, ranks):
+def load_rows(args, loss, tokenizer, home, family, ranks):
     """-> training rows, and held-out rows (maybe none) of each evaluation set, as token ids.
 
     Rank 0 tokenizes, then the others read its cache.
     """
-    limits, shape, options = data.read_flags(args)
+    limits, shape, options = data.read_flags(args, family)
     specs = name_sources(args, loss, home)
     if ranks.rank > 0:
         barrier(ranks)
@@ -295,7 +298,7 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return FastLogps(model)
+    return logps_module(model)
 
 
 def choose_attention(args, models, rows, dtype, ranks):
@@ -322,6 +325,8 @@ def choose_attention(args, models, rows, dtype, ranks):
 
 def reason_to_pad(args, models, rows, dtype, ranks):
     """None if rows can be packed and, with --attention auto, gain from it."""
+    if models[0].is_encoder_decoder:
+        return can_pack(models[0])
     tokens = data.column(rows, "tokens")
     hidden = models[0].model.get_input_embeddings().embedding_dim
     if args.attention == "auto" and not packing.is_faster(tokens, hidden):
@@ -612,11 +617,6 @@ def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
     return group_means(dict(zip(metrics, means)))
 
 
-def mismatched_rows(args, task, rows):
-    """-> the rows with the answers of other rows, or None if the loss does not need them."""
-    return Mismatched(rows, args.max_length) if needs_kl(task.loss) else None
-
-
 def passes(rows, window, pieces, mismatched=None, repeats=1):
     """Yield (rows, indices) of the micro-batches of a step: of the mismatched answers, if there are
     such, then of the rows, `repeats` times."""
@@ -817,7 +817,7 @@ def settle_router_loss(args, task, model, ranks) -> Task:
     coefficient = args.router_aux_loss_coef
     if coefficient is None:
         coefficient = asked_coefficient(model.model)
-    if not coefficient:
+    if not coefficient or args.eval_only:
         return task
     reason = try_rows(find_no_router_loss, model, task.dtype, ranks)
     if reason is not None and args.router_aux_loss_coef:
@@ -898,7 +898,8 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     weights = fingerprint(model, reference, dtype, ranks)
     settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)
 
-    rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
+    family = family_of(model.model.config)
+    rows, held_out = load_rows(args, loss, tokenizer, home, family, ranks)
     # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
     # are from another file, which the error about them names.
     rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
@@ -931,7 +932,7 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(rows, *held_out.values()))
+                     masked, most_answers(rows, *held_out.values()), family)
     task = settle_router_loss(args, with_spread(task), model, ranks)
     sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
     if args.ref == "cache" and not args.dry_run:
