@@ -23,7 +23,6 @@ import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,6 +30,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from errors import UserError, hub_failure, reading, stop_hub_retries
+from families import AUTO_CLASSES, auto_class_of, family_of, family_of_adapter
 from files import read_json
 
 transformers.logging.set_verbosity_error()
@@ -42,14 +42,12 @@ JSON_FILES = {
     AutoConfig: ("config.json",),
     AutoTokenizer: ("config.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json"),
-    AutoModelForCausalLM: ("generation_config.json",),
-}
+} | dict.fromkeys(AUTO_CLASSES.values(), ("generation_config.json",))
 # What each class reads, for its error.
 PARTS_OF_FOLDER = {
     AutoConfig: "config.json",
     AutoTokenizer: "tokenizer.json or another file of the tokenizer",
-    AutoModelForCausalLM: "the weights and config.json",
-}
+} | dict.fromkeys(AUTO_CLASSES.values(), "the weights and config.json")
 TAKE_CONFIG = "; take config.json from the model that the weights belong to"
 COPY_FILE = "; copy it from the model again"
 # Files with a vocabulary, of which a tokenizer needs one.
@@ -94,6 +92,10 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 MOST_LAYERS = 10_000  # some configs make a list with an entry for each layer
 
 
+# What a run adds to the config.json of its model. It is not true of a model trained from there.
+RUN_ENTRIES = ("flags", "digest", "best", "loss_state")
+
+
 def load_config(name: str, revision: str | None = None,
                 attention: str | None = None) -> PretrainedConfig:
     """Load the config of a model, and reject a model that cannot be trained here.
@@ -112,6 +114,8 @@ def load_config(name: str, revision: str | None = None,
     if attention:
         options["attn_implementation"] = attention
     config = load_pretrained(AutoConfig, name, **options)
+    for entry in RUN_ENTRIES:
+        vars(config).pop(entry, None)
     parts = [config]
     for part in config.sub_configs:
         if getattr(config, part, None) is not None:
@@ -127,6 +131,18 @@ def load_config(name: str, revision: str | None = None,
                 "made from (with an adapter, --quantize nf4 stores that one in 4 bits)")
         check_attention(name, str(part._attn_implementation), attention)
     return config
+
+
+def load_family(name: str) -> str:
+    """Return the family of the model or adapter in a folder or on the Hub. A folder with no more
+    than a tokenizer is taken for a decoder's."""
+    folder = pathlib.Path(name)
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json", COPY_FILE)
+        return family_of_adapter(adapter)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        return "decoder"
+    return family_of(load_pretrained(AutoConfig, name))
 
 
 def check_layers(path, entries):
@@ -190,8 +206,10 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
 
 def position_count(model) -> float:
     """Return how many tokens a model can read, infinite if its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    config, counts = model.config.get_text_config(), []
+    for part in ("", "encoder_", "decoder_"):  # encoder and decoder of LED have different numbers
+        counts.append(getattr(config, f"max_{part}position_embeddings", None) or math.inf)
+    return min(counts)
 
 
 def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -277,7 +295,7 @@ def weight_files(name: str, config: PretrainedConfig, revision: str | None = Non
             return [path]
         if path:
             return [find_shard(name, path, shard, revision) for shard in read_index(path)]
-    refuse_pickles(name, candidates)
+    refuse_pickles(name, candidates, auto_class_of(name, config))
 
 
 def find_shard(name, index, shard, revision):
@@ -311,13 +329,13 @@ def read_index(path) -> list:
     return sorted(set(weight_map.values()))
 
 
-def refuse_pickles(name, candidates):
+def refuse_pickles(name, candidates, auto_class):
     """Raise for a model without safetensors. Name the pickles that it has, and how to convert."""
     pickles = []
     for pattern in PICKLES:
         pickles += sorted(path.name for path in pathlib.Path(name).glob(pattern))
     missing = f"{name}: has no {' or '.join(candidates)}"
-    convert = (f"transformers.AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained("
+    convert = (f"transformers.{auto_class.__name__}.from_pretrained({name!r}).save_pretrained("
                f"{os.path.basename(name) + '-safe'!r}), then copy the tokenizer's files")
     if not os.path.isdir(name):
         raise UserError(
@@ -370,9 +388,10 @@ def check_sizes(name: str, config: PretrainedConfig, headers: dict) -> None:
 
 def build_on_meta(name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config with shapes and without values."""
+    auto_class = auto_class_of(name, config)
     what = f"{name}: no model can be built from config.json"
     with reading(what, TAKE_CONFIG), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def check_loaded(name: str, model: PreTrainedModel, info: dict) -> None:

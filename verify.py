@@ -62,6 +62,8 @@ def verify(module, compare: Callable) -> str | None:
     same forwards.
     """
     model = module.model
+    if module.is_encoder_decoder:
+        return "an encoder-decoder reads prompt and answer apart"
     before, device = model.config._attn_implementation, model.device.type
     if before not in ("sdpa", NAME):
         return f"its attention is {before} and not sdpa"
@@ -101,18 +103,18 @@ def find_fault(module) -> str | None:
 
     def record(embedding, inputs, output):
         leaves.append(output.detach().requires_grad_())
-        return leaves[0].clone()  # some models scale the embeddings in place
+        return leaves[-1].clone()  # some models scale the embeddings in place
 
-    hook = model.get_input_embeddings().register_forward_hook(record)
+    hook = module.read_embeddings().register_forward_hook(record)
     before = generator_states(model.device)
     try:
         with torch.enable_grad():
-            logits = module(input_ids=ids)  # (1, 8, V)
+            logits = module(**module.trial_inputs(ids))  # (1, 8, V)
     finally:
         hook.remove()
     drew_numbers = generator_states(model.device) != before
     first = logits[:, :4].float().square().sum()
-    gradient, = torch.autograd.grad(first, leaves[0])  # (1, 8, H)
+    gradient, = torch.autograd.grad(first, leaves[-1])  # (1, 8, H)
     earlier, later = gradient[0].float().norm(dim=-1).split(4)
     if later.norm() > 1e-5 * earlier.norm():
         return ("its logits at a token depend on later tokens, so it is no causal language model "
@@ -167,14 +169,14 @@ def seeded_forward(module, ids, seed: int) -> tuple[torch.Tensor, dict]:
             if isinstance(output, tuple):
                 output = output[0]
             if torch.is_tensor(output):
-                sums[name] = output.double().square().sum()
+                sums.setdefault(name, output.double().square().sum())  # of its first call
         return hook
 
     for name, part in module.model.named_modules():
         hooks.append(part.register_forward_hook(record(name)))
     torch.manual_seed(seed)
     try:
-        logits = module(input_ids=ids)
+        logits = module(**module.trial_inputs(ids))
     finally:
         for hook in hooks:
             hook.remove()
