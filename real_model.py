@@ -118,8 +118,9 @@ def verdict(result: Learned) -> str:
 
 
 def short(value: float) -> str:
-    """Format a learning rate: 5e-6, 0.01."""
-    return f"{value:g}".replace("e-0", "e-")
+    """Format a learning rate as one writes it behind --lr: 5e-4, 2.5e-6."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -168,7 +169,8 @@ def default_lines(results: list[Learned]) -> list[str]:
         margin = result.changes[0] - result.changes[1]
         lines.append(f"- `{result.experiment.loss}`, {kind}, lr {short(result.flags['lr'])}: "
                      f"{verdict(result)} ({result.right} of {result.pairs} pairs right, "
-                     f"{low:.2f} to {high:.2f}; margin {signed(margin)} nats)")
+                     f"{low:.2f} to {high:.2f}; margin {signed(margin)} nats; log-prob of chosen "
+                     f"{signed(result.changes[0])} nats)")
     return lines
 
 
@@ -277,10 +279,11 @@ def draw_runs(args: Namespace, results: list[Learned], path: pathlib.Path) -> No
         runs = [Curves(name, rows + running_means(rows))]
         for column, metric in enumerate(PANELS, 1):
             panel = figure.add_subplot(len(results), len(PANELS), number * len(PANELS) + column)
-            draw_panel(panel, runs, metric)
+            draw_panel(panel, runs, metric, {"eval": "-"})
             panel.set_ylabel("")
             if not any(metric in row for row in rows):
                 panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center")
+                panel.set(xticks=[], yticks=[])
             if column == 1:
                 panel.set_ylabel(name, fontsize=10, fontweight="bold")
     with reading(f"--page: {path} cannot be written"):
@@ -304,8 +307,10 @@ def missing_line(results: list[Learned]) -> str:
 
 COLUMNS = """\
 - *learned*: "not shown" if the interval contains 0.5. Above 0.5 it is "yes" if the margin, Δ chosen
-  minus Δ rejected, grew by 0.1 nats or more, and "direction" if it grew by less: then most pairs
-  moved in the right direction, and no answer changes.
+  minus Δ rejected, grew by 0.1 nats or more, and "direction" if it grew by less: most pairs moved
+  in the right direction, but hardly.
+  `sft` and `orpo` imitate the chosen answer: for them, Δ chosen shows learning too. `sft` does not
+  tell the answers apart.
 - *per token*: the share of pairs whose chosen answer has the higher log-prob per token
 - *Δ chosen*, *Δ rejected*: the mean change of the log-prob of an answer, in nats
 - *CPU min*: processor time of the training command, with its start"""
@@ -340,8 +345,9 @@ run is better.
 
 {defaults}
 
-Where a default shows nothing or a direction alone, set `--lr` as in the tables, or train for more
-steps: the defaults are for models of billions of parameters and for hundreds of steps.
+Where a default of a preference loss shows nothing or a direction alone, set `--lr` as in the
+tables, or train for more steps: the defaults are for models of billions of parameters and for
+hundreds of steps.
 
 ## Curves
 
