@@ -3,8 +3,8 @@
     python real_model.py --model DIR --data DIR
     python real_model.py --model DIR --data DIR --compare "VENV/bin/python tests/trl_steps.py"
 
---model is a chat model, --data a folder with the files of experiments.FILES. The runs are in
-experiments.py; each is a few commands, which the page prints. Their results are kept in --out. A
+--model is a chat model, --data a folder with the files of real_runs.FILES. The runs are in
+real_runs.py; each is a few commands, which the page prints. Their results are kept in --out. A
 finished command is skipped, so a second call continues where the first was stopped, or only writes
 the page again. Every figure of the page is computed from these results.
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import (
+from real_runs import (
     COMPARED_FLAGS,
     EXPERIMENTS,
     FILES,

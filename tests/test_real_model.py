@@ -13,11 +13,11 @@ import pytest
 from conftest import make_rows, make_tokenizer, tiny_model, write_jsonl
 
 import errors
-import experiments
 import model as models
 import real_model
-from experiments import Experiment, Rows
+import real_runs
 from real_model import wilson
+from real_runs import Experiment, Rows
 
 TEMPLATE = ("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
             "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
@@ -79,11 +79,11 @@ def made(tmp_path_factory):
         return (home / "page.md").read_text()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (experiments, real_model):
+        for module in (real_runs, real_model):
             patch.setattr(module, "EXPERIMENTS", RUNS)
             patch.setattr(module, "FILES", {"instructions": Rows("pairs.jsonl", "Tiny", True)})
-        patch.setattr(experiments, "COMPARED", ("kto",))
-        patch.setattr(experiments, "run_process", run_forked)
+        patch.setattr(real_runs, "COMPARED", ("kto",))
+        patch.setattr(real_runs, "run_process", run_forked)
         make()
         yield SimpleNamespace(home=home, out=home / "out", make=make, patch=patch)
 
@@ -140,7 +140,7 @@ def test_the_page_names_the_default_learning_rate_that_train_py_used(made):
 
 def test_a_second_call_runs_nothing_and_writes_the_same_page(made, monkeypatch):
     page = (made.home / "page.md").read_bytes()
-    monkeypatch.setattr(experiments, "run_process", None)
+    monkeypatch.setattr(real_runs, "run_process", None)
     made.make()
     assert (made.home / "page.md").read_bytes() == page
 
@@ -185,7 +185,7 @@ def test_the_page_shows_the_exact_command_of_each_run(made):
 
 def test_a_run_by_another_command_is_refused_and_named(made, monkeypatch):
     changed = (RUNS[0]._replace(flags={"lora_rank": 4, "lr": "3e-2"}),)
-    monkeypatch.setattr(experiments, "EXPERIMENTS", changed)
+    monkeypatch.setattr(real_runs, "EXPERIMENTS", changed)
     with pytest.raises(errors.UserError, match="tuned-train was made by another command"):
         made.make()
 
@@ -203,8 +203,8 @@ def test_a_command_that_fails_is_one_line_with_its_last_output(made, monkeypatch
     def fail(words, log):
         log.write_text("starting\nerror: --lr: is wrong\n")
         return 2
-    monkeypatch.setattr(experiments, "run_process", fail)
-    monkeypatch.setattr(experiments, "EXPERIMENTS", (Experiment("new", "instructions", "ipo"),))
+    monkeypatch.setattr(real_runs, "run_process", fail)
+    monkeypatch.setattr(real_runs, "EXPERIMENTS", (Experiment("new", "instructions", "ipo"),))
     with pytest.raises(errors.UserError, match=r"new-train: ended with status 2 \(error: --lr"):
         made.make()
     assert not pathlib.Path(made.out / "new-train.json").exists()
@@ -215,10 +215,10 @@ def test_a_command_that_fails_is_one_line_with_its_last_output(made, monkeypatch
     ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "0 pairs that can be used"),
 ])
 def test_a_file_without_usable_pairs_is_one_line(rows, problem, tmp_path):
-    write_jsonl(tmp_path / experiments.FILES["instructions"].file, rows)
+    write_jsonl(tmp_path / real_runs.FILES["instructions"].file, rows)
     args = SimpleNamespace(data=tmp_path, out=tmp_path, train_rows=1, held_out=1)
     with pytest.raises(errors.UserError, match=problem):
-        experiments.split_rows(args, "instructions")
+        real_runs.split_rows(args, "instructions")
 
 
 @pytest.mark.slow
@@ -234,16 +234,16 @@ def test_six_losses_trained_by_trl_from_one_adapter_log_the_same_numbers(made, m
         log.write_text(finished.stdout + finished.stderr)
         return finished.returncode
 
-    script = experiments.ROOT / "tests" / "trl_steps.py"
+    script = real_runs.ROOT / "tests" / "trl_steps.py"
     args = real_model.parse_real_args([
         f"--model={made.home / 'tiny'}", f"--data={made.home / 'data'}",
         f"--out={made.home / 'trl'}", f"--compare={sys.executable} {script}"])
     (args.out / "compare").mkdir(parents=True)
     shutil.copytree(made.out / "instructions", args.out / "instructions")
-    monkeypatch.setattr(experiments, "run_process", run)
-    monkeypatch.setattr(experiments, "COMPARED", tuple(LOGGED))
-    experiments.compare_trainers(args)
-    compared = experiments.read_comparison(args)
+    monkeypatch.setattr(real_runs, "run_process", run)
+    monkeypatch.setattr(real_runs, "COMPARED", tuple(LOGGED))
+    real_runs.compare_trainers(args)
+    compared = real_runs.read_comparison(args)
     for loss, metrics in LOGGED.items():
         assert set(compared[loss]) == metrics, loss
         assert all(difference < 1e-4 for difference in compared[loss].values()), compared[loss]

@@ -101,11 +101,11 @@ ALLOWED_IMPORTS["chat"] = {"encoder_decoder", "errors", "generation", "runs"}
 ALLOWED_IMPORTS["sample"] = {
     "audit", "chat", "data", "errors", "generation", "ranges", "runs", "world",
 }
-ALLOWED_IMPORTS["experiments"] = {
+ALLOWED_IMPORTS["real_runs"] = {
     "answers", "checkpoint", "data", "errors", "files", "loading", "lora", "losses", "model",
     "plots",
 }
-ALLOWED_IMPORTS["real_model"] = {"errors", "experiments", "files", "model", "plots", "ranges"}
+ALLOWED_IMPORTS["real_model"] = {"errors", "files", "real_runs", "model", "plots", "ranges"}
 ALLOWED_IMPORTS["bench"] = {
     "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
 }
