@@ -465,6 +465,16 @@ class Terminal:
     def send(self, text):
         os.write(self.master, text.encode())
 
+    def interrupt_until(self, shown, times=20):
+        """Press Ctrl-C until this is shown. Python does not notice one that comes after it wrote
+        the prompt of input() and before it waits for a key, so one may not be enough."""
+        for _ in range(times):
+            os.killpg(self.process.pid, signal.SIGINT)
+            if select.select([self.master], [], [], 3)[0]:
+                assert shown in self.wait_for("\npolicy> ")
+                return
+        raise AssertionError(f"no {shown!r} after {times} times Ctrl-C")
+
     def finish(self):
         code = self.process.wait(30)
         os.close(self.master)
@@ -513,8 +523,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chat_folder):
     stopped = terminal.wait_for("\npolicy> ")
     count = int(re.search(r"\((\d+) tokens", stopped)[1])
     assert 0 < count < 50_000
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    assert "/quit or Ctrl-D leaves" in terminal.wait_for("\npolicy> ")
+    terminal.interrupt_until("(/quit or Ctrl-D leaves)")
     terminal.send("\x04")
     assert terminal.finish() == 0
     assert "Traceback" not in terminal.text
