@@ -60,6 +60,7 @@ import torch
 import conversations
 import fields
 import formats
+import images
 import layouts
 import loading
 import selection
@@ -67,6 +68,7 @@ import shorten
 import sources
 import templates
 import unread
+import vision
 import written
 from layouts import LAYOUTS, Shape, examples, find_layout, known_names
 from loading import load_tokenizer, text_with_tokens
@@ -81,8 +83,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates,
-    unread, written)]
+    conversations, fields, formats, images, layouts, loading, selection, shorten, sources,
+    templates, unread, vision, written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -200,7 +202,7 @@ def special_ids(tokenizer):
     return with_special[:front], [tokenizer.eos_token_id]
 
 
-def tokenize_row(text, prompt, wholes, front, ends, limits, offsets):
+def tokenize_row(text, prompt, wholes, front, ends, limits, offsets, seen=None):
     """Tokenize one row. Returns its columns.
 
     text     RowText
@@ -208,12 +210,17 @@ def tokenize_row(text, prompt, wholes, front, ends, limits, offsets):
     front    the ids to put before the row, [BOS] or []
     ends     the ids to put after each answer, [EOS] or []
     offsets  for each answer the characters of the tokens of its whole, if only a part is scored
+    seen     a vision.SeenPrompt of the prompt, if it has images
     """
     # The answers begin where the tokens of the prompt and of the wholes differ.
     start = len(os.path.commonprefix([prompt, *wholes]))
     answers = [whole[start:] for whole in wholes]
     # Add no second BOS and no second EOS where the text has its own.
     whole_prompt = wholes[0][:start]
+    if seen:
+        whole_prompt = vision.prompt_with_images(seen, prompt, start)
+    if whole_prompt is None:
+        text, whole_prompt = text._replace(problem=vision.MERGED), []
     if wholes[0][:len(front)] != front:
         whole_prompt = front + whole_prompt
     ended = []
@@ -273,16 +280,19 @@ def text_of_row(batch, i, tokenizer, special, options):
     if batch["chat"][i]:
         messages = [json.loads(answer) for answer in answers]
         own_options = json.loads(batch["options"][i] or "{}")
-        return templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
+        text = templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
                                           batch["id"][i], own_options | options)
-    return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
+    else:
+        text = templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
+    return text._replace(images=len(batch["image_paths"][i]))
 
 
-def tokenize(batch, tokenizer, needs, limits, options):
+def tokenize(batch, tokenizer, needs, limits, options, processor=None):
     """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function.
 
     needs, limits   Needs and Limits, which `datasets` passes as tuples
     options         of the chat template, from --template_kwargs
+    processor       of the images, or None if no row has any
     """
     needs, limits = Needs(*needs), Limits(*limits)
     bos, eos = special_ids(tokenizer)
@@ -304,7 +314,7 @@ def tokenize(batch, tokenizer, needs, limits, options):
     whole_ids = iter(encode(tokenizer, list(wholes_of_all)))
 
     # Token ids -> rows.
-    rows = []
+    rows, prompts_seen = [], see_prompts(batch, texts, processor)
     for i, text in enumerate(texts):
         is_chat = batch["chat"][i]
         wholes = list(itertools.islice(whole_ids, len(text.wholes)))
@@ -315,11 +325,15 @@ def tokenize(batch, tokenizer, needs, limits, options):
             front = wholes[0][:1] if has_bos else []
             end_ids = [[] if whole.endswith(special.texts) else eos for whole in text.wholes]
         offsets = offsets_of(text, tokenizer)
-        row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits, offsets)
+        seen = prompts_seen[i]
+        row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits, offsets, seen)
+        if processor:
+            row |= image_columns(batch, i, text, seen)
+            row["problem"] = row["problem"] or vision.find_image_problem(row, seen, processor)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
         row["unclosed"] = any(leaves_thinking_open(text, answer) for answer in text.answers)
-        row["prompt_key"] = hash_prompt(batch["prompt"][i])
+        row["prompt_key"] = hash_prompt(batch["prompt"][i] + str(seen.keys if seen else ""))
         # Problems that the layout found, and scores that contradict the preference.
         row["problem"] = batch["problem"][i] or row["problem"]
         if needs.ordered_scores and not row["problem"]:
@@ -336,6 +350,29 @@ def tokenize(batch, tokenizer, needs, limits, options):
     for name in rows[0]:
         columns[name] = [row[name] for row in rows]
     return columns
+
+
+def see_prompts(batch, texts, processor):
+    """Return the vision.SeenPrompt of each row with images that may be trained on, else None."""
+    seen = []
+    for i, text in enumerate(texts):
+        pictures = vision.pictures_of(batch, i)
+        is_usable = pictures and not text.problem and not batch["problem"][i]
+        prompt = None
+        if is_usable:
+            prompt = vision.see_prompt(processor, text.prompt, pictures, batch["id"][i])
+        seen.append(prompt)
+    return seen
+
+
+def image_columns(batch, i, text, seen):
+    """Return the columns of the images of a row, and the text that its processor reads."""
+    return {
+        "image_paths": batch["image_paths"][i],
+        "image_bytes": batch["image_bytes"][i],
+        "image_keys": seen.keys if seen else [],
+        "image_text": text.prompt if seen else "",
+    }
 
 
 def encode(tokenizer, strings):
@@ -383,7 +420,7 @@ ANY_LENGTH, ANY_LAYOUT = Limits(), Shape()
 
 
 def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_LAYOUT,
-                strict=False, options=None) -> tuple[datasets.Dataset, dict]:
+                strict=False, options=None, load_processor=None) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
@@ -391,6 +428,7 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     shape       the layout of the files, and what to make of it
     strict      a row that would be dropped is an error
     options     keyword arguments of the chat template
+    load_processor  is called if a row has images, which is an error unless shape.images
 
     The columns of a row:
 
@@ -403,12 +441,15 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
         prompt_length, answers, tokens  of the prompt; K; of the prompt and all answers
         first_length, last_length       scored tokens of the first and of the last answer
         prompt_key                      a hash of the prompt, 0 <= key < 2**56
+        image_paths, image_bytes        the images of the prompt, if any row has images; image_text
+        image_keys, image_text          is its text, and image_keys are hashes of the images
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
                "unread": {}, "not_read": {}, "layouts": {}}
-    for source in mixture:
-        text = load_text(source, needs, shape)
+    texts = [load_text(source, needs, shape) for source in mixture]
+    processor = load_processor() if any(map(has_images, texts)) else None
+    for source, text in zip(mixture, texts):
         account["layouts"][source.name] = find_layout(source, needs, shape)
         count_unread(text, account["unread"])
         files, not_read = find_files(source)
@@ -419,10 +460,10 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
         with reading_cache(CACHE_ERRORS):
             rows = text.map(
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-                new_fingerprint=cache_name(text, tokenizer, needs, limits, options),
-                features=token_features(needs),
+                new_fingerprint=cache_name(text, tokenizer, needs, limits, options, processor),
+                features=token_features(needs, processor),
                 fn_kwargs={"tokenizer": tokenizer, "needs": needs, "limits": limits,
-                           "options": options or {}})
+                           "options": options or {}, "processor": processor})
         check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
@@ -456,12 +497,35 @@ def without_defaults(rows):
     return rows
 
 
-def cache_name(text, tokenizer, needs, limits, options):
+def has_images(text):
+    """Return whether a row of `examples` has an image."""
+    counts = pyarrow.compute.list_value_length(text.data.column("image_paths"))
+    return (pyarrow.compute.max(counts).as_py() or 0) > 0
+
+
+def count_without_images(rows):
+    """Return how many rows have no image."""
+    return len(rows) - sum(1 for paths in rows["image_paths"] if paths)
+
+
+def image_states(text, processor):
+    """Return the settings of a processor, and the state of all files of images."""
+    if processor is None:
+        return []
+    states = [vision.processor_settings(processor)]
+    for path in sorted(set(itertools.chain(*text["image_paths"]))):
+        if os.path.isfile(path):
+            states.append(file_state(pathlib.Path(path)))
+    return states
+
+
+def cache_name(text, tokenizer, needs, limits, options, processor):
     """Return a cache name of the token ids, which changes with everything they depend on."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     return datasets.fingerprint.Hasher.hash([
         text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, needs,
-        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
+        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False),
+        *image_states(text, processor)])
 
 
 # Columns that mark rows for the report, and the words of the report.
@@ -475,7 +539,11 @@ NOTES = {
 }
 
 
-def token_features(needs):
+# Columns of images, without their hashes.
+IMAGES = ("image_paths", "image_bytes", "image_text")
+
+
+def token_features(needs, processor):
     """Return the types of the columns, which a first batch of empty prompts does not show."""
     ids = datasets.Sequence(datasets.Value("int64"))
     types = {
@@ -491,6 +559,13 @@ def token_features(needs):
         types["scores"] = datasets.Sequence(datasets.Value("float64"))
     if needs.kind == "labels":
         types["desirable"] = datasets.Value("bool")
+    if processor:
+        types |= {
+            "image_paths": datasets.Sequence(datasets.Value("string")),
+            "image_bytes": datasets.Sequence(datasets.Value("binary")),
+            "image_keys": ids,
+            "image_text": datasets.Value("string"),
+        }
     types |= dict.fromkeys(NOTES, datasets.Value("bool"))
     numbers = ("prompt_length", "first_length", "last_length", "answers", "tokens", "prompt_key")
     types |= dict.fromkeys(numbers, datasets.Value("int64"))
@@ -572,7 +647,7 @@ def digest(rows: datasets.Dataset) -> str:
     ten times slower.
     """
     names = [name for name, kind in rows.features.items()
-             if getattr(kind, "dtype", None) != "string"]
+             if getattr(kind, "dtype", None) != "string" and name not in IMAGES]
     hashes = [np.zeros(0, np.uint64)]
     for batch in rows.data.table.select(sorted(names)).to_batches(max_chunksize=10_000):
         hashes.append(np.zeros(len(batch), np.uint64))
@@ -735,17 +810,19 @@ def describe_statistics(numbers: dict) -> str:
     return "\n".join(lines)
 
 
-def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) -> str:
+def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None,
+         image_id: int | None = None) -> str:
     """Format the first rows as the model sees them: the prompt, then in brackets the scored tokens,
     separated by bars.
 
     most    the largest number of characters to show: the end of a prompt, the beginning and the end
             of an answer
+    image_id  the token of an image, many of which are shown as [image: 12 tokens]
     """
     lines = []
     for i in range(min(count, len(rows))):
         row = rows[i]
-        prompt = tokenizer.decode(row["prompt_ids"])
+        prompt = vision.decode_prompt(row["prompt_ids"], tokenizer, image_id)
         mark = ""
         if most and len(prompt) > most:
             prompt, mark = prompt[-most:], "… "

@@ -52,9 +52,7 @@ def read_pictures(row: Any, folder: str) -> list[Picture]:
         raise UserError(f"{row.where}: has the columns {' and '.join(columns)}; keep one of them")
     pictures = []
     for name in columns:
-        values = row.value(name)
-        if not isinstance(values, list):
-            values = [values]
+        values = row.list(name) if name == "images" else [row.value(name)]
         for value in values:
             pictures.append(read_picture(value, f"{row.where}: the field '{name}'", folder))
     return pictures
@@ -158,9 +156,9 @@ def take_picture(part, named, where, folder):
 
 # --- Files ----------------------------------------------------------------------------------------
 
-def content_key(content: bytes, settings: str) -> list[int]:
-    """Hash an image and the settings of its processor to four numbers below 2**32."""
-    digest = hashlib.blake2b(content, digest_size=16, key=settings.encode()[:64]).digest()
+def content_key(content: bytes) -> list[int]:
+    """Hash the file of an image to four numbers below 2**32."""
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     return [int.from_bytes(digest[i:i + 4], "big") for i in range(0, 16, 4)]
 
 

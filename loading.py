@@ -23,7 +23,7 @@ import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from errors import UserError, hub_failure, reading, stop_hub_retries
+from families import AUTO_CLASSES, auto_class_of
 from files import read_json
 
 transformers.logging.set_verbosity_error()
@@ -42,14 +43,14 @@ JSON_FILES = {
     AutoConfig: ("config.json",),
     AutoTokenizer: ("config.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json"),
-    AutoModelForCausalLM: ("generation_config.json",),
-}
+    AutoProcessor: ("processor_config.json", "preprocessor_config.json"),
+} | dict.fromkeys(AUTO_CLASSES.values(), ("generation_config.json",))
 # What each class reads, for its error.
 PARTS_OF_FOLDER = {
     AutoConfig: "config.json",
     AutoTokenizer: "tokenizer.json or another file of the tokenizer",
-    AutoModelForCausalLM: "the weights and config.json",
-}
+    AutoProcessor: "processor_config.json or preprocessor_config.json",
+} | dict.fromkeys(AUTO_CLASSES.values(), "the weights and config.json")
 TAKE_CONFIG = "; take config.json from the model that the weights belong to"
 COPY_FILE = "; copy it from the model again"
 # Files with a vocabulary, of which a tokenizer needs one.
@@ -188,6 +189,35 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
     return tokenizer
 
 
+def load_processor(name: str, tokenizer: Any, revision: str | None = None,
+                   keeps_template: bool = False) -> Any:
+    """Load what turns the images of a model into numbers, and give it this tokenizer.
+
+    keeps_template    the tokenizer has the chat template of a flag or an adapter. Else both get
+                      that of the processor, which writes the places of images
+    """
+    files = JSON_FILES[AutoProcessor]
+    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in files):
+        raise UserError(f"{name}: has no processor, neither {' nor '.join(files)}, which says how "
+                        "an image becomes numbers; copy the processor's files from the model")
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError(f"{name}: its processor needs Pillow, which reads images and is not "
+                        "installed: pip install pillow")
+    options = {"revision": revision} if revision else {}
+    processor = load_pretrained(AutoProcessor, name, **options)
+    token = getattr(processor, "image_token", None)
+    if getattr(processor, "image_processor", None) is None or token is None:
+        raise UserError(f"{name}: its processor is a {type(processor).__name__}, which reads no "
+                        "images into prompts; copy the processor's files from the model")
+    if tokenizer.convert_tokens_to_ids(token) != processor.image_token_id:
+        raise UserError(f"{name}: its processor writes an image as {token}, which is no token of "
+                        "the tokenizer; copy the files of both from the model")
+    if not (keeps_template and tokenizer.chat_template):
+        tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    return processor
+
+
 def position_count(model) -> float:
     """Return how many tokens a model can read, infinite if its config does not say."""
     config = model.config.get_text_config()
@@ -277,7 +307,7 @@ def weight_files(name: str, config: PretrainedConfig, revision: str | None = Non
             return [path]
         if path:
             return [find_shard(name, path, shard, revision) for shard in read_index(path)]
-    refuse_pickles(name, candidates)
+    refuse_pickles(name, candidates, auto_class_of(name, config))
 
 
 def find_shard(name, index, shard, revision):
@@ -311,13 +341,13 @@ def read_index(path) -> list:
     return sorted(set(weight_map.values()))
 
 
-def refuse_pickles(name, candidates):
+def refuse_pickles(name, candidates, auto_class):
     """Raise for a model without safetensors. Name the pickles that it has, and how to convert."""
     pickles = []
     for pattern in PICKLES:
         pickles += sorted(path.name for path in pathlib.Path(name).glob(pattern))
     missing = f"{name}: has no {' or '.join(candidates)}"
-    convert = (f"transformers.AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained("
+    convert = (f"transformers.{auto_class.__name__}.from_pretrained({name!r}).save_pretrained("
                f"{os.path.basename(name) + '-safe'!r}), then copy the tokenizer's files")
     if not os.path.isdir(name):
         raise UserError(
@@ -370,9 +400,10 @@ def check_sizes(name: str, config: PretrainedConfig, headers: dict) -> None:
 
 def build_on_meta(name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config with shapes and without values."""
+    auto_class = auto_class_of(name, config)
     what = f"{name}: no model can be built from config.json"
     with reading(what, TAKE_CONFIG), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def check_loaded(name: str, model: PreTrainedModel, info: dict) -> None:

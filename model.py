@@ -18,8 +18,9 @@ import pathlib
 import shutil
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from families import auto_class_of
 from files import moved_into, new_folder
 from loading import (
     MOST_LAYERS,
@@ -98,11 +99,12 @@ def read_model(name, config, dtype, revision=None):
     options = {"config": config, "ignore_mismatched_sizes": True, "use_safetensors": True}
     if revision:
         options["revision"] = revision
+    auto_class = auto_class_of(name, config)
     model, info = load_pretrained(
-        AutoModelForCausalLM, name, dtype=stored or dtype, output_loading_info=True, **options)
+        auto_class, name, dtype=stored or dtype, output_loading_info=True, **options)
     check_loaded(name, model, info)
     if stored and stored in {buffer.dtype for buffer in computed_buffers(model)}:
-        model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype, **options)
+        model = load_pretrained(auto_class, name, dtype=dtype, **options)
     return model
 
 

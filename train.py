@@ -16,6 +16,7 @@ remaining exception is a bug and shows its traceback.
 """
 from errors import UserError, arguments, is_out_of_memory, report  # first, see errors.py
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -87,9 +88,10 @@ from files import (
     missing_folders,
     written_aside,
 )
+from families import family_of
 from flags import evaluation_sets, parse_args, read_variants
 from hub import push
-from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
+from loading import check_vocabulary, load_adapter_tokenizer, load_processor, load_tokenizer
 from log import Log, introduce
 from logps import FastLogps
 from lora import (
@@ -153,19 +155,21 @@ def make_world(ranks: Ranks) -> pathlib.Path:
 
 # --- Rows -----------------------------------------------------------------------------------------
 
-def load_rows(args, loss, tokenizer, home, ranks):
+def load_rows(args, loss, tokenizer, home, ranks, open_processor=None):
     """-> training rows, and held-out rows (maybe none) of each evaluation set, as token ids.
 
-    Rank 0 tokenizes, then the others read its cache.
+    Rank 0 tokenizes, then the others read its cache. open_processor: see `processor_opener`.
     """
     limits, shape, options = data.read_flags(args)
+    shape = shape._replace(images=open_processor is not None)
     specs = name_sources(args, loss, home)
     if ranks.rank > 0:
         barrier(ranks)
     loaded = {}
     for split, spec in specs.items():
         loaded[split] = data.load_tokens(
-            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options)
+            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options,
+            open_processor)
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
@@ -187,8 +191,14 @@ def load_rows(args, loss, tokenizer, home, ranks):
             name = split.partition("/")[2]
             print(f"{flag_of(split)} {name + ': ' if name else ''}{data.describe(account)}")
         print(data.describe_statistics(data.statistics(rows, all_prompts(held_out))))
-        print(data.show(rows, tokenizer, most=300))
+        image_id = open_processor().image_token_id if with_images(rows) else None
+        print(data.show(rows, tokenizer, most=300, image_id=image_id))
     return rows, held_out
+
+
+def with_images(*parts):
+    """-> whether rows have images."""
+    return any("image_paths" in rows.column_names for rows in parts)
 
 
 def name_sources(args, loss, home):
@@ -237,13 +247,14 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
 
     With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
     for it. `newest` is the checkpoint to resume from, or None. `unreached` names the parts of the
-    model that text does not reach, which are frozen; None: a short forward finds them.
+    model that text does not reach, which are frozen; None: a short forward finds them. With
+    --train_vision nothing is frozen.
     """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
     if unreached is None:
         unreached = []
-        if device.type != "meta":
+        if device.type != "meta" and not args.train_vision:
             with torch.autocast(**autocast_options(dtype, device)):
                 unreached = unreached_by_text(model)
     if adapted and (newest or args.adapter):
@@ -266,7 +277,7 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
     return FastLogps(model)
 
 
-def choose_attention(args, models, rows, dtype, ranks):
+def choose_attention(args, models, rows, dtype, ranks, processor=None):
     """Resolve --attention -> "packed" or "padded", whether padded rows need their mask, and a line
     that says which and why.
 
@@ -274,12 +285,16 @@ def choose_attention(args, models, rows, dtype, ranks):
     """
     line = "attention: padded rows"
     if args.attention != "padded":
-        reason = reason_to_pad(args, models, rows, dtype, ranks)
+        reason = "rows with images are not packed"
+        if not processor:
+            reason = reason_to_pad(args, models, rows, dtype, ranks)
         if reason is None:
             return "packed", True, "attention: packed rows"
         if args.attention == "packed":
             raise UserError(f"--attention packed: {reason}")
         line += f"; {reason}"
+    if processor:  # some models compute the positions of images from the mask
+        return "padded", True, line
     reasons = [try_rows(can_drop_mask, module, dtype, ranks) for module in models]
     masked = any(reasons)
     if not masked:
@@ -634,6 +649,7 @@ class Run(NamedTuple):
     home: pathlib.Path | None  # of the embedded world
     source: str  # of the model
     tokenizer: Any
+    preprocessor: Any  # the processor of images with its tokenizer, or the tokenizer: to save
     model: torch.nn.Module  # the policy without DDP's wrapper: to evaluate and to save
     policy: torch.nn.Module  # the same in DDP's wrapper, if there is one: to train
     reference: Callable | None
@@ -682,6 +698,40 @@ def tokenizer_digest(tokenizer) -> str:
     return json_digest({"words": words, "special": special, "chat": tokenizer.chat_template})
 
 
+def processor_opener(args, source, tokenizer, model):
+    """-> a function that loads the processor of the images, when it is first called; None for a
+    model that sees no images."""
+    if family_of(model.config) != "vision":
+        if args.train_vision:
+            raise UserError(f"--train_vision: {args.model} sees no images; leave the flag out")
+        return None
+    keeps_template = bool(args.chat_template or args.adapter)
+    return functools.cache(
+        functools.partial(load_processor, source, tokenizer, args.revision, keeps_template))
+
+
+def settle_images(args, open_processor, model, reference, parts):
+    """-> the processor of the images of the rows, or None if no row has any. `parts` are the
+    training rows and those of all evaluation sets."""
+    if not with_images(*parts):
+        if args.train_vision:
+            raise UserError(f"--train_vision: no row of --dataset {args.dataset} has an image; "
+                            "leave the flag out")
+        return None
+    processor = open_processor()
+    check_vocabulary(f"--model {args.model}", model.model, processor.tokenizer)
+    if isinstance(reference, FastLogps):
+        kind, other = model.model.config.model_type, reference.model.config.model_type
+        if other != kind:
+            raise UserError(f"--ref_model {args.ref_model}: is a {other} model, and the rows have "
+                            f"images for a {kind} model; pass a reference of this kind")
+    without = sum(data.count_without_images(rows) for rows in parts)
+    if args.parallel == "fsdp" and without:
+        raise UserError(f"--parallel fsdp: {without} rows have no image, and all ranks must run "
+                        "the vision tower in the same forwards; use ddp")
+    return processor
+
+
 def load_models(args, home, newest, ranks):
     """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
     function, in the same dtype."""
@@ -706,7 +756,7 @@ def load_models(args, home, newest, ranks):
     return source, tokenizer, model, reference, dtype
 
 
-def settle_attention(args, model, reference, rows, dtype, ranks):
+def settle_attention(args, model, reference, rows, dtype, ranks, processor=None):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
     names = [f"--model {args.model}"]
@@ -716,7 +766,7 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
         reason = try_rows(find_fault, module, dtype, ranks)
         if reason is not None:
             raise UserError(f"{name}: {reason}")
-    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
+    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks, processor)
     if ranks.rank == 0:
         print(line)
     if args.compile:  # policy and reference, so that they round alike
@@ -751,9 +801,13 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
         print_changed_flags(args, saved["flags"])
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
     weights = fingerprint(model, reference, dtype, ranks)
-    settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)
+    tokenizer_hash = tokenizer_digest(tokenizer)
 
-    rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
+    open_processor = processor_opener(args, source, tokenizer, model.model)
+    rows, held_out = load_rows(args, loss, tokenizer, home, ranks, open_processor)
+    parts = [rows, *held_out.values()]
+    processor = settle_images(args, open_processor, model, reference, parts)
+    settings = settings_digest(model, reference, processor)
     # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
     # are from another file, which the error about them names.
     rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
@@ -783,9 +837,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
                                   args.keep_checkpoints, ranks)
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
-    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
+    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks, processor)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(rows, *held_out.values()))
+                     masked, most_answers(*parts), processor)
     task = with_spread(task)
     if args.ref == "cache":
         splits = {"train": rows} | held_out
@@ -798,8 +852,9 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     }
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
-    return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
+    policy = wrap(model, ranks, args.train_vision)
+    return Run(folder, home, source, tokenizer, processor or tokenizer, model, policy, reference,
+               rows, tokens, first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
                state, fixed, flags, keep)
 
 
@@ -879,7 +934,7 @@ def save_best(run, ranks):
         if ranks.rank == 0:
             temporary = stack.enter_context(written_aside(run.folder / BEST))
             temporary.mkdir()
-        save(run.model.model, run.tokenizer, temporary, run.source, ranks, flags=run.flags)
+        save(run.model.model, run.preprocessor, temporary, run.source, ranks, flags=run.flags)
         if ranks.rank == 0:
             list_best(temporary)
             remove_best(run.folder)
@@ -889,7 +944,7 @@ def save_best(run, ranks):
 def write_checkpoint(args, run, number, loss_state, best, ranks):
     """Save everything that the next step depends on."""
     def save_model_in(folder):
-        save(run.model.model, run.tokenizer, folder, run.source, ranks)
+        save(run.model.model, run.preprocessor, folder, run.source, ranks)
         if best.step and ranks.rank == 0:
             copy_best(run.folder, folder)
 
@@ -1014,7 +1069,7 @@ def save_final(run, best, splits, ranks) -> str:
         if ranks.rank == 0:
             adopt_best(run.folder, run.flags, best)
     else:
-        save(run.model.model, run.tokenizer, run.folder, run.source, ranks, flags=run.flags)
+        save(run.model.model, run.preprocessor, run.folder, run.source, ranks, flags=run.flags)
     if ranks.rank == 0:  # a kill may have come before this
         delete_old_checkpoints(run.folder, run.keep)
         document_run(run.folder)

@@ -31,14 +31,16 @@ ALLOWED_IMPORTS = {
     "fields": {"conversations", "errors", "registry", "sources", "unread"},
     "selection": {"errors", "registry"},
     "formats": {"conversations", "errors", "fields", "registry", "selection"},
+    "images": {"errors"},
+    "vision": {"errors", "images"},
     "layouts": {
-        "conversations", "errors", "fields", "formats", "registry", "selection", "sources",
+        "conversations", "errors", "fields", "formats", "images", "registry", "selection", "sources",
         "unread",
     },
     "shorten": set(),
     "data": {
-        "conversations", "errors", "fields", "formats", "layouts", "loading", "losses", "ranges",
-        "registry", "selection", "shorten", "sources", "templates", "unread", "written",
+        "conversations", "errors", "fields", "formats", "images", "layouts", "loading", "losses", "ranges",
+        "registry", "selection", "shorten", "sources", "templates", "unread", "vision", "written",
     },
     "answers": {"data", "dpo", "losses"},
     "optimizers": {"errors"},
@@ -50,7 +52,7 @@ ALLOWED_IMPORTS = {
     "hub": {"errors", "files"},
     "lora": {"errors", "files", "limits"},
     "reach": {"errors", "lora"},
-    "model": {"errors", "files", "loading", "lora", "ranges", "reach"},
+    "model": {"errors", "families", "files", "loading", "lora", "ranges", "reach"},
     "world": {"data", "files", "model", "registry"},
     "dpo": {
         "data", "errors", "loading", "losses", "model", "optimizers", "ranges", "world",
@@ -64,14 +66,14 @@ ALLOWED_IMPORTS = {
         "ranges", "trackers", "variants", "world",
     },
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
-    "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants"},
+    "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants", "vision"},
     "log": {
         "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
         "parallel", "plots", "reach", "trackers", "world",
     },
     "reference": {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
-        "logps", "lora", "losses", "model", "parallel",
+        "logps", "lora", "losses", "model", "parallel", "vision",
     },
 }
 ALLOWED_IMPORTS["generation"] = {"data", "errors", "loading", "lora", "templates"}
