@@ -1,8 +1,8 @@
 """Reads the images of a row, and finds their places in its prompt.
 
-    {"prompt": "What is on <image>?", "images": ["photos/cat.png"], ...}
-    {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
-     "images": ["photos/cat.png"], ...}
+    {"images": ["photos/cat.png"], "prompt": "What is on <image>?", ...}
+    {"images": ["photos/cat.png"], "prompt": [{"role": "user", "content": [
+        {"type": "image"}, {"type": "text", "text": "What?"}]}], ...}
 
 An image is a file, whose path is relative to the data file, or bytes inside the rows, as `datasets`
 stores it. Rows hold this `Picture` and no pixels: vision.py computes pixels when a batch is made.

@@ -854,8 +854,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
     policy = wrap(model, ranks, args.train_vision)
     return Run(folder, home, source, tokenizer, processor or tokenizer, model, policy, reference,
-               rows, tokens, first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
-               state, fixed, flags, keep)
+               rows, tokens, first_lengths, held_out, task, optimizer, scheduler, newest, start,
+               steps, best, state, fixed, flags, keep)
 
 
 def check_first_rows(args, run, ranks) -> str:

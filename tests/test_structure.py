@@ -34,13 +34,13 @@ ALLOWED_IMPORTS = {
     "images": {"errors"},
     "vision": {"errors", "images"},
     "layouts": {
-        "conversations", "errors", "fields", "formats", "images", "registry", "selection", "sources",
-        "unread",
+        "conversations", "errors", "fields", "formats", "images", "registry", "selection",
+        "sources", "unread",
     },
     "shorten": set(),
     "data": {
-        "conversations", "errors", "fields", "formats", "images", "layouts", "loading", "losses", "ranges",
-        "registry", "selection", "shorten", "sources", "templates", "unread", "vision", "written",
+        "conversations", "errors", "fields", "formats", "images", "layouts", "loading", "losses",
+        "ranges", "registry", "selection", "shorten", "sources", "templates", "unread", "vision", "written",
     },
     "answers": {"data", "dpo", "losses"},
     "optimizers": {"errors"},
