@@ -71,7 +71,7 @@ import unread
 import vision
 import written
 from layouts import LAYOUTS, Shape, examples, find_layout, known_names
-from loading import load_tokenizer, text_with_tokens
+from loading import has_processor, load_processor, load_tokenizer, text_with_tokens
 from ranges import whole_number
 from registry import Needs, needs_of
 from shorten import shorten_texts
@@ -420,7 +420,7 @@ ANY_LENGTH, ANY_LAYOUT = Limits(), Shape()
 
 
 def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_LAYOUT,
-                strict=False, options=None, load_processor=None) -> tuple[datasets.Dataset, dict]:
+                strict=False, options=None, open_processor=None) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
@@ -428,7 +428,7 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     shape       the layout of the files, and what to make of it
     strict      a row that would be dropped is an error
     options     keyword arguments of the chat template
-    load_processor  is called if a row has images, which is an error unless shape.images
+    open_processor  is called if a row has images, which is an error unless shape.images
 
     The columns of a row:
 
@@ -448,7 +448,7 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
                "unread": {}, "not_read": {}, "layouts": {}}
     texts = [load_text(source, needs, shape) for source in mixture]
-    processor = load_processor() if any(map(has_images, texts)) else None
+    processor = open_processor() if any(map(has_images, texts)) else None
     for source, text in zip(mixture, texts):
         account["layouts"][source.name] = find_layout(source, needs, shape)
         count_unread(text, account["unread"])
@@ -1100,6 +1100,15 @@ def load_report_tokenizer(args):
     return tokenizer
 
 
+def report_processor(args, tokenizer):
+    """A function that loads the processor of a model that sees images, once; else None."""
+    if not has_processor(args.model):
+        return None
+    keeps_template = bool(args.chat_template)
+    return functools.cache(
+        lambda: load_processor(args.model, tokenizer, keeps_template=keeps_template))
+
+
 def main(argv):
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1115,6 +1124,8 @@ def main(argv):
     limits, shape, options = read_flags(args)
     needs = needs_of_loss(args.loss)
     tokenizer = load_report_tokenizer(args)
+    open_processor = report_processor(args, tokenizer)
+    shape = shape._replace(images=open_processor is not None)
 
     # The data sets, as training would load them.
     specs = [args.dataset]
@@ -1123,7 +1134,7 @@ def main(argv):
     rows, accounts = [], []
     for spec in specs:
         tokens, account = load_tokens(
-            spec, tokenizer, needs, limits, shape, args.strict, options)
+            spec, tokenizer, needs, limits, shape, args.strict, options, open_processor)
         rows.append(tokens)
         accounts.append(account)
     check_template(args, accounts)
@@ -1138,7 +1149,9 @@ def main(argv):
         return
     for account, part in zip(accounts, numbers):
         print(describe(account), describe_statistics(part), sep="\n")
-    print("\nAs the model sees them, scored tokens in brackets:\n" + show(rows[0], tokenizer))
+    image_id = open_processor().image_token_id if "image_paths" in rows[0].column_names else None
+    shown = show(rows[0], tokenizer, image_id=image_id)
+    print(f"\nAs the model sees them, scored tokens in brackets:\n{shown}")
 
 
 if __name__ == "__main__":

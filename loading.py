@@ -37,13 +37,14 @@ from files import read_json
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Small files that a class reads, and that are checked before. transformers ignores some of these
 # where they are damaged, and names none.
 JSON_FILES = {
     AutoConfig: ("config.json",),
     AutoTokenizer: ("config.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json"),
-    AutoProcessor: ("processor_config.json", "preprocessor_config.json"),
+    AutoProcessor: PROCESSOR_FILES,
 } | dict.fromkeys(AUTO_CLASSES.values(), ("generation_config.json",))
 # What each class reads, for its error.
 PARTS_OF_FOLDER = {
@@ -189,6 +190,11 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
     return tokenizer
 
 
+def has_processor(name: str, revision: str | None = None) -> bool:
+    """Return whether a folder or a model of the Hub has a processor of images."""
+    return any(find_file(name, file, revision) for file in PROCESSOR_FILES)
+
+
 def load_processor(name: str, tokenizer: Any, revision: str | None = None,
                    keeps_template: bool = False) -> Any:
     """Load what turns the images of a model into numbers, and give it this tokenizer.
@@ -196,10 +202,10 @@ def load_processor(name: str, tokenizer: Any, revision: str | None = None,
     keeps_template    the tokenizer has the chat template of a flag or an adapter. Else both get
                       that of the processor, which writes the places of images
     """
-    files = JSON_FILES[AutoProcessor]
-    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in files):
-        raise UserError(f"{name}: has no processor, neither {' nor '.join(files)}, which says how "
-                        "an image becomes numbers; copy the processor's files from the model")
+    if not has_processor(name, revision):
+        raise UserError(f"{name}: has no processor, neither {' nor '.join(PROCESSOR_FILES)}, which "
+                        "says how an image becomes numbers; copy the processor's files from the "
+                        "model")
     if importlib.util.find_spec("PIL") is None:
         raise UserError(f"{name}: its processor needs Pillow, which reads images and is not "
                         "installed: pip install pillow")
@@ -319,10 +325,15 @@ def find_shard(name, index, shard, revision):
 
 
 def find_weights(name, file, revision):
-    """Return the path of a file of the model, or None."""
+    """Return the path of a file of weights, or None."""
     if pathlib.PurePath(file).name != file:
         raise UserError(f"{name}: its files name {file}; a weight file must be in the model's "
                         "folder, named without a slash")
+    return find_file(name, file, revision)
+
+
+def find_file(name, file, revision):
+    """Return the path of a file of the model, or None."""
     optional = {"_raise_exceptions_for_missing_entries": False,
                 "_raise_exceptions_for_connection_errors": False}
     with reading(f"{name}: {file} cannot be read"):

@@ -40,7 +40,8 @@ ALLOWED_IMPORTS = {
     "shorten": set(),
     "data": {
         "conversations", "errors", "fields", "formats", "images", "layouts", "loading", "losses",
-        "ranges", "registry", "selection", "shorten", "sources", "templates", "unread", "vision", "written",
+        "ranges", "registry", "selection", "shorten", "sources", "templates", "unread", "vision",
+        "written",
     },
     "answers": {"data", "dpo", "losses"},
     "optimizers": {"errors"},
