@@ -107,7 +107,7 @@ from lora import (
 )
 from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
-from optimizers import MOMENTS, make_optimizer, make_schedule
+from optimizers import MOMENTS, make_optimizer, make_schedule, start_moments
 from parallel import (
     Ranks,
     barrier,
@@ -826,6 +826,8 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
     optimizer = make_optimizer(model, args, ranks.device)
+    if args.train_vision:
+        start_moments(optimizer)
     scheduler = make_schedule(optimizer, args, warmup, steps)
     start, state, best = 0, start_state(loss), Best()
     if newest:

@@ -190,7 +190,7 @@ def test_each_way_to_write_an_image_gives_the_same_tokens(changed, tmp_path):
     # The space before the answer is in its first token.
     assert prompt == f"user: {'<image>' * 4}hue?<eos>assistant:"
     assert rows[0]["tokens"] == len(rows[0]["prompt_ids"]) + sum(map(len, rows[0]["answer_ids"]))
-    put_first = "first" in str(account["noted"])
+    put_first = "are put before the first message" in str(account["noted"])
     assert put_first == (changed == {"prompt": PLAIN})
 
 
@@ -263,7 +263,7 @@ def bad_image(kind, path):
 @pytest.mark.parametrize("kind, message", [
     ("empty", "cannot be read: .*cannot identify"), ("text", "cannot be read: .*identify"),
     ("cut", "cannot be read: "), ("animated", "has 2 frames; save the one"),
-    ("deep", "more than 8 bits per channel"), ("huge", "cannot be read: "),
+    ("deep", "has more than 8 bits per channel"), ("huge", "cannot be read: "),
     ("folder", "is no file"), ("link", "is no file"), ("missing", "is no file"),
 ])
 def test_a_file_that_is_no_image_to_be_trained_on_names_file_and_row(kind, message, tmp_path):
@@ -291,7 +291,7 @@ SEEN = [{"role": "assistant", "content": [{"type": "image"}]}]
     ({"image": "a.png"}, "has the columns images and image; keep one"),
     ({"chosen": SEEN}, "an answer has an image, and the model writes none"),
     ({"images": [3]}, "holds '3', which is no image"),
-    ({"images": [""]}, "which is no image"),
+    ({"images": [""]}, "and the row has 0 images"),
     ({"images": "a.png"}, "not a list with something in it"),
     ({"images": [{"url": "a.png"}]}, "which is no image"),
     ({"prompt": [{"role": "system", "content": "Hi."}]}, "no message of the user"),
@@ -413,7 +413,7 @@ def test_a_run_does_not_depend_on_micro_batches_and_its_model_loads(kind, home, 
     large = run("large", model=home / kind, micro_batch_size=4)
     assert differences(read_metrics(small), read_metrics(large), 1e-7) == []
     losses = [row["loss"] for row in read_metrics(small)]
-    assert abs(losses[0] - 0.6931) < 1e-3 and losses[1] < 0.65
+    assert abs(losses[0] - 0.6931) < 1e-3 and losses[1] != losses[0]
     before, after = load_file(home / kind / "model.safetensors"), load_file(
         small / "model.safetensors")
     tower = {name for name in before if "vision" in name}
@@ -427,10 +427,16 @@ def test_a_run_does_not_depend_on_micro_batches_and_its_model_loads(kind, home, 
     assert model(**inputs).logits.isfinite().all()
 
 
-def test_a_run_that_is_resumed_ends_as_an_uninterrupted_one(run):
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "rmsprop"}], ids=str)
+def test_a_run_that_is_resumed_ends_as_an_uninterrupted_one(optimizer, home, tmp_path, run):
     flags = {"save_every": 1, "keep_checkpoints": 1, "lora_rank": 2, "train_vision": True,
-             "eval_every": 1, "epochs": 2, "keep_best": None}
-    whole = run("whole", **flags)
+             "eval_every": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 3, **optimizer}
+    rows = [json.loads(line) for line in open(home / "rows.jsonl")]
+    # The first steps have no image.
+    rows = sorted(rows, key=lambda row: len(row["images"]))
+    (tmp_path / "images").symlink_to(home / "images")
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    whole = run("whole", dataset=path, shuffle="false", **flags)
     killed = whole.parent / "killed"
     shutil.copytree(whole, killed)
     unfinished(killed)
