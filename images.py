@@ -9,6 +9,7 @@ stores it. Rows hold this `Picture` and no pixels: vision.py computes pixels whe
 Nothing is downloaded.
 """
 import hashlib
+import importlib
 import importlib.util
 import io
 import os
@@ -168,14 +169,13 @@ def open_picture(picture: Picture, content: bytes, where: str) -> Any:
     if importlib.util.find_spec("PIL") is None:
         raise UserError(f"{where}: has an image, and Pillow, which reads images, is not installed: "
                         "pip install pillow")
-    from PIL import Image, ImageOps
-
+    pil, turning = map(importlib.import_module, ("PIL.Image", "PIL.ImageOps"))
     what = f"{where}: the image {picture.path or 'in the row'}"
     with reading(f"{what} cannot be read"):
-        image = Image.open(io.BytesIO(content))
+        image = pil.open(io.BytesIO(content))
         frames = getattr(image, "n_frames", 1)
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        upright = turning.exif_transpose(image)
     if frames > 1:
         raise UserError(f"{what} has {frames} frames; save the one to train on as an image")
     if upright.mode.split(";")[0] in DEEP_MODES:

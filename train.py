@@ -794,31 +794,32 @@ def count_steps(args, rows, ranks):
     return steps, warmup
 
 
+def hash_rows(args, rows, held_out):
+    """-> hashes of the training rows and the held-out rows.
+
+    With --eval_dataset the held-out rows are from another file, which the error about them names.
+    """
+    rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
+    if not args.eval_dataset:
+        rows_digest += f"+{held_out_digest}"
+    return {"rows": rows_digest, "held_out": held_out_digest}
+
+
 def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     """Everything before the first step, in the order in which the parts need each other."""
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
     if newest and ranks.rank == 0:
         print_changed_flags(args, saved["flags"])
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
-    weights = fingerprint(model, reference, dtype, ranks)
-    tokenizer_hash = tokenizer_digest(tokenizer)
 
     open_processor = processor_opener(args, source, tokenizer, model.model)
     rows, held_out = load_rows(args, loss, tokenizer, home, ranks, open_processor)
     parts = [rows, *held_out.values()]
     processor = settle_images(args, open_processor, model, reference, parts)
-    settings = settings_digest(model, reference, processor)
-    # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
-    # are from another file, which the error about them names.
-    rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
-    if not args.eval_dataset:
-        rows_digest += f"+{held_out_digest}"
-    fixed = {
-        "tokenizer": tokenizer_hash,
-        "weights": weights,
-        "settings": settings,
-        "rows": rows_digest,
-        "held_out": held_out_digest,
+    fixed = hash_rows(args, rows, held_out) | {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "weights": fingerprint(model, reference, dtype, ranks),
+        "settings": settings_digest(model, reference, processor),
         "world": world.enumeration_digest(home) if home else None,
     }
     steps, warmup = count_steps(args, len(rows), ranks)

@@ -56,6 +56,7 @@ CHANGES = {
     "rslora": (LORA, True),
     "dora": (LORA, True),
     "quantize": (LORA, "nf4"),
+    "train_vision": ({}, True),
     "gradient_checkpointing": ({}, True),
     "ref": ({}, "cache"),
     "ref_model": ({}, "OTHER"),
@@ -122,6 +123,7 @@ REFUSED = {
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
     "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
+    "train_vision": "sees no images",
 }
 if importlib.util.find_spec("tensorboard") is None:
     REFUSED["report_to"] = "pip install tensorboard"
