@@ -505,6 +505,8 @@ def has_images(text):
 
 def count_without_images(rows):
     """Return how many rows have no image."""
+    if "image_paths" not in rows.column_names:
+        return len(rows)
     return len(rows) - sum(1 for paths in rows["image_paths"] if paths)
 
 

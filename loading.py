@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import shutil
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -193,6 +194,14 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
 def has_processor(name: str, revision: str | None = None) -> bool:
     """Return whether a folder or a model of the Hub has a processor of images."""
     return any(find_file(name, file, revision) for file in PROCESSOR_FILES)
+
+
+def copy_processor(name: str, folder: str) -> None:
+    """Copy the files of the processor of images, if there are any and the folder has none."""
+    for file in PROCESSOR_FILES:
+        path = find_file(name, file, None)
+        if path and not os.path.exists(os.path.join(folder, file)):
+            shutil.copy(path, folder)
 
 
 def load_processor(name: str, tokenizer: Any, revision: str | None = None,

@@ -1,5 +1,7 @@
 """Rows with images: their tokens and pixels, their log-probs, and runs on them."""
+import argparse
 import functools
+import importlib.util
 import json
 import shutil
 
@@ -25,6 +27,8 @@ import batches
 import data
 import dpo
 import loading
+import model
+import sample
 import train
 from errors import UserError
 from logps import FastLogps
@@ -69,18 +73,18 @@ def batch_of(rows, indices, processor, **options):
     return batches.collate_on_cpu(rows[indices], processor.tokenizer, row_format)
 
 
-def logps_of(model, batch):
+def logps_of(vlm, batch):
     with torch.no_grad():
-        return dpo.concatenated_forward(FastLogps(model), batch)["logps"]  # (B, K)
+        return dpo.concatenated_forward(FastLogps(vlm), batch)["logps"]  # (B, K)
 
 
 @functools.cache
 def model_and_processor(kind):
     config, processor = MAKERS[kind]()
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).double()
-    turn_off_noise(model)
-    return model, processor
+    vlm = AutoModelForImageTextToText.from_config(config).double()
+    turn_off_noise(vlm)
+    return vlm, processor
 
 
 # --- Log-probs ------------------------------------------------------------------------------------
@@ -90,13 +94,13 @@ def model_and_processor(kind):
 def test_log_probs_are_those_of_the_model_on_what_its_processor_gives_for_prompt_and_answer(
     kind, chat, tmp_path
 ):
-    model, processor = model_and_processor(kind)
+    vlm, processor = model_and_processor(kind)
     rows = image_rows(tmp_path / "images", 5, chat)
     for row in rows if not chat else []:
         row["prompt"] = row["prompt"].replace("<image>", processor.image_token)
     loaded, account = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl", rows))
     assert account["kept"] == 5
-    logps = logps_of(model, batch_of(loaded, range(5), processor))  # (5, 2)
+    logps = logps_of(vlm, batch_of(loaded, range(5), processor))  # (5, 2)
     for i, row in enumerate(loaded):
         images = [Image.open(path) for path in row["image_paths"]]
         for k, ids in enumerate(row["answer_ids"]):
@@ -107,35 +111,35 @@ def test_log_probs_are_those_of_the_model_on_what_its_processor_gives_for_prompt
                                    add_special_tokens=False, return_tensors="pt")
                 assert inputs["input_ids"][0].tolist() == row["prompt_ids"] + ids
             with torch.no_grad():
-                logits = model(**inputs).logits[0, :-1].log_softmax(-1)
+                logits = vlm(**inputs).logits[0, :-1].log_softmax(-1)
             scored = logits[-len(ids):].gather(-1, torch.tensor(ids)[:, None])
             assert abs(scored.sum() - logps[i, k]) < 1e-9
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
 def test_log_probs_do_not_depend_on_the_other_rows_nor_on_the_path_of_the_head(kind, tmp_path):
-    model, processor = model_and_processor(kind)
+    vlm, processor = model_and_processor(kind)
     rows = image_rows(tmp_path / "images", 5)
     loaded, _ = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl", rows))
-    together = logps_of(model, batch_of(loaded, range(5), processor))
-    chunked = logps_of(model, batch_of(loaded, [4, 2, 3, 0, 1], processor, full_logits=False))
+    together = logps_of(vlm, batch_of(loaded, range(5), processor))
+    chunked = logps_of(vlm, batch_of(loaded, [4, 2, 3, 0, 1], processor, full_logits=False))
     assert torch.allclose(chunked, together[[4, 2, 3, 0, 1]], rtol=0, atol=1e-9)
     for i in range(5):
-        alone = logps_of(model, batch_of(loaded, [i], processor))
+        alone = logps_of(vlm, batch_of(loaded, [i], processor))
         assert torch.allclose(alone[0], together[i], rtol=0, atol=1e-9)
 
 
 def test_another_image_changes_the_log_probs_of_its_row_alone(tmp_path):
-    model, processor = model_and_processor("idefics3")
+    vlm, processor = model_and_processor("idefics3")
     path = write_jsonl(tmp_path / "rows.jsonl", image_rows(tmp_path / "images", 4))
     rows, _ = load_rows(processor, path)
-    before = logps_of(model, batch_of(rows, range(4), processor))
+    before = logps_of(vlm, batch_of(rows, range(4), processor))
     draw(tmp_path / "images" / "1.png", "yellow")
     with pytest.raises(UserError, match="row 2: an image has changed since the rows were read"):
         batch_of(rows, range(4), processor)
     again, _ = load_rows(processor, path)
     assert data.digest(again) != data.digest(rows)
-    after = logps_of(model, batch_of(again, range(4), processor))
+    after = logps_of(vlm, batch_of(again, range(4), processor))
     changed = (after != before).all(1)
     assert changed.tolist() == [False, True, False, False]
 
@@ -149,11 +153,11 @@ def test_several_images_of_several_sizes_keep_their_order(tmp_path):
         prompt = "<image> and " * len(images)
         rows.append(pair | {"images": images, "prompt": [{"role": "user", "content": prompt}]})
     for kind in KINDS:
-        model, processor = model_and_processor(kind)
+        vlm, processor = model_and_processor(kind)
         loaded, _ = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl", rows))
-        logps = logps_of(model, batch_of(loaded, range(3), processor))
+        logps = logps_of(vlm, batch_of(loaded, range(3), processor))
         assert abs(logps[0] - logps[1]).min() > 1e-3
-        alone = torch.cat([logps_of(model, batch_of(loaded, [i], processor)) for i in range(3)])
+        alone = torch.cat([logps_of(vlm, batch_of(loaded, [i], processor)) for i in range(3)])
         assert torch.allclose(alone, logps, rtol=0, atol=1e-9)
 
 
@@ -205,11 +209,11 @@ def test_images_inside_a_data_set_are_read_as_from_their_files(tmp_path):
     bare = datasets.Dataset.from_list([row | {"images": [{"bytes": content, "path": None}]}])
     bare.to_parquet(tmp_path / "rows.parquet")
     path = write_jsonl(tmp_path / "rows.jsonl", [row | {"images": ["a.png"]}])
-    model, processor = model_and_processor("llava")
+    vlm, processor = model_and_processor("llava")
     found = []
     for name in (path, tmp_path / "saved", tmp_path / "rows.parquet"):
         rows, _ = load_rows(processor, name)
-        found.append(logps_of(model, batch_of(rows, [0], processor)))
+        found.append(logps_of(vlm, batch_of(rows, [0], processor)))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -421,10 +425,10 @@ def test_a_run_does_not_depend_on_micro_batches_and_its_model_loads(kind, home, 
     assert tower and tower <= kept and len(kept) < len(before) / 2 + len(tower)
     processor = AutoProcessor.from_pretrained(small)
     assert processor.chat_template == TEMPLATE.replace("IMAGE", "<image>")
-    model = AutoModelForImageTextToText.from_pretrained(small)
+    saved = AutoModelForImageTextToText.from_pretrained(small)
     inputs = processor(images=[[Image.new("RGB", (30, 30))]], text=["<image> a cat"],
                        return_tensors="pt")
-    assert model(**inputs).logits.isfinite().all()
+    assert saved(**inputs).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer": "rmsprop"}], ids=str)
@@ -501,6 +505,35 @@ def test_an_adapter_gives_the_same_logits_in_peft(home, run):
     assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(ours, plain, atol=1e-3)
 
 
+def test_an_adapter_is_merged_continued_and_scored_with_the_processor(home, run, tmp_path, capsys):
+    out = run(lora_rank=2, dtype="float32")
+    model.main(["merge", "--adapter", str(out), "--out", str(tmp_path / "merged")])
+    AutoProcessor.from_pretrained(tmp_path / "merged")
+    again = run("again", adapter=out, dtype="float32", max_steps=1)
+    assert read_metrics(again)[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    sample.main(["--model", str(out), "--score", str(home / "rows.jsonl"),
+                 "--out", str(tmp_path / "scores.jsonl")])
+    assert len(open(tmp_path / "scores.jsonl").readlines()) == 10
+    with pytest.raises(UserError, match="prompts with images are not answered here"):
+        sample.main(["--model", str(out), "--dataset", str(home / "rows.jsonl")])
+
+
+def test_pillow_is_asked_for_where_it_is_missing(home, run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *more: None if name == "PIL" else find_spec(name, *more))
+    with pytest.raises(UserError, match="Pillow, which reads images and is not installed: pip"):
+        run()
+
+
+def test_sharded_weights_refuse_rows_without_an_image(home):
+    vlm, processor = model_and_processor("llava")
+    rows, _ = load_rows(processor, home / "rows.jsonl")
+    args = argparse.Namespace(parallel="fsdp", model="m", train_vision=False)
+    with pytest.raises(UserError, match="--parallel fsdp: 2 rows have no image"):
+        train.settle_images(args, lambda: processor, FastLogps(vlm), None, [rows])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{"train_vision": True}, {}, {"lora_rank": 2},
                                    {"parallel": "fsdp", "train_vision": True},
@@ -526,7 +559,7 @@ def test_log_probs_and_loss_equal_those_of_trl(home, tmp_path):
     trl = pytest.importorskip("trl", minversion="1.0")
     import datasets
 
-    model, processor = model_and_processor("llava")
+    vlm, processor = model_and_processor("llava")
     rows, _ = load_rows(processor, home / "rows.jsonl")
     reference = load_model(make_vlm("llava", tmp_path / "other", seed=1), torch.float64)
     kept = [row for row in map(json.loads, open(home / "rows.jsonl")) if row["images"]]
@@ -537,7 +570,7 @@ def test_log_probs_and_loss_equal_those_of_trl(home, tmp_path):
         row["images"] = [Image.open(home / path) for path in row["images"]]
     settings = trl.DPOConfig(output_dir=tmp_path / "out", beta=0.1, max_length=None, report_to=[],
                              per_device_train_batch_size=len(kept), use_cpu=True, bf16=False)
-    trainer = trl.DPOTrainer(model, reference, settings, processing_class=processor,
+    trainer = trl.DPOTrainer(vlm, reference, settings, processing_class=processor,
                              train_dataset=datasets.Dataset.from_list(kept))
     inputs = trainer.data_collator(kept)
     ours = batch_of(rows, places, processor)
@@ -548,8 +581,8 @@ def test_log_probs_and_loss_equal_those_of_trl(home, tmp_path):
         found = dpo.concatenated_forward(FastLogps(reference), ours)["logps"]
         logps = torch.stack(logps, 1).double()
         assert torch.allclose(logps, found, rtol=0, atol=1e-4)
-        loss = trainer.compute_loss(model, inputs)
-        tensors = dpo.preference_logps(FastLogps(model), FastLogps(reference), ours,
+        loss = trainer.compute_loss(vlm, inputs)
+        tensors = dpo.preference_logps(FastLogps(vlm), FastLogps(reference), ours,
                                        dpo.LOSSES["sigmoid"])
         losses, _ = dpo.preference_loss(tensors, dpo.LOSSES["sigmoid"], {"beta": 0.1})
     print("difference of log-probs", (logps - found).abs().max().item(),
