@@ -52,6 +52,7 @@ from best import (
 )
 from batches import (
     Piece,
+    RowFormat,
     Task,
     autocast_options,
     collate,
@@ -756,16 +757,35 @@ def load_models(args, home, newest, ranks):
     return source, tokenizer, model, reference, dtype
 
 
+def trial_of_image(rows, processor, ranks):
+    """-> find_fault on the shortest row with an image: some models read the tokens behind an image
+    in both directions."""
+    keys = rows["image_keys"] if with_images(rows) else []
+    seeing = [i for i, row_keys in enumerate(keys) if row_keys]
+    if not seeing:  # only held-out rows have images
+        return find_fault
+    row = rows[[min(seeing, key=rows["prompt_length"].__getitem__)]]
+    row["answer_ids"] = [row["answer_ids"][0][:1]]
+    batch = collate(row, processor.tokenizer, ranks.device, RowFormat(processor=processor))
+    inputs = {name: value for name, value in batch["inputs"].items()
+              if name not in ("labels", "targets")}
+    return functools.partial(find_fault, inputs=inputs, start=len(row["prompt_ids"][0]))
+
+
 def settle_attention(args, model, reference, rows, dtype, ranks, processor=None):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
     names = [f"--model {args.model}"]
     if reference is not None and args.ref_model:  # any other reference is the same model
         names.append(f"--ref_model {args.ref_model}")
+    trials = [find_fault]
+    if processor:
+        trials.append(trial_of_image(rows, processor, ranks))
     for name, module in zip(names, modules):
-        reason = try_rows(find_fault, module, dtype, ranks)
-        if reason is not None:
-            raise UserError(f"{name}: {reason}")
+        for trial in trials:
+            reason = try_rows(trial, module, dtype, ranks)
+            if reason is not None:
+                raise UserError(f"{name}: {reason}")
     attention, masked, line = choose_attention(args, modules, rows, dtype, ranks, processor)
     if ranks.rank == 0:
         print(line)

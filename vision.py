@@ -19,8 +19,8 @@ import torch
 from errors import UserError, reading
 from images import Picture, content_key, open_picture
 
-# Outputs of a processor with a number for each token of the prompt.
-TOKENS = ("input_ids", "attention_mask")
+# Outputs of a processor with a number for each token of the prompt. A batch has its own of TOKENS.
+TOKENS = ("input_ids", "attention_mask", "labels")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 TOO_LONG = "the prompt is too long, and one with images is never cut"
 SPELLED = "text that spells the token of an image"
