@@ -93,6 +93,8 @@ def place_pictures(prompt: list, answers: list, pictures: list[Picture], row: An
         if any(map(count_places, answer)):
             raise UserError(f"{row.where}: an answer has an image, and the model writes none; only "
                             "the messages of the prompt may have images")
+    if not prompt:  # the row is dropped
+        return prompt, pictures
     places = sum(map(count_places, prompt))
     if pictures and not places:
         prompt = [message | {"content": split_places(message["content"])} for message in prompt]

@@ -97,7 +97,8 @@ def test_log_probs_are_those_of_the_model_on_what_its_processor_gives_for_prompt
     vlm, processor = model_and_processor(kind)
     rows = image_rows(tmp_path / "images", 5, chat)
     for row in rows if not chat else []:
-        row["prompt"] = row["prompt"].replace("<image>", processor.image_token)
+        place = getattr(processor, "boi_token", processor.image_token)
+        row["prompt"] = row["prompt"].replace("<image>", place)
     loaded, account = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl", rows))
     assert account["kept"] == 5
     logps = logps_of(vlm, batch_of(loaded, range(5), processor))  # (5, 2)
@@ -105,6 +106,7 @@ def test_log_probs_are_those_of_the_model_on_what_its_processor_gives_for_prompt
         images = [Image.open(path) for path in row["image_paths"]]
         for k, ids in enumerate(row["answer_ids"]):
             inputs = {"input_ids": torch.tensor([row["prompt_ids"] + ids])}
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
             if images:
                 answer = processor.tokenizer.decode(ids)
                 inputs = processor(images=[images], text=[row["image_text"] + answer],
@@ -127,6 +129,16 @@ def test_log_probs_do_not_depend_on_the_other_rows_nor_on_the_path_of_the_head(k
     for i in range(5):
         alone = logps_of(vlm, batch_of(loaded, [i], processor))
         assert torch.allclose(alone[0], together[i], rtol=0, atol=1e-9)
+
+
+def test_logits_that_read_later_tokens_behind_an_image_are_a_fault(tmp_path):
+    vlm, processor = model_and_processor("gemma3")
+    rows, _ = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl",
+                                               image_rows(tmp_path / "images", 2)))
+    trial = train.trial_of_image(rows, processor, ALONE)
+    assert trial(FastLogps(vlm)) is None
+    trial.keywords["inputs"]["token_type_ids"].fill_(1)  # the answer as a part of the image
+    assert "depend on later tokens" in trial(FastLogps(vlm))
 
 
 def test_another_image_changes_the_log_probs_of_its_row_alone(tmp_path):
@@ -169,7 +181,10 @@ def one_row(tmp_path, **changed):
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hue?"}]}]
     row = {"prompt": prompt, "chosen": [{"role": "assistant", "content": "red"}],
            "rejected": [{"role": "assistant", "content": "blue"}], "images": ["a.png"]}
-    path = write_jsonl(tmp_path / "rows.jsonl", [row | changed])
+    row |= changed
+    if row["prompt"] is None:
+        row.pop("prompt")
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
     return load_rows(model_and_processor("llava")[1], path)
 
 
@@ -184,10 +199,16 @@ IMAGE_PART = [{"role": "user", "content": [{"type": "image", "image": "a.png"},
 @pytest.mark.parametrize("changed", [
     {}, {"prompt": PLAIN}, {"prompt": SPELLED}, {"prompt": PATH_PART, "images": None},
     {"prompt": IMAGE_PART, "images": None}, {"images": None, "image": "a.png"},
-    {"images": [{"path": "a.png", "bytes": None}]}, {"prompt": "user: <image>hue?<eos>assistant: ",
+    {"images": [{"path": "a.png", "bytes": None}]}, {"images": ["../outside.png"]},
+    {"images": ["link.png"]}, {"prompt": "user: <image>hue?<eos>assistant: ",
                                                      "chosen": "red", "rejected": "blue"},
-], ids=["parts", "first", "spelled", "path", "image", "column", "struct", "text"])
+], ids=["parts", "first", "spelled", "path", "image", "column", "struct", "outside", "link",
+        "text"])
 def test_each_way_to_write_an_image_gives_the_same_tokens(changed, tmp_path):
+    draw(tmp_path / "outside.png")
+    tmp_path = tmp_path / "rows"
+    tmp_path.mkdir()
+    (tmp_path / "link.png").symlink_to("../outside.png")
     rows, account = one_row(tmp_path, **changed)
     tokenizer = model_and_processor("llava")[1].tokenizer
     prompt = tokenizer.decode(rows[0]["prompt_ids"])
@@ -278,6 +299,10 @@ def test_a_file_that_is_no_image_to_be_trained_on_names_file_and_row(kind, messa
 
 TWO_PLACES = [{"role": "user", "content": "<image> or <image>?"}]
 SEEN = [{"role": "assistant", "content": [{"type": "image"}]}]
+BOTH_TURNS = {"chosen": SPELLED + [{"role": "assistant", "content": "red"}],
+              "rejected": PLAIN + [{"role": "assistant", "content": "blue"}], "prompt": None}
+PART_TURNS = BOTH_TURNS | {"chosen": PATH_PART + [{"role": "assistant", "content": "red"}],
+                           "images": None}
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -300,14 +325,32 @@ SEEN = [{"role": "assistant", "content": [{"type": "image"}]}]
     ({"images": [{"url": "a.png"}]}, "which is no image"),
     ({"prompt": [{"role": "system", "content": "Hi."}]}, "no message of the user"),
     ({"prompt": "user: hue?", "chosen": "red", "rejected": "blue"}, "has 0 places for images"),
+    (PART_TURNS, "an answer has an image"),
+    ({"images": ["a.png\0"]}, "which is no image"),
+    ({"images": None, "image": ["a.png"]}, "which is no image"),
+    ({"images": [{"bytes": "iVBO", "path": None}]}, "which is no image"),
 ])
 def test_a_row_whose_images_and_places_do_not_fit_is_an_error(changed, message, tmp_path):
     with pytest.raises(UserError, match=f"row 1: .*{message}|row 1{message}"):
         one_row(tmp_path, **changed)
 
 
+def test_a_processor_that_refuses_an_image_names_the_row(tmp_path):
+    draw(tmp_path / "thin.png", size=(4000, 2))
+    row = {"prompt": SPELLED, "chosen": "red", "rejected": "blue", "images": ["thin.png"]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    message = "row 1: the model's processor cannot use its images: absolute aspect ratio"
+    with pytest.raises(UserError, match=message):
+        load_rows(model_and_processor("qwen2_vl")[1], path)
+
+
 def dropped(account):
     return {reason: entry["count"] for reason, entry in account["dropped"].items()}
+
+
+def test_dialogues_of_which_one_has_a_place_for_the_image_share_no_prompt(tmp_path):
+    with pytest.raises(UserError, match=r"none of its 1 rows can be used \(no prompt"):
+        one_row(tmp_path, **BOTH_TURNS)
 
 
 def test_text_that_spells_the_token_of_an_image_is_dropped_with_and_without_an_image(tmp_path):

@@ -1,10 +1,11 @@
 """Tiny vision-language models with real processors, and rows with drawn images, for the tests.
 
-    folder = make_vlm("llava", path)        a model folder: "llava", "idefics3"
+    folder = make_vlm("llava", path)        a model folder: "llava", "idefics3", "gemma3"
     rows = image_rows(path, 6)              rows whose chosen answer names the color of their image
 
 Idefics3 splits an image into tiles; LLaVA has one size of images. `Flattened` is a processor like
 that of Qwen2-VL, which needs torchvision for its videos: its pixels are patches of all images.
+Gemma3 has a token of its own for the place of an image.
 """
 import torch
 import transformers
@@ -102,7 +103,24 @@ def qwen2_vl():
     return config, processor
 
 
-MAKERS = {"llava": llava, "idefics3": idefics3, "qwen2_vl": qwen2_vl}
+def gemma3():
+    """Marks its images by token_type_ids: within an image, attention goes in both directions."""
+    tokenizer = tokenizer_with("<start_of_image>", "<image_soft_token>", "<end_of_image>")
+    tokenizer._set_model_specific_special_tokens({
+        "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>"})
+    pixels = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    processor = transformers.Gemma3Processor(
+        pixels, tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template)
+    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 16}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=TOWER, mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id)
+    return config, processor
+
+
+MAKERS = {"llava": llava, "idefics3": idefics3, "qwen2_vl": qwen2_vl, "gemma3": gemma3}
 
 
 def make_vlm(kind, path, seed=0, processor=True):
