@@ -157,6 +157,11 @@ def outputs_of_row(rows, i, processor) -> dict:
     ids, prompt_ids = outputs["input_ids"][0].tolist(), rows["prompt_ids"][i]
     # The row may have a BOS in front, and answers may have changed the last tokens of the prompt.
     front = next(n for n in range(len(prompt_ids)) if ids[:len(prompt_ids) - n] == prompt_ids[n:])
+    for name in outputs.keys() - {*TOKENS, *TOKEN_TYPES}:
+        if outputs[name].shape[:2] == (1, len(ids)):
+            raise UserError(f"{where}: the model's processor gives {name} for each token of a "
+                            "prompt, which this program cannot continue for the answers; pass "
+                            "another model")
     for name in outputs.keys() & set(TOKEN_TYPES):
         types = outputs[name][0, :len(prompt_ids) - front]
         outputs[name] = torch.cat([types.new_zeros(front), types])

@@ -30,12 +30,13 @@ import loading
 import model
 import sample
 import train
+import vision
 from errors import UserError
 from logps import FastLogps
 from model import load_model
 from reach import turn_off_noise
 
-KINDS = ("llava", "idefics3")
+KINDS = [kind for kind in ("llava", "idefics3") if kind in MAKERS]
 RUN = {"batch_size": 4, "micro_batch_size": 2, "max_length": 128, "eval_share": 0.1, "log_every": 1,
        "lr": 1e-2, "dtype": "float64", "eval_every": 0}
 
@@ -142,7 +143,7 @@ def test_logits_that_read_later_tokens_behind_an_image_are_a_fault(tmp_path):
 
 
 def test_another_image_changes_the_log_probs_of_its_row_alone(tmp_path):
-    vlm, processor = model_and_processor("idefics3")
+    vlm, processor = model_and_processor(KINDS[-1])
     path = write_jsonl(tmp_path / "rows.jsonl", image_rows(tmp_path / "images", 4))
     rows, _ = load_rows(processor, path)
     before = logps_of(vlm, batch_of(rows, range(4), processor))
@@ -447,8 +448,6 @@ def test_flags_that_images_contradict_are_refused(home, tmp_path, run, pairs, fo
         run(dataset=pairs, train_vision=True)
     with pytest.raises(UserError, match="--train_vision: .* sees no images"):
         run(model=folder, dataset=pairs, train_vision=True)
-    with pytest.raises(UserError, match="is a idefics3 model, and the rows have images for a"):
-        run(ref_model=home / "idefics3")
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -567,6 +566,29 @@ def test_pillow_is_asked_for_where_it_is_missing(home, run, monkeypatch):
                         lambda name, *more: None if name == "PIL" else find_spec(name, *more))
     with pytest.raises(UserError, match="Pillow, which reads images and is not installed: pip"):
         run()
+
+
+def test_a_reference_that_sees_images_in_another_way_is_refused(home):
+    (vlm, processor), (other, _) = map(model_and_processor, ("llava", "qwen2_vl"))
+    rows, _ = load_rows(processor, home / "rows.jsonl")
+    args = argparse.Namespace(model="m", ref_model="r", train_vision=False)
+    with pytest.raises(UserError, match="--ref_model r: is a qwen2_vl model, and the rows have"):
+        train.settle_images(args, lambda: processor, FastLogps(vlm), FastLogps(other), [rows])
+
+
+def test_a_processor_with_more_to_say_of_each_token_is_refused(home):
+    own = model_and_processor("llava")[1]
+    rows, _ = load_rows(own, home / "rows.jsonl")
+
+    class Processor:
+        image_processor = own.image_processor
+
+        def __call__(self, **inputs):
+            outputs = own(**inputs)
+            return {**outputs, "cross_attention_mask": outputs["input_ids"][..., None]}
+
+    with pytest.raises(UserError, match="row 1: the model's processor gives cross_attention_mask"):
+        vision.outputs_of_row(rows[:1], 0, Processor())
 
 
 def test_sharded_weights_refuse_rows_without_an_image(home):

@@ -120,7 +120,17 @@ def gemma3():
     return config, processor
 
 
+def is_available(make):
+    """Some image processors of older transformers need torchvision."""
+    try:
+        make()
+    except ImportError:
+        return False
+    return True
+
+
 MAKERS = {"llava": llava, "idefics3": idefics3, "qwen2_vl": qwen2_vl, "gemma3": gemma3}
+MAKERS = {kind: make for kind, make in MAKERS.items() if is_available(make)}
 
 
 def make_vlm(kind, path, seed=0, processor=True):
