@@ -3,9 +3,10 @@
     config.json         the flags of the run; when the run has ended, the model's configuration too
     run.json            instead of config.json in a run with an adapter: the flags of the run
     metrics.jsonl       see log.Log
+    samples.jsonl       with --sample_every, see samples.py
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
         optimizer/      the optimizer's state and a moving reference, in one file per rank,
-        metrics.jsonl   the rows up to step N,
+        metrics.jsonl   the rows up to step N, and samples.jsonl likewise,
         state.json      the step, the schedule, the flags, a hash of every other file, and a hash
                         of itself. A resumed run reads nothing of a run that no hash covers
     .lock               held by the process that writes in this folder
@@ -59,12 +60,14 @@ from files import (
 from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
 METRICS_FILE = "metrics.jsonl"  # see log.Log
+SAMPLES_FILE = "samples.jsonl"  # see samples.py
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
 
 # Flags that a resumed run may change: they change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
     "attention", "compile", "deterministic", "report_to", "push_to_hub",
+    "sample_every", "sample_prompts", "sample_tokens",
 }
 
 
@@ -470,7 +473,7 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
         temporary = broadcast(temporary, ranks)
         save_model(temporary)
         if ranks.rank == 0:
-            copy_metrics(folder, temporary)
+            copy_logs(folder, temporary)
         barrier(ranks)
         # Every rank writes its shards and hashes them on the way. Only the model's files are read
         # again for their hashes, because the libraries that write them take no file object.
@@ -493,13 +496,13 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
     barrier(ranks)
 
 
-def copy_metrics(folder: pathlib.Path, checkpoint: pathlib.Path):
-    """Copy metrics.jsonl into a checkpoint. The user may have deleted it."""
-    rows = folder / METRICS_FILE
-    if rows.exists():
-        shutil.copyfile(rows, checkpoint / METRICS_FILE)
-    else:
-        (checkpoint / METRICS_FILE).touch()
+def copy_logs(folder: pathlib.Path, checkpoint: pathlib.Path):
+    """Copy metrics.jsonl, and the run's samples.jsonl if there is one, into a checkpoint. The user
+    may have deleted them."""
+    (checkpoint / METRICS_FILE).touch()
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        if name in (read_list(folder) or ()) and (folder / name).exists():
+            shutil.copyfile(folder / name, checkpoint / name)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,

@@ -145,6 +145,7 @@ OTHER_TRAINERS = {
     "logging_dir": "leave it out: TensorBoard's files are in tensorboard/ of --output_dir",
     "push_to_hub_model_id": "--push_to_hub",
     "hub_model_id": "--push_to_hub",
+    "generate_during_eval": "--sample_every STEPS",
     "do_train": "leave it out",
     "do_eval": "leave it out: held-out rows are always evaluated",
 }
@@ -320,6 +321,18 @@ def add_run_flags(add):
         help="upload the finished model and its card to this name on the Hub")
 
 
+def add_sample_flags(add):
+    """Add the flags for answers during training."""
+    add("--sample_every", type=whole_number(">= 0"), metavar="N",
+        help="policy and reference answer the same held-out prompts, greedily, after every N steps "
+             "and at the end (0: at the end only); into samples.jsonl, and in the world with true "
+             "rewards (default: never)")
+    add("--sample_prompts", type=whole_number(">= 0"), metavar="K",
+        help="answer the first K different prompts (default 3; 0: none)")
+    add("--sample_tokens", type=whole_number(">= 1"),
+        help="tokens of an answer, at most (default 64)")
+
+
 def add_variant_flags(add):
     """Add the flags for variants of a loss. `check_loss` rejects a variant that the loss lacks."""
     add("--reference_free", action="store_true",
@@ -351,7 +364,9 @@ def build_parser(loss: Callable, description: str | None = None) -> Parser:
                       help="false: keep the order of the file")
     rows.add_argument("--seed", type=whole_number(">= 0"), default=0,
                       help="seed of the order of the rows, and of a new adapter and its dropout")
-    add_run_flags(parser.add_argument_group("the run").add_argument)
+    of_run = parser.add_argument_group("the run").add_argument
+    add_run_flags(of_run)
+    add_sample_flags(of_run)
     variants = parser.add_argument_group("variants of a loss, each where it is valid")
     add_variant_flags(variants.add_argument)
     own = parser.add_argument_group(f"the loss {loss.__name__}")
@@ -531,6 +546,9 @@ def fill_defaults(args, loss, world_defaults):
         args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
         args.eval_share = 0.05
+    if args.sample_every is not None:
+        args.sample_prompts = 3 if args.sample_prompts is None else args.sample_prompts
+        args.sample_tokens = args.sample_tokens or 64
 
 
 # --- Combinations of flags: derived values and contradictions -------------------------------------
@@ -750,6 +768,9 @@ def check_args(args, saved):
     check_optimizer(args)
     check_model(args)
     check_best(args, saved)
+    for name in ("sample_prompts", "sample_tokens"):
+        if args.sample_every is None and getattr(args, name) is not None:
+            raise UserError(f"--{name} {getattr(args, name)}: is read with --sample_every")
     if args.eval_dataset:
         evaluation_sets(args.eval_dataset)
     check_output_dir(args)

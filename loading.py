@@ -138,7 +138,7 @@ def check_layers(path, entries):
         if isinstance(value, dict):
             check_layers(path, value)
         elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"{path}: {key} is {value}, and no model has so many{COPY_FILE}")
+            raise UserError(f"{path}: {key} is {value}, and no model has that many{COPY_FILE}")
 
 
 def check_attention(name, attention, chosen):

@@ -17,8 +17,8 @@ import torch
 import tqdm
 
 from batches import Task
-from checkpoint import METRICS_FILE, write_flags
-from files import write_text
+from checkpoint import METRICS_FILE, SAMPLES_FILE, write_flags
+from files import read_list, written_aside
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
 from losses import kind_of
@@ -41,6 +41,7 @@ class Log:
     def __init__(self, folder: Path, flags: dict, checkpoint: Path | None, start: int, steps: int,
                  ranks: Ranks):
         self.on, self.path = ranks.rank == 0, folder / METRICS_FILE
+        self.samples_path = folder / SAMPLES_FILE
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
         self.first = True  # no step has ended yet
@@ -48,16 +49,28 @@ class Log:
         if not self.on:
             return
         write_flags(folder, flags)
-        # A resumed run repeats the steps after its checkpoint, which has the rows up to there.
-        rows = ""
-        if checkpoint:
-            rows = (checkpoint / METRICS_FILE).read_text()
-            if not has_prefix(self.path, rows.encode()):
-                self.say(f"{self.path}: its rows up to step {start} were changed or are missing; "
+        rows = parse_rows(self.path, self.begin(self.path, checkpoint, start))
+        samples = []
+        # The file of a run that sampled, and does no more since it was resumed, is cut too.
+        if flags["sample_every"] is not None or SAMPLES_FILE in (read_list(folder) or ()):
+            text = self.begin(self.samples_path, checkpoint, start)
+            samples = [json.loads(line) for line in text.split("\n") if line]
+        self.trackers = open_trackers(flags["report_to"], folder, flags, rows, samples)
+
+    def begin(self, path: Path, checkpoint: Path | None, start: int) -> str:
+        """Begin a file of rows -> the text of those that it has.
+
+        A resumed run repeats the steps after its checkpoint, which has the rows up to there.
+        """
+        rows = b""
+        if checkpoint and (checkpoint / path.name).exists():
+            rows = (checkpoint / path.name).read_bytes()
+            if not has_prefix(path, rows):
+                self.say(f"{path}: its rows up to step {start} were changed or are missing; "
                          f"they are now those of {checkpoint}")
-        write_text(self.path, rows)
-        self.trackers = open_trackers(
-            flags["report_to"], folder, flags, parse_rows(self.path, rows))
+        with written_aside(path) as temporary:
+            temporary.write_bytes(rows)
+        return rows.decode("utf-8")
 
     def row(self, step: int, split: str, values: dict):
         if self.on:
@@ -65,6 +78,15 @@ class Log:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         for tracker in self.trackers:
             tracker.row(step, split, values)
+
+    def samples(self, step: int, rows: list[dict]):
+        """Write rows of samples.py."""
+        if self.on:
+            with open(self.samples_path, "a", encoding="utf-8", newline="\n") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for tracker in self.trackers:
+            tracker.samples(step, rows)
 
     def close(self):
         """End the bar and the trackers."""

@@ -114,8 +114,8 @@ def choose_gpu(size: int) -> torch.device:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         limit = f" in CUDA_VISIBLE_DEVICES={visible}" if visible else ""
         raise UserError(f"LOCAL_RANK={local_rank}: this process sees {count} GPUs{limit}; start at "
-                        "most so many processes on this machine, as in torchrun --nproc_per_node "
-                        f"{count}, or let each process see all GPUs")
+                        f"most {count} processes here, as in torchrun --nproc_per_node {count}, "
+                        "or let each process see all GPUs")
     return torch.device("cuda", local_rank)
 
 

@@ -23,9 +23,9 @@ import torch
 
 import data
 import world
-from batches import autocast_options, collate, resolve_dtype
+from batches import autocast_options, resolve_dtype
 from checkpoint import checkpoints, has_model, is_adapter, is_complete, read_state
-from dpo import concatenated_forward, train_sft
+from dpo import train_sft
 from errors import UserError
 from files import read_run_file
 from flags import build_parser, default_reference, naming_flags
@@ -42,6 +42,7 @@ from lora import read_adapter
 from losses import LOSSES, find, hyperparameters
 from parallel import Ranks
 from reference import check_reference, load_reference
+from samples import measure_answers
 from train import load_policy, processor_opener
 
 ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -257,22 +258,9 @@ def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
             yield model
 
 
-@torch.no_grad()
 def answer_rewards(opened: Opened, beta: float, prompt: list[int],
                    answers: list[list[int]]) -> list[dict]:
-    """Compute the log-probs of answers to one prompt under policy and reference, as training does,
-    and their implicit rewards."""
-    row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
-    batch = collate(row, opened.tokenizer, ALONE.device)
-    with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
-        logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
-        ref_logps = [None] * len(logps)
-        if opened.reference is not None:
-            ref_logps = concatenated_forward(opened.reference, batch)["logps"][0].tolist()
-    measured = []
-    for ids, logp, ref_logp in zip(answers, logps, ref_logps):
-        values = {"tokens": len(ids), "logp": logp}
-        if ref_logp is not None:
-            values |= {"ref_logp": ref_logp, "reward": beta * (logp - ref_logp)}
-        measured.append(values)
-    return measured
+    """Compute the log-probs and rewards of answers to one prompt: see samples.measure_answers."""
+    autocast = autocast_options(opened.dtype, ALONE.device)
+    return measure_answers(opened.policy, opened.reference, opened.tokenizer, autocast, beta,
+                           prompt, answers)

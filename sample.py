@@ -29,12 +29,12 @@ from typing import NamedTuple
 import torch
 
 import data
-import world
 from audit import load_scored_rows, score_file, write_lines
 from chat import Chat, figures, sampling, shown, writes_chat
 from generation import Answer, answer_text, check_prompt_room, encode_prompts, generate, stop_ids
 from ranges import real_number, whole_number
 from runs import Opened, answer_rewards, open_run, speaker
+from world import true_reward_of
 
 # --- Prompts --------------------------------------------------------------------------------------
 
@@ -161,14 +161,6 @@ def describe_prompt(opened: Opened, beta: float, prompt: Prompt,
         if opened.args.model == "world":
             line[name]["true_reward"] = true_reward_of(text, line[name]["text"])
     return line
-
-
-def true_reward_of(prompt: str, answer: str) -> float | None:
-    """Return the true reward of an answer in the world, or None for one that is not three words."""
-    if prompt not in world.prompts() or answer not in world.answers():
-        return None
-    thing, number = world.prompts().index(prompt), world.answers().index(answer)
-    return world.true_reward()[thing, number].item()
 
 
 # --- Printed --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ LETTER = r"[^\W\d_]"
 TRIED = "aaabbeeennstTHZßéñдн中文한ア  \n\t.,!?'’\"-_/<>|()0123456789，。"
 # A token with a space behind a letter, in any way in which a vocabulary writes a space.
 CROSSING = re.compile(r"[^\W\d_▁Ġ][ ▁Ġ]")
-# Texts up to so many characters, and so many for each token of the limit, are not worth a cut.
+# Texts up to this many characters, and this many for each token of the limit, are not worth a cut.
 CHARACTERS, SLACK_CHARACTERS = 32, 10_000
 SLACK = 16  # tokens of the beginning of a text that depend on its being the beginning
 

@@ -124,6 +124,7 @@ from parallel import (
     whole,
     wrap,
 )
+from plots import CURVES_FILE
 from reach import freeze, is_below, unreached_by_text
 from reference import (
     cache_reference,
@@ -669,6 +670,7 @@ class Run(NamedTuple):
     fixed: dict  # hashes of what must be the same when the run is resumed
     flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
     keep: int  # how many checkpoints are kept
+    sampler: Any  # samples.Sampler, with --sample_every
 
 
 def load_trained_tokenizer(args, source):
@@ -825,6 +827,17 @@ def hash_rows(args, rows, held_out):
     return {"rows": rows_digest, "held_out": held_out_digest}
 
 
+def make_sampler(args, task, model, reference, splits, tokenizer, home, ranks):
+    """-> a samples.Sampler, or None without --sample_every."""
+    if not args.sample_prompts:
+        return None
+    if task.row_format.processor:
+        raise UserError("--sample_every: prompts with images are not answered during a run; leave "
+                        "the flag out")
+    from samples import Sampler  # other runs do not read the file
+    return Sampler(args, task, model, reference, splits, tokenizer, home is not None, ranks)
+
+
 def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     """Everything before the first step, in the order in which the parts need each other."""
     newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
@@ -864,6 +877,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
                      masked, most_answers(*parts), processor)
     task = with_spread(task)
+    sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
     if args.ref == "cache":
         splits = {"train": rows} | held_out
         held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)
@@ -878,7 +892,7 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     policy = wrap(model, ranks, args.train_vision)
     return Run(folder, home, source, tokenizer, processor or tokenizer, model, policy, reference,
                rows, tokens, first_lengths, held_out, task, optimizer, scheduler, newest, start,
-               steps, best, state, fixed, flags, keep)
+               steps, best, state, fixed, flags, keep, sampler)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -895,6 +909,15 @@ def check_first_rows(args, run, ranks) -> str:
     batch = collate(run.rows[first], run.tokenizer, ranks.device, run.task.row_format)
     value = check_start(run.task, run.model, run.reference, batch, args.ref == "cache")
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
+
+
+def begin_best(args, run, ranks):
+    """Check --keep_best, and give a resumed run the best weights of its checkpoint."""
+    if not args.keep_best:
+        return
+    check_metric(args, run, ranks)
+    if args.resume and ranks.rank == 0:
+        restore_best(run.folder, run.newest)
 
 
 def check_metric(args, run, ranks):
@@ -1039,11 +1062,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     if line:
         say(line)
 
-    if args.keep_best:
-        check_metric(args, run, ranks)
-        if args.resume and ranks.rank == 0:
-            restore_best(folder, run.newest)
-
+    begin_best(args, run, ranks)
     state, steps, best = run.state, run.steps, run.best
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder, ranks), caught_signals(ranks) as stopped,
@@ -1069,6 +1088,8 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
                 splits = evaluate_and_log(args, run, log, number, state, ranks)
                 best, ended = keep_if_best(args, run, log, number, splits, best, ranks)
                 last = last or ended
+            if run.sampler and run.sampler.is_due(number, last):
+                run.sampler.sample(number, log)
             due = args.save_every and number % args.save_every == 0
             if not last and (stopping or due):
                 write_checkpoint(args, run, number, state, best, ranks)
@@ -1096,10 +1117,15 @@ def save_final(run, best, splits, ranks) -> str:
     if ranks.rank == 0:  # a kill may have come before this
         delete_old_checkpoints(run.folder, run.keep)
         document_run(run.folder)
+    text = f"saved in {run.folder}"
     if best.step:
-        return (f"saved in {run.folder}: the weights of step {best.step}, with "
-                f"{run.flags['keep_best']} {best.value:.4g}")
-    return f"saved in {run.folder}" + (world.sum_up(splits["world"]) if run.home else "")
+        text += (f": the weights of step {best.step}, with {run.flags['keep_best']} "
+                 f"{best.value:.4g}")
+    if (run.folder / CURVES_FILE).exists():
+        text += f"; curves: {run.folder / CURVES_FILE}"
+    if run.home and not best.step:
+        text += world.sum_up(splits["world"])
+    return text
 
 
 def main(argv: list[str], ranks: Ranks) -> bool:

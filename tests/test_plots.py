@@ -20,6 +20,7 @@ import trackers
 from errors import UserError
 
 STEPS = {"max_steps": 6, "save_every": 2, "eval_every": 2}
+SAMPLED = {"sample_every": 3, "sample_prompts": 2, "sample_tokens": 3, "eval_share": 0.3}
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
                                       reason="matplotlib draws")
 
@@ -272,6 +273,7 @@ def wandb(monkeypatch):
         return FakeRun(module.runs.setdefault(options["id"], {}))
 
     module.init, module.login, module.Settings = init, lambda: True, dict
+    module.Table = lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data]
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -333,6 +335,37 @@ def test_a_tracker_that_a_resumed_run_adds_gets_the_whole_run(fit, wandb):
     assert without_times(history) == by_step(read_metrics(out))
 
 
+def test_the_answers_of_each_sampled_step_are_a_table_also_after_a_kill(fit, wandb, monkeypatch):
+    """Killed after step 4; step 3 was sampled before, between two rows of metrics."""
+    forked.hide_matplotlib(monkeypatch.setitem)
+    whole, _ = fit(report_to="wandb", log_every=2, out="whole", **STEPS, **SAMPLED)
+    killed, _ = fit(report_to="wandb", log_every=2, out="killed", **STEPS, **SAMPLED)
+    identity = (killed / "wandb" / "id.txt").read_text()
+    del wandb.runs[identity][6]
+    resume(unfinished(killed))
+    uninterrupted, resumed = wandb.runs.values()
+    assert without_times(resumed) == without_times(uninterrupted)
+    assert sorted(uninterrupted) == [2, 3, 4, 6]
+    for step in (3, 6):
+        table = uninterrupted[step]["samples"]
+        rows = [row for row in read_samples(whole) if row["step"] == step]
+        assert len(table) == len(rows) == 2
+        for cells, row in zip(table, rows):
+            assert cells["prompt"] == row["prompt"] and cells["step"] == step
+            assert cells["policy/text"] == row["policy"]["text"]
+            assert cells["reference/reward"] == row["reference"]["reward"]
+
+
+def test_an_answer_is_shown_as_it_is_and_not_as_markdown():
+    row = {"id": "a", "prompt": "one\n\n# two", "policy": {"text": "```\n", "reward": 1.5}}
+    assert trackers.as_markdown(row) == (
+        'prompt a:\n\n    one\n    \n    # two\n\npolicy: `{"reward": 1.5}`\n\n    ```\n')
+
+
+def read_samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
 def test_a_resumed_run_may_report_to_nothing(fit, wandb):
     out, _ = fit(report_to="wandb", **STEPS)
     resume(unfinished(out), "--report_to=none")
@@ -376,11 +409,28 @@ def scalars(folder):
     return history
 
 
+def shown_samples(folder):
+    """{number of the prompt: [(step, text)]} as TensorBoard shows them."""
+    # What reads the files for the web page; the class above drops no text that is sent again.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    shown = {}
+    for number in (1, 2):
+        shown[number] = []
+        for event in events.Tensors(f"samples/{number}/text_summary"):
+            text = event.tensor_proto.string_val[0].decode("utf-8")
+            shown[number].append((event.step, text))
+    return shown
+
+
 def test_tensorboard_shows_a_killed_and_resumed_run_like_an_uninterrupted_one(fit):
     pytest.importorskip("tensorboard")
-    whole, rows = fit(report_to="tensorboard", out="whole", **STEPS)
-    killed, _ = fit(report_to="tensorboard", out="killed", **STEPS)
+    whole, rows = fit(report_to="tensorboard", out="whole", **STEPS, **SAMPLED)
+    killed, _ = fit(report_to="tensorboard", out="killed", **STEPS, **SAMPLED)
     resume(unfinished(killed))
+    assert shown_samples(killed / "tensorboard") == shown_samples(whole / "tensorboard")
+    assert shown_samples(whole / "tensorboard")[2] == [
+        (row["step"], trackers.as_markdown(row)) for row in read_samples(whole)[1::2]]
     shown = without_times(scalars(whole / "tensorboard"))
     assert without_times(scalars(killed / "tensorboard")) == shown
     for step, values in by_step(rows).items():
@@ -415,7 +465,7 @@ def test_wandb_offline_has_the_rows_of_a_resumed_run_in_its_newest_folder(fit, m
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    out, _ = fit(report_to="wandb", **STEPS)
+    out, _ = fit(report_to="wandb", **STEPS, **SAMPLED)
     resume(unfinished(out))
     logs = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(logs) == 2 and len({path.name for path in logs}) == 1
@@ -423,7 +473,16 @@ def test_wandb_offline_has_the_rows_of_a_resumed_run_in_its_newest_folder(fit, m
         history = {}
         for step, values in wandb_history(path).items():
             history[step] = {name: value for name, value in values.items() if name[0] != "_"}
+        # The parts of the entry about a table.
+        parts = [name for name in history[6] if name.startswith("samples/")]
+        tables = {}
+        for step in (3, 6):
+            tables[step] = {name: history[step].pop(name) for name in parts}
         assert without_times(history) == by_step(read_metrics(out))
+        table = json.loads((path.parent / "files" / tables[6]["samples/path"]).read_text())
+        cells = [dict(zip(table["columns"], row)) for row in table["data"]]
+        expected = [row for row in read_samples(out) if row["step"] == 6]
+        assert [row["policy/text"] for row in cells] == [row["policy"]["text"] for row in expected]
 
 
 def test_the_readme_of_this_project_names_the_two_commands():

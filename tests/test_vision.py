@@ -444,6 +444,8 @@ def test_text_rows_train_a_vision_model_without_its_processor(kind, tmp_path, ru
 def test_flags_that_images_contradict_are_refused(home, tmp_path, run, pairs, folder):
     with pytest.raises(UserError, match="--attention packed: rows with images are not packed"):
         run(attention="packed")
+    with pytest.raises(UserError, match="--sample_every: prompts with images are not answered"):
+        run(sample_every=1)
     with pytest.raises(UserError, match="--train_vision: no row of --dataset .* has an image"):
         run(dataset=pairs, train_vision=True)
     with pytest.raises(UserError, match="--train_vision: .* sees no images"):
