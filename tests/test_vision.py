@@ -511,10 +511,15 @@ def test_the_cache_of_the_reference_gives_the_run_of_a_second_model(run, tmp_pat
     assert differences(read_metrics(live), read_metrics(cached), 1e-9) == []
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("flags", [
-    {"loss": "sft"}, {"loss": "kto", "unpair": True}, {"dtype": "bfloat16"},
-    {"quantize": "nf4", "lora_rank": 2}, {"gradient_checkpointing": True, "train_vision": True},
-    {"dataset": "text.jsonl", "wpo": True}, {"tokens_per_micro_batch": 90},
+    {"loss": "sft"}, {"loss": "kto", "unpair": True}, {"dataset": "text.jsonl", "wpo": True},
+    {"gradient_checkpointing": True, "train_vision": True},
+    pytest.param({"quantize": "nf4", "lora_rank": 2}, marks=SLOW),
+    pytest.param({"dtype": "bfloat16"}, marks=SLOW),
+    pytest.param({"tokens_per_micro_batch": 90}, marks=SLOW),
 ], ids=lambda flags: " ".join(flags))
 def test_other_losses_and_options_train_on_images(flags, home, run):
     flags = {"micro_batch_size": None} | flags if "tokens_per_micro_batch" in flags else flags
