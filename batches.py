@@ -29,6 +29,7 @@ import packing
 import vision
 from answers import answer_tensors, answers_loss
 from dpo import concatenated_inputs, preference_logps, preference_loss
+from experts import RouterLoss
 from losses import kind_of
 from parallel import Ranks, gather, shard, sum_over_ranks
 from variants import Variants, weighted_preference_loss, with_wpo
@@ -172,6 +173,8 @@ class Task(NamedTuple):
     device: torch.device
     row_format: RowFormat
     compares_pairs: bool  # the loss needs all pairs of a step at once
+    passes: int  # forwards of a micro-batch: 2 where backward needs numbers of the whole step
+    router_loss: RouterLoss | None = None  # of a mixture of experts
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
@@ -204,7 +207,15 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         device=device,
         row_format=row_format,
         compares_pairs="batch" in loss.tags,
+        passes=2 if "batch" in loss.tags else 1,
     )
+
+
+def with_router_loss(task: Task, router_loss: RouterLoss) -> Task:
+    """The task with a loss that balances experts. FastLogps records the routers, so it computes all
+    log-probs, and the mask of padded rows says which tokens are real."""
+    row_format = task.row_format._replace(masked=True, full_logits=False)
+    return task._replace(router_loss=router_loss, passes=2, row_format=row_format)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

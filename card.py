@@ -11,9 +11,17 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from checkpoint import FREE_ON_RESUME, is_adapter
+from checkpoint import FREE_ON_RESUME, is_adapter, is_complete
 from errors import UserError
-from files import RUN_FILE, read_json, read_list, read_run_file, write_text
+from files import (
+    RUN_FILE,
+    free_name,
+    read_json,
+    read_list,
+    read_run_file,
+    write_list,
+    write_text,
+)
 from flags import build_parser
 from losses import LOSSES, find, hyperparameters, kind_of
 from plots import CURVES_FILE, PANELS, read_metrics, write_curves
@@ -263,6 +271,31 @@ def has_card(folder: pathlib.Path) -> bool:
     its model has not."""
     listed = read_list(folder) or set()
     return CARD_FILE in listed and (folder / CARD_FILE).exists()
+
+
+def reopen_run(folder: pathlib.Path) -> None:
+    """Turn a finished run back into one that has not ended, because it is made longer.
+
+    Its card is deleted, or renamed if its author edited it. The weights stay until the end of the
+    longer run replaces them. A kill in between leaves a finished run, or one that can be resumed.
+    """
+    if not is_complete(folder):
+        return
+    path = folder / CARD_FILE
+    if has_card(folder):
+        try:
+            written = make_card(folder, read_run_file(folder)["flags"])
+        except UserError:  # metrics.jsonl was changed
+            written = ""
+        if path.read_bytes() == written.encode():
+            path.unlink()
+        else:
+            kept = free_name(path)
+            os.replace(path, kept)
+            print(f"{path} is not as the run wrote it, and is now {kept}; the longer run writes a "
+                  "new one")
+        write_list(folder, read_list(folder) - {CARD_FILE})
+    (folder / "adapter_config.json").unlink(missing_ok=True)
 
 
 def document_run(folder: pathlib.Path) -> None:

@@ -66,9 +66,12 @@ LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of 
 # Flags that a resumed run may change: they change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "compile", "deterministic", "report_to", "push_to_hub",
-    "sample_every", "sample_prompts", "sample_tokens",
+    "attention", "compile", "deterministic", "report_to", "push_to_hub", "save_last",
+    "eval_only", "dry_run", "sample_every", "sample_prompts", "sample_tokens",
 }
+# Flags of which a resumed run may have a higher value: it becomes a longer run. --epochs may be
+# replaced by --max_steps, and the other way round, if that gives no fewer steps.
+LENGTH = ("epochs", "max_steps", "early_stop")
 
 
 # --- The folder of a run --------------------------------------------------------------------------
@@ -153,12 +156,32 @@ def flags_path(folder: str | pathlib.Path) -> pathlib.Path:
     return path if path.exists() else path.with_name("config.json")
 
 
+def may_change(name: str, value: Any, before: Any) -> bool:
+    """Return whether a resumed run may have this value of a flag in place of the one before."""
+    if name in FREE_ON_RESUME:
+        return True
+    if name in LENGTH and value is not None and before is not None:
+        return value >= before
+    # The other one of the two flags is given: see train.check_length.
+    return name in ("epochs", "max_steps")
+
+
+def is_longer(flags: dict, saved: dict) -> bool:
+    """Return whether these flags make a run longer."""
+    return any(flags[name] != saved[name] for name in LENGTH)
+
+
 def check_agreement(saved: dict) -> None:
-    """Raise a UserError if two files have different values of a flag that may not change."""
+    """Raise a UserError if two files have different values of a flag that may not change.
+
+    A checkpoint may be that of a run which was shorter then.
+    """
     first_path, first = next(iter(saved.items()))
     for path, flags in saved.items():
-        for name in sorted((first.keys() | flags.keys()) - FREE_ON_RESUME):
+        for name in sorted(first.keys() | flags.keys()):
             values = [json.dumps(some.get(name, "no value")) for some in (first, flags)]
+            if name in first and name in flags and may_change(name, first[name], flags[name]):
+                continue
             if values[0] != values[1]:
                 raise UserError(
                     f"{first_path}: {name} is {values[0]}, but {path} has {values[1]}: one of the "
@@ -336,41 +359,46 @@ def tensor_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
-def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, save_every: int,
-                     keep: int | None, ranks: Ranks) -> tuple[int, str]:
+def plan_checkpoints(args: Any, folder: pathlib.Path | None, size: int, start: int, steps: int,
+                     ranks: Ranks) -> tuple[int, str]:
     """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
 
+    args            with --save_every, --save_last, and --keep_checkpoints, by default 2, and 1 if a
+                    checkpoint is LARGE
     size            bytes of one checkpoint
     start, steps    the step from which the run continues, and the last step
-    keep            --keep_checkpoints; by default 2, and 1 if a checkpoint is LARGE
 
     A new checkpoint is written before an old one is deleted, so the disk needs room for keep + 1.
     If there is no room for the checkpoints that are due, raise now and not hours later. If none is
     due before the end, the returned line only mentions the lack of room.
     """
-    if keep is None:
-        keep = 1 if size > LARGE else 2
-    due = 0
-    if save_every:
-        due = (steps - 1) // save_every - start // save_every
-    text = f"a checkpoint has {readable(size)}; "
+    keep = args.keep_checkpoints or (1 if size > LARGE else 2)
+    due, occasions = 0, []
+    if args.save_every:
+        due = max(0, (steps - 1) // args.save_every - start // args.save_every)
     if due:
-        text += f"written every {save_every} steps and when interrupted, the newest {keep} kept"
-    else:
-        text += "written when interrupted"
-    # Rank 0 decides for all ranks: it has the folder.
+        occasions.append(f"every {args.save_every} steps")
+    if args.save_last:
+        due += 1
+        occasions.append("after the last step")
+    others = f"{', '.join(occasions)} and " if occasions else ""
+    text = f"a checkpoint has {readable(size)}; written {others}when interrupted"
+    if due:
+        text += f", the newest {keep} kept"
+    # Rank 0 decides for all ranks: it has the folder. --eval_only has none.
     problem = None
-    if ranks.rank == 0:
+    if ranks.rank == 0 and folder is not None:
         existing = len(own_checkpoints(folder))
         most = min(keep + 1, existing + max(1, due))
         needed = (most - existing) * size
-        free = shutil.disk_usage(folder).free
+        above = [path for path in (folder, *folder.parents) if path.is_dir()]
+        free = shutil.disk_usage(above[0]).free  # --dry_run does not make the folder
         if needed > free:
             problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
     problem = first_reason(problem, ranks)
     if problem and due:
         raise UserError(f"--output_dir {folder}: {problem}; make room, or lower "
-                        "--keep_checkpoints, or write none by --save_every 0")
+                        "--keep_checkpoints, or write none by --save_every 0 without --save_last")
     if problem:
         text += f". There is no room for it: {problem}"
     return keep, text
@@ -612,7 +640,11 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     reader.fs = OwnFiles([str(folder / name) for name in state["files"]
                           if name.startswith("optimizer/")])
     dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-    scheduler.load_state_dict(state["scheduler"])
-    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
-        group["lr"] = lr
+    # The learning rate is computed, because the schedule may be that of a longer run now.
+    done, rates = state["scheduler"]["last_epoch"], []
+    for group, rate, factor in zip(
+            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = rate * factor(done)
+        rates.append(group["lr"])
+    scheduler.load_state_dict(state["scheduler"] | {"_last_lr": rates})
     return state["step"], state["loss_state"]

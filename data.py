@@ -75,7 +75,14 @@ from loading import has_processor, load_processor, load_tokenizer, text_with_tok
 from ranges import whole_number
 from registry import Needs, needs_of
 from shorten import shorten_texts
-from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
+from sources import (
+    check_whole,
+    evaluation_sets,
+    find_files,
+    list_empty,
+    open_dataset,
+    parse_sources,
+)
 from unread import check_ignored, count_unread
 
 # The label of a token that is not scored.
@@ -784,6 +791,12 @@ def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None)
     return numbers
 
 
+def all_prompts(held_out: dict) -> datasets.Dataset:
+    """Return the hashes of the prompts of all evaluation sets {split: rows}, as rows."""
+    return datasets.concatenate_datasets(
+        [rows.select_columns(["prompt_key"]) for rows in held_out.values()])
+
+
 def describe_statistics(numbers: dict) -> str:
     """Format the numbers of `statistics` as the lines of the report."""
     lines = []
@@ -1117,7 +1130,8 @@ def main(argv):
     parser.add_argument("dataset", type=any_name, help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
     parser.add_argument("--eval_dataset", type=any_name,
-                        help="held-out rows, to count the prompts in both data sets")
+                        help="held-out rows, to count the prompts in both data sets; several sets "
+                             "as NAME=ROWS,NAME=ROWS")
     parser.add_argument("--loss", default="sigmoid",
                         help="the loss to read rows for: kto reads labels, plackett_luce rankings")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -1130,29 +1144,33 @@ def main(argv):
     shape = shape._replace(images=open_processor is not None)
 
     # The data sets, as training would load them.
-    specs = [args.dataset]
+    specs = {"train": args.dataset}
     if args.eval_dataset:
-        specs.append(args.eval_dataset)
-    rows, accounts = [], []
-    for spec in specs:
-        tokens, account = load_tokens(
+        specs |= evaluation_sets(args.eval_dataset)
+    held_out, accounts = {}, []
+    for split, spec in specs.items():
+        held_out[split], account = load_tokens(
             spec, tokenizer, needs, limits, shape, args.strict, options, open_processor)
-        rows.append(tokens)
         accounts.append(account)
+    rows = held_out.pop("train")
     check_template(args, accounts)
     check_ignored(shape.ignored, accounts)
 
     # The report.
-    held_out = rows[1] if args.eval_dataset else None
-    numbers = [statistics(rows[0], held_out), *map(statistics, rows[1:])]
+    numbers = [statistics(rows, all_prompts(held_out) if held_out else None)]
+    numbers += map(statistics, held_out.values())
     if args.json:
-        reports = [account | part for account, part in zip(accounts, numbers)]
+        reports = []
+        for split, account, part in zip(specs, accounts, numbers):
+            reports.append({"split": split} | account | part)
         print(json.dumps(reports, indent=2))
         return
-    for account, part in zip(accounts, numbers):
-        print(describe(account), describe_statistics(part), sep="\n")
-    image_id = open_processor().image_token_id if "image_paths" in rows[0].column_names else None
-    shown = show(rows[0], tokenizer, image_id=image_id)
+    for split, account, part in zip(specs, accounts, numbers):
+        name = split.partition("/")[2]
+        print(f"{name + ': ' if name else ''}{describe(account)}")
+        print(describe_statistics(part))
+    image_id = open_processor().image_token_id if "image_paths" in rows.column_names else None
+    shown = show(rows, tokenizer, image_id=image_id)
     print(f"\nAs the model sees them, scored tokens in brackets:\n{shown}")
 
 

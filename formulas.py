@@ -16,8 +16,8 @@ tree, `to_mathml` writes a tree. A tree is a list of nodes, and a node is a tupl
     ("scripts", node, below, above)       trees of the subscript and the superscript, or None
     ("fraction", above, below)            two trees
 
-A formula with a character that is not known here raises ValueError, and `typeset` then returns the
-text as it is.
+A formula with a character that is not known here raises FormulaError, and `typeset` then returns
+the text as it is.
 """
 import html
 import re
@@ -43,13 +43,17 @@ TOKEN = re.compile(r"""
 LOOSE = set("=+−±,:;")  # a slash with spaces around it divides everything between two of these
 
 
+class FormulaError(Exception):
+    """A formula that these rules cannot read."""
+
+
 def read_tokens(text: str) -> list[tuple[str, str]]:
     """Return (kind, text) of each token. English words get the kind "words"."""
     tokens, position = [], 0
     while position < len(text):
         match = TOKEN.match(text, position)
         if match is None:
-            raise ValueError(f"no rule for {text[position]!r} in the formula {text}")
+            raise FormulaError(f"no rule for {text[position]!r} in the formula {text}")
         tokens.append((match.lastgroup, match.group()))
         position = match.end()
     return name_words(tokens)
@@ -106,7 +110,7 @@ class FormulaReader:
         while self.peek()[1] != close:
             kind, text = self.peek()
             if kind == "end" or text in ")]}":
-                raise ValueError(f"brackets do not match: {text or close!r}")
+                raise FormulaError(f"brackets do not match: {text or close!r}")
             if kind == "space":
                 self.take()
                 nodes.append(("space",))
@@ -125,7 +129,7 @@ class FormulaReader:
         self.take()
         if self.peek()[0] != "space":
             if not nodes or nodes[-1][0] in ("operator", "space"):
-                raise ValueError("a fraction has nothing above its line")
+                raise FormulaError("a fraction has nothing above its line")
             above = [nodes.pop()]
             nodes.append(("fraction", above, [self.factor()]))
             return
@@ -151,7 +155,7 @@ class FormulaReader:
         elif kind in ("letter", "number", "sum"):
             node = ("symbol", text)
         else:
-            raise ValueError(f"a formula has {text!r} where a symbol is expected")
+            raise FormulaError(f"a formula has {text!r} where a symbol is expected")
         node = self.scripts(node)
         head = node[1] if node[0] != "scripts" else node[1][1]
         if head in CALLABLE and self.peek()[1] in ("(", "["):
@@ -180,7 +184,7 @@ class FormulaReader:
             return self.tree(CLOSE[text])
         if kind in ("letter", "number"):
             return [("symbol", text)]
-        raise ValueError(f"a script begins with {text!r}")
+        raise FormulaError(f"a script begins with {text!r}")
 
 
 def tidy(nodes):
@@ -199,7 +203,7 @@ def tidy(nodes):
 
 
 def parse_formula(text: str) -> list[tuple]:
-    """Return the tree of one line of a formula, or raise ValueError."""
+    """Return the tree of one line of a formula, or raise FormulaError."""
     return FormulaReader(read_tokens(text)).tree()
 
 
@@ -345,7 +349,7 @@ def typeset(text: str) -> str:
     English. A formula that cannot be read is returned as preformatted text."""
     try:
         lines = [typeset_line(line) for line in split_lines(text)]
-    except ValueError:
+    except FormulaError:
         return f'<pre class="plain">{html.escape(text)}</pre>'
     return "\n".join(lines)
 

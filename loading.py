@@ -97,6 +97,10 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 MOST_LAYERS = 10_000  # some configs make a list with an entry for each layer
 
 
+# What a run adds to the config.json of its model. It is not true of a model trained from there.
+RUN_ENTRIES = ("flags", "digest", "best", "loss_state")
+
+
 def load_config(name: str, revision: str | None = None,
                 attention: str | None = None) -> PretrainedConfig:
     """Load the config of a model, and reject a model that cannot be trained here.
@@ -115,6 +119,8 @@ def load_config(name: str, revision: str | None = None,
     if attention:
         options["attn_implementation"] = attention
     config = load_pretrained(AutoConfig, name, **options)
+    for entry in RUN_ENTRIES:
+        vars(config).pop(entry, None)
     parts = [config]
     for part in config.sub_configs:
         if getattr(config, part, None) is not None:

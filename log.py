@@ -25,7 +25,7 @@ from losses import kind_of
 from optimizers import MOMENTS
 from parallel import Ranks, crowded_line, shard
 from plots import parse_rows, plot_runs
-from reach import frozen_line, router_loss_line
+from reach import frozen_line
 from trackers import open_trackers
 from world import brief
 
@@ -129,7 +129,7 @@ def has_prefix(path: Path, content: bytes) -> bool:
 def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable | None,
               splits: tuple, steps: int, folder: Path, plan: str, ranks: Ranks):
     """Print a summary of the run before its first step."""
-    if ranks.rank > 0:
+    if ranks.rank > 0 or args.eval_only:
         return
     rows, held_out = splits
     counts = ", ".join(str(len(part)) for part in held_out.values())
@@ -144,7 +144,7 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
     frozen = frozen_line(model.model, task.row_format.processor is not None)
-    for line in (frozen, router_loss_line(model.model), crowded_line(ranks)):
+    for line in (frozen, crowded_line(ranks)):
         if line:
             print(line)
     print(memory_line(model, reference, MOMENTS[args.optimizer]))
@@ -154,9 +154,26 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
               "which costs a second forward")
 
 
-def memory_line(policy, reference, moments):
-    """Format the memory that each rank needs besides activations. `moments` is the number of
-    tensors as large as the weights that the optimizer keeps."""
+def metric_lines(splits: dict) -> str:
+    """Format all metrics of {split: metrics} as a table, with a column for each evaluation set."""
+    names = {}
+    for metrics in splits.values():
+        names |= metrics
+    width = max(map(len, [*names, ""]))
+    titles = [split.removeprefix("eval/") for split in splits]
+    lines = [" ".join([" " * width, *[f"{title:>12}" for title in titles]])]
+    for name in names:
+        cells = []
+        for title, metrics in zip(titles, splits.values()):
+            text = f"{metrics[name]:.6g}" if name in metrics else ""
+            cells.append(f"{text:>{max(12, len(title))}}")
+        lines.append(" ".join([f"{name:{width}}", *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def memory_parts(policy: FastLogps, reference: Callable | None, moments: int) -> dict:
+    """Return {part: bytes} of the memory that each rank needs besides activations. `moments` is the
+    number of tensors as large as the weights that the optimizer keeps."""
     def size(tensors):
         return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 
@@ -164,12 +181,18 @@ def memory_line(policy, reference, moments):
     second = []
     if isinstance(reference, torch.nn.Module):
         second = [*reference.parameters(), *reference.buffers()]
-    parts = {
+    return {
         "weights": size([*policy.parameters(), *policy.buffers()]),
         "gradients": size(trained),
         "optimizer": moments * size(trained),
         "reference": size(second),
     }
+
+
+def memory_line(policy, reference, moments):
+    """Format the numbers of parameters, and `memory_parts`."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    parts = memory_parts(policy, reference, moments)
     count = sum(parameter.numel() for parameter in policy.parameters())
     for module in policy.modules():
         if isinstance(module, NF4Linear):

@@ -28,6 +28,7 @@ class FastLogps(SequenceLogps):
                 how probable a token is relative to a token that the policy samples there (WPO,
                 arXiv:2406.11827v2, eq. 2)
     inputs      input_ids and attention_mask, or packed rows
+    routing     an experts.Routing, which records what the routers of a mixture of experts do
 
     Returns logps (2B,), lengths (2B,) and, if asked for, alignments (2B,).
     """
@@ -36,7 +37,10 @@ class FastLogps(SequenceLogps):
         super().__init__(model)
         self.bare_head = has_bare_head(model)
 
-    def fast_forward(self, targets: Targets | None = None, alignment=False, **inputs):
+    def fast_forward(self, targets: Targets | None = None, alignment=False, routing=None, **inputs):
+        if routing is not None:
+            with routing.recorded(self.model, inputs):
+                return self.fast_forward(targets, alignment, **inputs)
         if "packed" in inputs:
             packing.enable(self.model)
         if targets is None:

@@ -229,15 +229,23 @@ def refuse_target(model, part, names):
     reason = "no linear layer has such a name"
     if matching_layers(head_names, part):
         reason = "is the head, which is not adapted"
+    stacked = stacked_experts(model)
+    if matching_layers(stacked, part):
+        reason = "is a tensor that stacks the weights of experts, which is not adapted"
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    default = "" if stacked else "; without this flag all of them are adapted"
     raise UserError(f"--lora_target {part}: {reason}; there are {', '.join(endings)}"
-                    f"{nearest(part, endings)}; without this flag all of them are adapted")
+                    f"{nearest(part, endings)}{default}")
+
+
+def stacked_experts(model) -> list:
+    """Return the names of the 3-D tensors in which a model stores the weights of its experts."""
+    return [name for name, tensor in model.named_parameters()
+            if "expert" in name and tensor.ndim == 3]
 
 
 def has_stacked_experts(model) -> bool:
-    """Return whether the model stores the weights of its experts in 3-D tensors."""
-    experts = (tensor for name, tensor in model.named_parameters() if "expert" in name)
-    return any(tensor.ndim == 3 for tensor in experts)
+    return bool(stacked_experts(model))
 
 
 def add_adapter(model, name: str, targets: list, settings: LoraSettings, seed: int = 0):

@@ -137,11 +137,37 @@ def test_a_run_of_any_name_is_in_the_legend(name, tmp_path):
 
 
 @needs_matplotlib
+def test_each_evaluation_set_has_a_line_of_its_own_and_its_name_in_the_legend():
+    rows = make_rows()
+    for row in make_rows(loss=0.5):
+        if row["split"] == "eval":
+            rows.append(row | {"split": "eval/far", "loss": 0.25})
+            rows.append(row | {"split": "eval/near"})
+    rows = [row for row in rows if row["split"] != "eval"]
+    figure = plots.draw_curves([plots.Curves("run", rows)])
+    lines = figure.axes[0].lines[1:]
+    assert [list(line.get_ydata()) for line in lines] == [[0.25] * 2, [0.5] * 2]
+    assert len({line.get_linestyle() for line in lines}) == 2
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "run", "thin: training", "held out: far", "held out: near"]
+    shown = [line.get_linestyle() for line in legend.get_lines()[2:]]
+    assert shown == [line.get_linestyle() for line in lines]
+
+
+@needs_matplotlib
+def test_the_learning_rate_is_labeled_with_no_optimizer_in_particular():
+    figure = plots.draw_curves([plots.Curves("run", make_rows())])
+    panel, = [panel for panel in figure.axes if panel.get_title(loc="left") == "learning rate"]
+    assert panel.get_ylabel() == "of the optimizer"
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "much"])
 def test_a_value_that_is_no_number_leaves_a_gap(value, tmp_path):
     rows = make_rows()
     rows[1]["loss"] = value
-    steps, values = plots.series(rows, "loss", training=True)
+    steps, values = plots.series(rows, "loss", "train")
     assert steps == [1, 2, 3, 4] and math.isnan(values[1]) and values[0] == 1
     plots.draw_curves([plots.Curves("run", rows)]).savefig(tmp_path / "a.png")
 

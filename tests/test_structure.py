@@ -60,14 +60,18 @@ ALLOWED_IMPORTS = {
     },
     "packing": {"data", "dpo"},
     "logps": {"dpo", "packing"},
+    "experts": {"errors", "packing", "reach"},
     "verify": {"dpo", "packing"},
     "variants": {"dpo", "losses"},
     "flags": {
         "best", "checkpoint", "data", "errors", "files", "hub", "losses", "lora", "optimizers",
-        "ranges", "trackers", "variants", "world",
+        "ranges", "saved", "sources", "trackers", "variants", "world",
     },
+    "saved": {"checkpoint", "dpo", "errors", "files", "lora", "plots", "world"},
     "card": {"checkpoint", "errors", "files", "flags", "losses", "plots"},
-    "batches": {"answers", "data", "dpo", "losses", "packing", "parallel", "variants", "vision"},
+    "batches": {
+        "answers", "data", "dpo", "experts", "losses", "packing", "parallel", "variants", "vision",
+    },
     "log": {
         "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
         "parallel", "plots", "reach", "trackers", "world",
@@ -76,6 +80,9 @@ ALLOWED_IMPORTS = {
         "answers", "batches", "checkpoint", "data", "dpo", "errors", "files", "loading", "log",
         "logps", "lora", "losses", "model", "parallel", "vision",
     },
+}
+ALLOWED_IMPORTS["rehearsal"] = {
+    "checkpoint", "data", "log", "losses", "optimizers", "parallel",
 }
 ALLOWED_IMPORTS["formulas"] = set()
 ALLOWED_IMPORTS["curves"] = {"registry"}
