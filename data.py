@@ -469,6 +469,7 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
                 new_fingerprint=cache_name(text, tokenizer, needs, limits, options, processor),
                 features=token_features(needs, processor),
+                batch_size=100 if processor else 1000,  # rows may hold images
                 fn_kwargs={"tokenizer": tokenizer, "needs": needs, "limits": limits,
                            "options": options or {}, "processor": processor})
         check_whole(rows)
@@ -571,7 +572,7 @@ def token_features(needs, processor):
     if processor:
         types |= {
             "image_paths": datasets.Sequence(datasets.Value("string")),
-            "image_bytes": datasets.Sequence(datasets.Value("binary")),
+            "image_bytes": datasets.Sequence(datasets.Value("large_binary")),
             "image_keys": ids,
             "image_text": datasets.Value("string"),
         }

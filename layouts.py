@@ -218,7 +218,7 @@ def example_features() -> datasets.Features:
     types |= {"chat": "bool", "has_own_prompt": "bool", "weight": "float64"}
     features = {name: datasets.Value(kind) for name, kind in types.items()}
     lists = {"answers": "string", "ranks": "int64", "scores": "float64", "labels": "bool",
-             "notes": "string", "image_paths": "string", "image_bytes": "binary"}
+             "notes": "string", "image_paths": "string", "image_bytes": "large_binary"}
     for name, kind in lists.items():
         features[name] = datasets.Sequence(datasets.Value(kind))
     return datasets.Features(features)

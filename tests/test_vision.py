@@ -20,6 +20,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlms import MAKERS, TEMPLATE, draw, image_rows, make_vlm
 
@@ -218,6 +219,37 @@ def test_each_way_to_write_an_image_gives_the_same_tokens(changed, tmp_path):
     assert rows[0]["tokens"] == len(rows[0]["prompt_ids"]) + sum(map(len, rows[0]["answer_ids"]))
     put_first = "are put before the first message" in str(account["noted"])
     assert put_first == (changed == {"prompt": PLAIN})
+
+
+@pytest.mark.parametrize("row, columns", [
+    ({"conversations": [{"from": "human", "value": "<image>hue?"}],
+      "chosen": {"from": "gpt", "value": "red"}, "rejected": {"from": "gpt", "value": "blue"}}, ()),
+    ({"instruction": "hue?", "input": "", "chosen": "red", "rejected": "blue"}, ()),
+    ({"question": SPELLED, "chosen": "red", "rejected": "blue"}, (("prompt", "question"),)),
+    ({"chosen": SPELLED + [{"role": "assistant", "content": "red"}],
+      "rejected": SPELLED + [{"role": "assistant", "content": "blue"}]}, ()),
+], ids=["sharegpt", "alpaca", "columns", "dialogues"])
+def test_images_belong_to_rows_of_every_layout(row, columns, tmp_path):
+    draw(tmp_path / "a.png")
+    processor = model_and_processor("llava")[1]
+    path = write_jsonl(tmp_path / "rows.jsonl", [row | {"photos": ["a.png"]}])
+    loaded, _ = load_rows(processor, path, columns=(*columns, ("images", "photos")))
+    prompt = processor.tokenizer.decode(loaded[0]["prompt_ids"])
+    assert prompt == f"user: {'<image>' * 4}hue?<eos>assistant:"
+
+
+def test_a_bos_that_the_tokenizer_adds_is_in_front_of_a_text_with_an_image(tmp_path):
+    processor = MAKERS["llava"]()[1]
+    backend = processor.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+    processor.tokenizer.bos_token = "<pad>"
+    assert processor.tokenizer("a")["input_ids"][0] == 1
+    rows = image_rows(tmp_path / "images", 4, chat=False)
+    loaded, _ = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [ids.count(1) for ids in loaded["prompt_ids"]] == [1] * 4
+    assert [ids[0] for ids in loaded["prompt_ids"]] == [1] * 4
+    inputs = batch_of(loaded, range(4), processor)["inputs"]
+    assert len(inputs["pixel_values"]) == 6
 
 
 def test_images_inside_a_data_set_are_read_as_from_their_files(tmp_path):
