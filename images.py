@@ -174,7 +174,10 @@ def open_picture(picture: Picture, content: bytes, where: str) -> Any:
     pil, turning = map(importlib.import_module, ("PIL.Image", "PIL.ImageOps"))
     what = f"{where}: the image {picture.path or 'in the row'}"
     with reading(f"{what} cannot be read"):
-        image = pil.open(io.BytesIO(content))
+        try:
+            image = pil.open(io.BytesIO(content))
+        except pil.UnidentifiedImageError as error:  # its message names no file
+            raise UserError(f"{what} is of no kind that Pillow can read") from error
         frames = getattr(image, "n_frames", 1)
         image.load()
         upright = turning.exif_transpose(image)
