@@ -67,7 +67,7 @@ def load_scored_rows(opened: Opened, spec: str) -> tuple[Dataset, dict]:
     if spec == "world":
         _, held_out = world.row_files(needs.kind)
         spec = str(world.folder() / held_out)
-    limits, shape, options = data.read_flags(args)
+    limits, shape, options = data.read_flags(args, opened.family)
     shape = shape._replace(images=opened.open_processor is not None)
     return data.load_tokens(spec, opened.tokenizer, needs, limits, shape, args.strict, options,
                             opened.open_processor)
@@ -84,7 +84,7 @@ def score_rows(opened: Opened, rows: Dataset) -> Scores:
     attention, masked = settle_attention(args, opened.policy, reference, rows, opened.dtype, ALONE,
                                          processor)
     task = make_task(loss, opened.hyper, read_variants(args), opened.dtype, ALONE.device,
-                     attention == "packed", masked, most_answers(rows), processor)
+                     attention == "packed", masked, most_answers(rows), opened.family, processor)
 
     def compute(batch):
         return logp_tables(task, opened.policy, reference, batch)

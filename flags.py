@@ -74,6 +74,7 @@ OTHER_TRAINERS = {
     "max_seq_len": "--max_length",
     "cutoff_len": "--max_length",
     "max_target_length": "--max_completion_length",
+    "is_encoder_decoder": "leave it out: it is read from the model's config.json",
     "remove_unused_columns": "leave it out: columns that are not read are listed or refused",
     "data_seed": "--seed",
     # loss

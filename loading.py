@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from errors import UserError, hub_failure, reading, stop_hub_retries
-from families import AUTO_CLASSES, auto_class_of
+from families import AUTO_CLASSES, auto_class_of, family_of, family_of_adapter
 from files import read_json
 
 transformers.logging.set_verbosity_error()
@@ -138,6 +138,18 @@ def load_config(name: str, revision: str | None = None,
     return config
 
 
+def load_family(name: str) -> str:
+    """Return the family of the model or adapter in a folder or on the Hub. A folder with no more
+    than a tokenizer is taken for a decoder's."""
+    folder = pathlib.Path(name)
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json", COPY_FILE)
+        return family_of_adapter(adapter)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        return "decoder"
+    return family_of(load_pretrained(AutoConfig, name))
+
+
 def check_layers(path, entries):
     """Raise a UserError for a number of layers that no model has, also of a part of a model."""
     for key, value in entries.items():
@@ -241,8 +253,10 @@ def load_processor(name: str, tokenizer: Any, revision: str | None = None,
 
 def position_count(model) -> float:
     """Return how many tokens a model can read, infinite if its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    config, counts = model.config.get_text_config(), []
+    for part in ("", "encoder_", "decoder_"):  # encoder and decoder of LED have different numbers
+        counts.append(getattr(config, f"max_{part}position_embeddings", None) or math.inf)
+    return min(counts)
 
 
 def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -320,11 +320,11 @@ def reset_shards(module: torch.nn.Module) -> None:
     """
     if not isinstance(module, FSDPModule):
         return
+    state = module._get_fsdp_state()
+    state._lazy_init()  # there may have been no forward yet
     if hasattr(module, "reset_iter_state"):  # torch 2.13
         module.reset_iter_state()
         return
-    state = module._get_fsdp_state()
-    state._lazy_init()
     state._comm_ctx.all_gather_state = None
     state._state_ctx.iter_forward_root = None
     state._root_post_backward_final_callback()

@@ -15,6 +15,7 @@ import data
 from batches import autocast_options, resolve_dtype
 from checkpoint import is_adapter
 from errors import UserError
+from families import family_of
 from flags import build_parser, default_reference, naming_flags, revision_of_base
 from generation import reference_model
 from loading import (
@@ -47,6 +48,14 @@ class Opened(NamedTuple):
     options: dict  # of the chat template
     open_processor: Callable | None  # of the images: see train.processor_opener
     notes: list[str]
+
+    @property
+    def family(self) -> str:
+        return family_of(self.policy.model.config)
+
+    def context(self, prompt: list[int]) -> list[int]:
+        """Return the tokens before an answer of the decoder, of which the prompt may be apart."""
+        return [] if self.family == "encoder_decoder" else prompt
 
 
 # --- Loading them ---------------------------------------------------------------------------------

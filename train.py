@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 import packing
 import world
-from answers import Mismatched, group_means
+from answers import group_means
 from best import (
     BEST,
     Best,
@@ -90,6 +90,7 @@ from checkpoint import (
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
+from encoder_decoder import logps_module
 from experts import (
     Routing,
     RouterLoss,
@@ -98,6 +99,7 @@ from experts import (
     experts_per_token,
     find_no_router_loss,
 )
+from families import family_of
 from files import (
     delete_if_abandoned,
     free_name,
@@ -106,7 +108,6 @@ from files import (
     write_text,
     written_aside,
 )
-from families import family_of
 from flags import parse_args, read_variants, split_model
 from hub import push
 from loading import check_vocabulary, load_adapter_tokenizer, load_processor, load_tokenizer
@@ -151,6 +152,7 @@ from reference import (
     fingerprint,
     load_reference,
     load_weights,
+    mismatched_rows,
     move_reference,
     moving_tensors,
     settings_digest,
@@ -183,12 +185,12 @@ def make_world(ranks: Ranks) -> pathlib.Path:
 
 # --- Rows -----------------------------------------------------------------------------------------
 
-def load_rows(args, loss, tokenizer, home, ranks, open_processor=None):
+def load_rows(args, loss, tokenizer, home, family, ranks, open_processor=None):
     """-> training rows, and held-out rows (maybe none) of each evaluation set, as token ids.
 
     Rank 0 tokenizes, then the others read its cache. open_processor: see `processor_opener`.
     """
-    limits, shape, options = data.read_flags(args)
+    limits, shape, options = data.read_flags(args, family)
     shape = shape._replace(images=open_processor is not None)
     specs = name_sources(args, loss, home)
     if ranks.rank > 0:
@@ -307,7 +309,7 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return FastLogps(model)
+    return logps_module(model)
 
 
 def choose_attention(args, models, rows, dtype, ranks, processor=None):
@@ -338,6 +340,8 @@ def choose_attention(args, models, rows, dtype, ranks, processor=None):
 
 def reason_to_pad(args, models, rows, dtype, ranks):
     """None if rows can be packed and, with --attention auto, gain from it."""
+    if models[0].is_encoder_decoder:
+        return can_pack(models[0])
     tokens = data.column(rows, "tokens")
     hidden = models[0].model.get_input_embeddings().embedding_dim
     if args.attention == "auto" and not packing.is_faster(tokens, hidden):
@@ -628,11 +632,6 @@ def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
     return group_means(dict(zip(metrics, means)))
 
 
-def mismatched_rows(args, task, rows):
-    """-> the rows with the answers of other rows, or None if the loss does not need them."""
-    return Mismatched(rows, args.max_length) if needs_kl(task.loss) else None
-
-
 def passes(rows, window, pieces, mismatched=None, repeats=1):
     """Yield (rows, indices) of the micro-batches of a step: of the mismatched answers, if there are
     such, then of the rows, `repeats` times."""
@@ -887,7 +886,7 @@ def settle_router_loss(args, task, model, ranks) -> Task:
     coefficient = args.router_aux_loss_coef
     if coefficient is None:
         coefficient = asked_coefficient(model.model)
-    if not coefficient:
+    if not coefficient or args.eval_only:
         return task
     reason = try_rows(find_no_router_loss, model, task.dtype, ranks)
     if reason is not None and args.router_aux_loss_coef:
@@ -980,8 +979,10 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
         print_changed_flags(args, saved["flags"])
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
 
+    family = family_of(model.model.config)
     open_processor = processor_opener(args, source, tokenizer, model.model)
-    rows, held_out = load_rows(args, loss, tokenizer, home, ranks, open_processor)
+    rows, held_out = load_rows(
+        args, loss, tokenizer, home, family, ranks, open_processor)
     parts = [rows, *held_out.values()]
     processor = settle_images(args, open_processor, model, reference, parts)
     fixed = hash_rows(args, rows, held_out) | {
@@ -1011,7 +1012,7 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     # How rows are laid out, and the reference's log-probs if they are computed once.
     attention, masked = settle_attention(args, model, reference, rows, dtype, ranks, processor)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(*parts), processor)
+                     masked, most_answers(*parts), family, processor)
     task = settle_router_loss(args, with_spread(task), model, ranks)
     sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
     if args.ref == "cache" and not args.dry_run:

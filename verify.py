@@ -62,6 +62,8 @@ def verify(module, compare: Callable) -> str | None:
     same forwards.
     """
     model = module.model
+    if module.is_encoder_decoder:
+        return "an encoder-decoder reads prompt and answer apart"
     before, device = model.config._attn_implementation, model.device.type
     if before not in ("sdpa", NAME):
         return f"its attention is {before} and not sdpa"
@@ -100,14 +102,15 @@ def find_fault(module, inputs: dict | None = None, start: int = 4) -> str | None
     """
     model = module.model
     if inputs is None:
-        inputs = {"input_ids": torch.tensor(trial_rows(model)[2][:8], device=model.device)[None]}
-    leaves = []  # input_ids are (1, T)
+        ids = torch.tensor(trial_rows(model)[2][:8], device=model.device)[None]  # (1, 8)
+        inputs = module.trial_inputs(ids)
+    leaves = []
 
     def record(embedding, inputs, output):
         leaves.append(output.detach().requires_grad_())
-        return leaves[0].clone()  # some models scale the embeddings in place
+        return leaves[-1].clone()  # some models scale the embeddings in place
 
-    hook = model.get_input_embeddings().register_forward_hook(record)
+    hook = module.read_embeddings().register_forward_hook(record)
     before = generator_states(model.device)
     try:
         with torch.enable_grad():
@@ -116,7 +119,7 @@ def find_fault(module, inputs: dict | None = None, start: int = 4) -> str | None
         hook.remove()
     drew_numbers = generator_states(model.device) != before
     first = logits[:, max(0, start - 4):start].float().square().sum()
-    gradient, = torch.autograd.grad(first, leaves[0])  # (1, T, H)
+    gradient, = torch.autograd.grad(first, leaves[-1])  # (1, T, H)
     norms = gradient[0].float().norm(dim=-1)
     earlier, later = norms[:start], norms[start:]
     if later.norm() > 1e-5 * earlier.norm():
@@ -172,7 +175,7 @@ def seeded_forward(module, inputs, seed: int) -> tuple[torch.Tensor, dict]:
             if isinstance(output, tuple):
                 output = output[0]
             if torch.is_tensor(output):
-                sums[name] = output.double().square().sum()
+                sums.setdefault(name, output.double().square().sum())  # of its first call
         return hook
 
     for name, part in module.model.named_modules():
