@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from checkpoint import FREE_ON_RESUME, is_adapter, is_complete
 from errors import UserError
+from families import AUTO_CLASSES
 from files import (
     RUN_FILE,
     free_name,
@@ -23,6 +24,7 @@ from files import (
     write_text,
 )
 from flags import build_parser
+from loading import has_processor, load_family
 from losses import LOSSES, find, hyperparameters, kind_of
 from plots import CURVES_FILE, PANELS, read_metrics, write_curves
 
@@ -186,17 +188,17 @@ def metric_table(rows: list[dict]) -> str:
 # --- How to load ----------------------------------------------------------------------------------
 
 LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
-model = AutoModelForCausalLM.from_pretrained({name})
+model = {auto_class}.from_pretrained({name})
 """
 LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto_class}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, {name})
 """
 CHAT = """
@@ -211,25 +213,44 @@ inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 """
 GENERATE = """\
 output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
+# The output of a decoder begins with the prompt.
+PRINT = {
+    "decoder": """\
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+""",
+    "encoder_decoder": """\
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+""",
+}
+PRINT["vision"] = PRINT["decoder"]
 QUANTIZED = """
 
 The adapter was trained on the base in 4 bits. To load the base so, pass
 `quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`."""
 
+IMAGES = """
+
+For a prompt with images, load `AutoProcessor` in place of `AutoTokenizer`."""
+
 
 def loading_code(folder: pathlib.Path, flags: dict) -> str:
     """Return the code that loads the model and lets it answer, and what there is to know."""
     name = json.dumps(flags["push_to_hub"] or str(folder))
-    code = LOAD_MODEL.format(name=name)
+    family = load_family(str(folder))
+    if has_processor(str(folder)):  # an adapter does not name the family of its base
+        family = "vision"
+    auto_class = AUTO_CLASSES[family].__name__
+    code = LOAD_MODEL.format(name=name, auto_class=auto_class)
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        code = LOAD_ADAPTER.format(name=name, base=json.dumps(base))
+        code = LOAD_ADAPTER.format(name=name, base=json.dumps(base), auto_class=auto_class)
     has_template = (folder / "chat_template.jinja").exists()
     code += CHAT if has_template else PLAIN
     note = QUANTIZED if flags["quantize"] else ""
-    return f"```python\n{code}{GENERATE}```{note}"
+    if family == "vision":
+        note += IMAGES
+    return f"```python\n{code}{GENERATE}{PRINT[family]}```{note}"
 
 
 # --- The card -------------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def find_no_router_loss(module) -> str | None:
     if not defines_router_loss(model):
         return (f"transformers has no load-balancing loss for {kind}, whose routers are made to be "
                 "balanced otherwise; leave the flag out")
+    if module.is_encoder_decoder:
+        return "the routers of an encoder-decoder are not balanced here; leave the flag out"
     if any("correction_bias" in name for name in names):
         return (f"the routers of {kind} choose by a bias besides their probabilities, which this "
                 "loss does not know; leave the flag out")

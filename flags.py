@@ -74,6 +74,7 @@ OTHER_TRAINERS = {
     "max_seq_len": "--max_length",
     "cutoff_len": "--max_length",
     "max_target_length": "--max_completion_length",
+    "is_encoder_decoder": "leave it out: it is read from the model's config.json",
     "remove_unused_columns": "leave it out: columns that are not read are listed or refused",
     "data_seed": "--seed",
     # loss
@@ -234,6 +235,9 @@ def add_policy_flags(add, loss):
     add("--dora", action="store_true",
         help="train the norms of the weights separately from their directions")
     add("--quantize", choices=("nf4",), help="store the frozen weights in 4 bits (QLoRA)")
+    add("--train_vision", action="store_true",
+        help="train the vision tower and the layers between it and the language model too, which "
+             "are frozen without this flag; with --lora_rank, adapt them")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward: less memory, more time")
     add("--router_aux_loss_coef", type=real_number(">= 0"),

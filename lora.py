@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError, nearest, reading
+from families import task_type_of
 from files import RUN_FILE, moved_into, read_json, read_run_file
 from limits import run_limited
 
@@ -365,7 +366,6 @@ def adapter_config(layers, name, base) -> dict:
     settings = next(iter(layers.values())).settings[name]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": settings.rank,
         "lora_alpha": settings.alpha,
@@ -389,6 +389,7 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
     tensors = tensors or adapter_tensors(model, name)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     config = adapter_config(layers, name, base)
+    config["task_type"] = task_type_of(model.config)
     config["revision"] = getattr(model, "base_revision", None)
     if getattr(model, "base_fingerprint", None):
         extra["base_fingerprint"] = model.base_fingerprint
@@ -603,6 +604,7 @@ class NF4Linear(torch.nn.Module):
     def __init__(self, weight, bias):
         super().__init__()
         self.shape = weight.shape
+        self.weight = None  # T5 asks for the dtype of a weight, if there is one
         self.bias = bias
         codes, absmax = nf4_quantize(weight)
         mean = absmax.mean()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from errors import reading
+from families import text_inputs
 from lora import NF4Linear, has_stacked_experts
 
 # --- Noise ----------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def short_forward(model, used: set):
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda module, inputs: used.add(module)))
     try:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = text_inputs(model, ids) | {"attention_mask": torch.ones_like(ids)}
         what = f"{model.name_or_path}: cannot compute a text of four tokens"
         with torch.enable_grad(), reading(what, forward_advice(model)):
             return model(**inputs, use_cache=False).logits.grad_fn
@@ -204,7 +205,7 @@ def freeze(model, parts: list[str]):
             parameter.requires_grad_(False)
 
 
-def frozen_line(model) -> str:
+def frozen_line(model, sees_images=False) -> str:
     """Return a line that says what `freeze` froze, or ""."""
     parts = getattr(model, "unreached", [])
     if not parts:
@@ -219,4 +220,7 @@ def frozen_line(model) -> str:
     shown = ", ".join(parts[:4])
     if len(parts) > 4:
         shown += f" and {len(parts) - 4} more"
+    if sees_images:
+        return (f"frozen, as only images reach them: {count:,} parameters of {shown}; "
+                "--train_vision trains them")
     return f"frozen, because text does not reach them: {count:,} parameters of {shown}"

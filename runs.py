@@ -15,10 +15,12 @@ import data
 from batches import autocast_options, resolve_dtype
 from checkpoint import is_adapter
 from errors import UserError
+from families import family_of
 from flags import build_parser, default_reference, naming_flags, revision_of_base
 from generation import reference_model
 from loading import (
     check_vocabulary,
+    has_processor,
     load_adapter_tokenizer,
     load_tokenizer,
     position_count,
@@ -29,7 +31,7 @@ from parallel import Ranks
 from reference import check_reference, load_reference
 from samples import measure_answers
 from saved import Saved, find_saved
-from train import load_policy
+from train import load_policy, processor_opener
 
 ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -44,7 +46,16 @@ class Opened(NamedTuple):
     hyper: dict
     dtype: str
     options: dict  # of the chat template
+    open_processor: Callable | None  # of the images: see train.processor_opener
     notes: list[str]
+
+    @property
+    def family(self) -> str:
+        return family_of(self.policy.model.config)
+
+    def context(self, prompt: list[int]) -> list[int]:
+        """Return the tokens before an answer of the decoder, of which the prompt may be apart."""
+        return [] if self.family == "encoder_decoder" else prompt
 
 
 # --- Loading them ---------------------------------------------------------------------------------
@@ -90,8 +101,18 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
         hyper={name: getattr(args, name) for name in hyperparameters(loss)},
         dtype=dtype,
         options=data.read_template_kwargs(args.template_kwargs),
+        open_processor=open_saved_processor(saved, args, tokenizer, policy),
         notes=[note for note in notes if note],
     )
+
+
+def open_saved_processor(saved: Saved, args: Namespace, tokenizer: Any,
+                         policy: torch.nn.Module) -> Callable | None:
+    """Return a function that loads the processor of a run's images, or None if it sees none."""
+    source = saved.source
+    if saved.weights is not None and has_processor(saved.weights):
+        source = saved.weights
+    return processor_opener(args, source, tokenizer, policy.model)
 
 
 def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:

@@ -104,7 +104,7 @@ def collect_prompts(args, opened: Opened) -> list[Prompt]:
         if not isinstance(text, str) and opened.tokenizer.chat_template is None:
             raise UserError(f"{name}: holds messages, and the model has no chat template; write "
                             "the prompt as text")
-    rows = encode_prompts(chats, opened.tokenizer, names, opened.options)
+    rows = encode_prompts(chats, opened.tokenizer, names, opened.options, opened.family)
     return [Prompt(name, ids, {}) for name, ids in zip(names, rows)]
 
 
@@ -112,6 +112,10 @@ def prompts_of_rows(args, opened: Opened) -> list[Prompt]:
     """Return the first --count rows of --dataset, read as training reads them."""
     rows, account = load_scored_rows(opened, args.dataset)
     print(data.describe(account), file=sys.stderr)
+    if "image_paths" in rows.column_names:
+        raise UserError(f"--dataset {args.dataset}: has images, and prompts with images are not "
+                        "answered here; --score scores the answers of the file, and transformers' "
+                        "generate answers with the model and AutoProcessor of --model")
     prompts = []
     for row in rows.select(range(min(args.count or len(rows), len(rows)))):
         names = data.answer_names(row)
@@ -149,7 +153,8 @@ def describe_prompt(opened: Opened, beta: float, prompt: Prompt,
         line[side] = {"text": answer.text, "ended": answer.ended}
         ids[side] = answer.ids
     for name, answer_ids in prompt.answers.items():
-        line[name] = {"text": answer_text(opened.tokenizer, prompt.ids, answer_ids, ends)}
+        context = opened.context(prompt.ids)
+        line[name] = {"text": answer_text(opened.tokenizer, context, answer_ids, ends)}
         ids[name] = answer_ids
     measured = answer_rewards(opened, beta, prompt.ids, list(ids.values()))
     for name, values in zip(ids, measured):

@@ -35,6 +35,7 @@ import data
 from batches import RowFormat, Task, collate
 from dpo import concatenated_forward
 from errors import printable
+from families import family_of
 from generation import Answer, Sampling, generate, reference_model, sharded_forward
 from log import Log
 from parallel import Ranks
@@ -137,7 +138,8 @@ def measure_answers(policy: torch.nn.Module, reference: Callable | None, tokeniz
     """
     row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
     # Full logits would be rounded to bfloat16.
-    row_format = RowFormat(full_logits=not autocast["enabled"])
+    row_format = RowFormat(full_logits=not autocast["enabled"],
+                           family=family_of(policy.model.config))
     batch = collate(row, tokenizer, policy.model.device, row_format)
     with torch.autocast(**autocast):
         logps = concatenated_forward(policy, batch)["logps"][0].tolist()

@@ -197,7 +197,7 @@ def without_speed(history):
             for step, values in history.items()}
 
 
-@pytest.mark.parametrize("last", [3, 8])
+@pytest.mark.parametrize("last", [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_with_two_sets_the_best_weights_and_a_tracker_that_is_killed_ends_like_a_whole_one(
         fit, sets, tensorboard, monkeypatch, last):
     given = RISING | {"eval_share": None, "keep_best": "eval/far/loss", "report_to": "tensorboard",

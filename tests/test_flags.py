@@ -58,6 +58,7 @@ CHANGES = {
     "rslora": (LORA, True),
     "dora": (LORA, True),
     "quantize": (LORA, "nf4"),
+    "train_vision": ({}, True),
     "gradient_checkpointing": ({}, True),
     "router_aux_loss_coef": ({}, 0.1),
     "ref": ({}, "cache"),
@@ -131,6 +132,7 @@ REFUSED = {
     "ignore_columns": "no row has an unread column",
     "router_aux_loss_coef": "is a dense model",
     "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
+    "train_vision": "sees no images",
 }
 if importlib.util.find_spec("tensorboard") is None:
     REFUSED["report_to"] = "pip install tensorboard"

@@ -92,8 +92,8 @@ def test_so_it_is_with_whatever_a_run_carries_from_step_to_step(fit, given):
 
 
 def test_a_run_is_made_longer_twice(runs, out):
-    resume(out, "--max_steps=8")
-    resume(out, "--max_steps=10")
+    for steps in (8, 10):
+        resume(out, f"--max_steps={steps}")
     assert not differences(runs / "whole", out)
 
 
@@ -114,24 +114,18 @@ def test_steps_may_take_the_place_of_epochs(fit):
     assert not weight_differences(weights(whole), weights(out), 0, 0)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_another_schedule_is_that_of_the_new_length_from_the_next_step_on(fit, schedule):
-    given = {"lr_schedule": schedule, "warmup_steps": 2, "save_last": True}
-    out, short = fit(**given, max_steps=6)
-    _, whole = fit(**given, max_steps=12, out="whole")
-    resume(out, "--max_steps=12")
-    found = factors(read_metrics(out))
-    assert {step: found[step] for step in range(1, 7)} == factors(short)
-    assert {step: found[step] for step in range(7, 13)} == {
-        step: factors(whole)[step] for step in range(7, 13)}
-    assert found[7] > found[6]  # the learning rate jumps up
-
-
-def test_the_warm_up_stays_that_of_the_run_before(fit):
-    out, short = fit(max_steps=10, lr_schedule="constant", save_last=True)
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("cosine", marks=pytest.mark.slow)])
+def test_another_schedule_is_that_of_the_new_length_with_the_old_warm_up_from_the_next_step_on(
+        fit, schedule):
+    given = {"lr_schedule": schedule}
+    out, short = fit(**given, max_steps=10, save_last=True)  # by default 1 step of warm-up
+    _, whole = fit(**given, max_steps=20, warmup_steps=1, out="whole")
     resume(out, "--max_steps=20")
     found = factors(read_metrics(out))
-    assert found[1] == pytest.approx(1 / 2) and set(list(found.values())[1:]) == {1.0}
+    assert {step: found[step] for step in range(1, 11)} == factors(short)
+    assert {step: found[step] for step in range(11, 21)} == {
+        step: factors(whole)[step] for step in range(11, 21)}
+    assert found[11] > found[10]  # the learning rate jumps up
 
 
 # --- Killed in between ----------------------------------------------------------------------------
@@ -249,9 +243,8 @@ def test_a_card_that_its_author_edited_is_kept_and_the_longer_run_writes_its_own
     assert f"{out / 'README.md'} is not as the run wrote it, and is now" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_run_longer(runs, out):
-    if not (out / "run.json").exists():
-        pytest.skip("once, with an adapter")
     ended = run_training({"output_dir": out, "resume": True, "max_steps": 10}, ranks=2)
     assert ended.returncode == 0, ended.stderr
     assert not differences(runs / "whole", out, 1e-4)

@@ -174,6 +174,7 @@ def short_run(folder, pairs, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(short_run, sets, tmp_path):
     alone = evaluate(short_run, sets, out=tmp_path / "alone")
     flags = {"eval_only": True, "model": short_run, "eval_dataset": sets, "parallel": "fsdp",
