@@ -611,8 +611,8 @@ class OwnFiles(FileSystem):
         return self.paths
 
 
-# The inputs that must not change before a run is resumed. The tokenizer is the first: if it changed,
-# the tokens of the rows changed too.
+# The inputs that must not change before a run is resumed. The tokenizer is the first one: if it
+# changed, the tokens of the rows changed too.
 CHANGED = {
     "tokenizer": "the tokenizer of the model or its chat template",
     "rows": "the rows of --dataset, their order or their tokens",
