@@ -86,7 +86,7 @@ def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
             return logps_module(model).requires_grad_(False)
 
         reference = build_on_ranks(make, ranks, args.parallel, dtype)
-        if reference.is_encoder_decoder != policy.is_encoder_decoder:
+        if args.ref_model and reference.is_encoder_decoder != policy.is_encoder_decoder:
             raise UserError(f"--ref_model {args.ref_model}: only one of it and the policy is an "
                             "encoder-decoder; pass a reference of the policy's kind")
         return reference
