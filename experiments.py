@@ -77,13 +77,15 @@ FRONTIER_BETAS = {
 
 
 def plan_frontier():
-    plan = []
+    plan = [{"loss": "optimum", "seed": 0}]
     for loss, betas in FRONTIER_BETAS.items():
         plan += grid(loss=[loss], beta=betas, seed=SEEDS)
     return plan
 
 
 def run_frontier(settings):
+    if settings["loss"] == "optimum":
+        return {"points": optimal_frontier()}
     ground = embedded_world()
     pairs = draw_pairs(ground.reference, ground.truth, settings["seed"])
     hyper = hyper_of(settings["loss"], beta=settings["beta"])
@@ -92,14 +94,15 @@ def run_frontier(settings):
     return {name.removeprefix("world/"): value for name, value in values.items()}
 
 
-def optimal_frontier(betas) -> list[list[float]]:
-    """[[KL, expected true reward], ...] of the optimum π* of each beta (DPO paper, eq. 4)."""
+def optimal_frontier() -> list[list[float]]:
+    """[β, KL, expected true reward] of the optimum π* for each of many β (DPO paper, eq. 4)."""
     ground, points = embedded_world(), []
-    for beta in betas:
-        start = ground.reference.double().log_softmax(-1)
-        best = (start + ground.truth / beta).log_softmax(-1)
-        values = world.metrics(best, start, beta)
-        points.append([values["world/kl"], values["world/reward"]])
+    reference = ground.reference.double().log_softmax(-1)
+    for exponent in range(-28, 33):
+        beta = 2 ** (exponent / 8)
+        best = (reference + ground.truth / beta).log_softmax(-1)
+        values = world.metrics(best, reference, beta)
+        points.append([beta, values["world/kl"], values["world/reward"]])
     return points
 
 
@@ -250,14 +253,16 @@ def run_alike(settings):
 # Judge or writer: held-out accuracy and expected true reward over training.
 
 JUDGES = (("sigmoid", 1.0), ("sigmoid", 4.0), ("ipo", 0.5), ("kto_pair", 1.0), ("simpo", 4.0))
+OFF_POLICY = (("sigmoid", 1.0), ("ipo", 0.5))  # trained on pairs of unlikely answers too
 UNLIKELY = 128  # answers to a prompt: the least probable quarter, for off-policy pairs
 
 
 def plan_judge_or_writer():
     plan = []
-    for loss, beta in JUDGES:
-        plan += grid(loss=[loss], beta=[beta], off_policy=[False], seed=SEEDS)
-    return plan + grid(loss=["sigmoid", "ipo"], beta=[1.0], off_policy=[True], seed=SEEDS)
+    for off_policy, losses in ((False, JUDGES), (True, OFF_POLICY)):
+        for loss, beta in losses:
+            plan += grid(loss=[loss], beta=[beta], off_policy=[off_policy], seed=SEEDS)
+    return plan
 
 
 def run_judge_or_writer(settings):

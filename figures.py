@@ -8,7 +8,6 @@ command continues, and drawing alone takes seconds. After a change of the code o
 repeated. experiments.py has the runs, pictures.py the drawing.
 """
 from errors import Parser, UserError, reading, run_script  # first, see errors.py
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ class Picture(NamedTuple):
     title: str
     see: str  # what to see, in a few sentences
     draw: Callable[[list[dict]], Any]
-    table: Callable[[list[dict]], list[list[str]]]
+    table: Callable[[list[dict]], tuple[str, list[list[str]]]]
 
 
 FRONTIER = Picture(
@@ -122,14 +121,14 @@ def page(folder: pathlib.Path = results.FOLDER) -> str:
             lines += ["", f"## {picture.title}", "", picture.see, ""]
             lines += [f'<img src="../figures/{file}.png" alt="{picture.title}" width="800">', ""]
             lines += [f"`python figures.py {name}`", ""]
-            lines += format_table(picture.table(rows))
+            lines += format_table(*picture.table(rows))
     return "\n".join(lines) + "\n"
 
 
-def format_table(rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    header, *body = [f"| {' | '.join(cells)} |" for cells in rows]
-    return [header, "|" + "---|" * len(rows[0]), *body]
+def format_table(header: str, rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table. header has its cells between " | "."""
+    rule = "---|" * len(header.split(" | "))
+    return [f"| {header} |", f"|{rule}", *[f"| {' | '.join(cells)} |" for cells in rows]]
 
 
 INTRODUCTION = """\

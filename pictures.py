@@ -1,21 +1,19 @@
 """Draws the pictures of figures.py from the rows of their runs, and sums the rows up in tables.
 
-    picture = PICTURES["frontier"]
-    picture.draw(rows)      # a matplotlib figure, white in a light and in a dark page
-    picture.table(rows)     # rows of text for docs/figures.md, the first is the header
+    draw_frontier(rows)      # a matplotlib figure, white in a light and in a dark page
+    table_frontier(rows)     # rows of text for docs/figures.md, the first is the header
 
 Every color has a marker, a line style or a label of its own too. A line is the mean over the seeds;
 dots or a band show each seed, or the smallest and the largest of them.
 """
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import world
 from errors import reading
-from experiments import SHARED_WORDS, optimal_frontier
+from experiments import SHARED_WORDS
 from losses import LOSSES, hyperparameters
 from plots import COLORS, MARKERS, NO_MATPLOTLIB
 from registry import kind_of, tensor_arguments
@@ -24,13 +22,6 @@ WIDTH, DPI = 8.0, 130  # inches, dots per inch
 GRAY = "0.45"
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = COLORS
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
-
-
-class Picture(NamedTuple):
-    title: str
-    see: str  # what to see
-    draw: Callable[[list[dict]], Any]
-    table: Callable[[list[dict]], list[list[str]]]
 
 
 # --- Rows -----------------------------------------------------------------------------------------
@@ -46,12 +37,14 @@ def with_settings(rows: list[dict], **settings) -> list[dict]:
 
 def values_of(rows: list[dict], name: str) -> torch.Tensor:
     """A number of each result, (seeds,), or a curve of each, (seeds, steps, columns)."""
-    return torch.tensor([row["result"][name] for row in rows], dtype=torch.float64)
+    values = [row["result"][name] for row in rows]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def last_of(rows: list[dict], column: int) -> torch.Tensor:
     """The end of a column of the curves, (seeds,)."""
-    return values_of(rows, "curve")[:, -1, column]
+    curves = values_of(rows, "curve")  # (seeds, steps, columns)
+    return curves[:, -1, column]
 
 
 def settings_of(rows: list[dict], name: str) -> list:
@@ -67,6 +60,16 @@ def spread(values: torch.Tensor, digits: int = 2) -> str:
     if low == high:
         return mean
     return f"{mean} ({low} to {high})"
+
+
+def cells(rows: list[dict], *names: str, digits: int = 2) -> list[str]:
+    """The spread of numbers of the results, as cells of a table."""
+    return [spread(values_of(rows, name), digits) for name in names]
+
+
+def end_cells(rows: list[dict], *columns: int, digits: int = 2) -> list[str]:
+    """The spread of the ends of columns of the curves, as cells of a table."""
+    return [spread(last_of(rows, column), digits) for column in columns]
 
 
 def decimal(number: float, digits: int) -> str:
@@ -102,43 +105,58 @@ def name_axes(panel, title="", x="", y=""):
 
 def write(panel, x, y, text, color="black", **options):
     """Write a label next to a line, in the units of the panel."""
-    options = {"fontsize": 8, "va": "center"} | options
-    panel.text(x, y, text, color=color, **options)
+    default = {"fontsize": 8, "va": "center"}
+    panel.text(x, y, text, color=color, **default | options)
 
 
 def zero_line(panel):
     panel.axhline(0, color=GRAY, linewidth=0.8)
 
 
-def draw_band(panel, rows, column, color, style="-"):
-    """Draw a column of the curves against the step, column 0. Returns the mean at the end."""
+def draw_band(panel, rows, column, look):
+    """Draw a column of the curves against the step, column 0: the mean as a line, and a band from
+    the smallest to the largest. Returns the mean at the end."""
     curves = values_of(rows, "curve")  # (seeds, steps, columns)
-    steps, values = curves[0, :, 0], curves[:, :, column]
+    steps = curves[0, :, 0]
+    values = curves[:, :, column]
     mean = values.mean(0)
-    panel.plot(steps, mean, linestyle=style, color=color, linewidth=1.6)
-    low, high = values.amin(0), values.amax(0)
-    panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    panel.plot(steps, mean, **look)
+    fill(panel, steps, values.amin(0), values.amax(0), look)
     return mean[-1].item()
 
 
-def draw_sweep(panel, groups, x, y, look):
+def fill(panel, x, low, high, look):
+    panel.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+
+
+def draw_sweep(panel, groups, x, y, number):
     """Draw two numbers of the results: a dot for each seed, a line through the means of groups of
     rows. Returns the means."""
     means = []
     for rows in groups:
         across, up = values_of(rows, x), values_of(rows, y)
-        panel.plot(across, up, look["marker"], color=look["color"], markersize=3.5, alpha=0.6)
+        panel.plot(across, up, **dots(number))
         means.append((across.mean().item(), up.mean().item()))
     across, up = zip(*means)
-    panel.plot(across, up, look.get("style", "-"), color=look["color"], linewidth=1.4)
+    panel.plot(across, up, **line(number))
     return means
 
 
-def look_of(number: int) -> dict:
-    """Color, marker and line style of the n-th line of a panel."""
-    names = ("color", "marker", "style")
-    tables = (COLORS, MARKERS, STYLES)
-    return {name: table[number % len(table)] for name, table in zip(names, tables)}
+def line(number: int) -> dict:
+    """Color and style of the n-th line of a panel."""
+    color = COLORS[number % len(COLORS)]
+    return {"color": color, "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.4}
+
+
+def dots(number: int) -> dict:
+    """Color and marker of the n-th kind of dots of a panel."""
+    marker = MARKERS[number % len(MARKERS)]
+    look = line(number) | {"marker": marker, "linestyle": "none"}
+    return look | {"markersize": 3.5, "alpha": 0.7}
+
+
+def marked_line(number: int) -> dict:
+    return dots(number) | line(number) | {"alpha": 1}
 
 
 def by_beta(rows, **settings):
@@ -150,32 +168,38 @@ def by_beta(rows, **settings):
 
 # --- The frontier ---------------------------------------------------------------------------------
 
-OPTIMAL_BETAS = [2 ** (exponent / 4) for exponent in range(-14, 13)]
 KL_AXIS = "KL to the reference [nats per answer]"
 REWARD_AXIS = "expected true reward"
 
 
-def draw_frontier_panel(panel, rows, loss, look):
+def draw_frontier_panel(panel, rows, loss, number):
     """Draw the exact frontier and the runs of a loss -> betas, and [(KL, reward), ...]."""
-    kls, rewards = zip(*optimal_frontier(OPTIMAL_BETAS))
+    _, kls, rewards = optimum_of(rows)
     panel.plot(kls, rewards, color=GRAY, linewidth=1.4)
     betas, groups = by_beta(rows, loss=loss)
-    means = draw_sweep(panel, groups, "kl", "reward", look)
+    means = draw_sweep(panel, groups, "kl", "reward", number)
     panel.set_xlim(0, 6.5)
     panel.set_ylim(-0.2, 5.8)
     return betas, means
 
 
+def optimum_of(rows):
+    """-> beta, KL and expected true reward along the exact frontier, (points,) each."""
+    optimum, = values_of(with_settings(rows, loss="optimum"), "points")
+    return optimum.unbind(-1)
+
+
 def draw_frontier(rows):
     losses = settings_of(rows, "loss")
+    losses.remove("optimum")
     columns = math.ceil(len(losses) / 2)
     figure, panels = canvas(2, columns, 4.4, sharex=True, sharey=True)
     for number, (panel, loss) in enumerate(zip(panels, losses)):
-        look = look_of(number) | {"style": "-"}
-        betas, means = draw_frontier_panel(panel, rows, loss, look)
+        betas, means = draw_frontier_panel(panel, rows, loss, number)
+        color = line(number)["color"]
         for end in (0, -1):
             kl, reward = means[end]
-            write(panel, kl + 0.3, reward - 0.4, f"β {betas[end]:g}", look["color"], fontsize=7)
+            write(panel, kl + 0.3, reward - 0.4, f"β {betas[end]:g}", color, fontsize=7)
         name_axes(panel, loss)
     write(panels[0], 0.2, 5.4, "gray: exact optimum", GRAY, fontsize=7)
     figure.supxlabel(KL_AXIS, fontsize=9)
@@ -184,23 +208,17 @@ def draw_frontier(rows):
 
 
 def table_frontier(rows):
-    lines = [["loss", "β", "expected true reward", "KL [nats]", "optimum at this KL", "mass"]]
-    curve = optimal_frontier([2 ** (exponent / 40) for exponent in range(-240, 160)])
+    header = "loss | β | expected true reward | KL [nats] | optimum at this KL | mass"
+    lines = []
+    _, kls, rewards = optimum_of(rows)
     for loss in settings_of(rows, "loss"):
         for beta, group in zip(*by_beta(rows, loss=loss)):
-            kl = values_of(group, "kl")
-            best = interpolate(curve, kl.mean().item())
-            cells = [spread(values_of(group, "reward")), spread(kl), decimal(best, 2)]
-            lines.append([f"`{loss}`", f"{beta:g}", *cells, spread(values_of(group, "mass"))])
-    return lines
-
-
-def interpolate(curve, x):
-    """The height at x of a curve [[x, y], ...] whose x fall."""
-    for (right, high), (left, low) in zip(curve, curve[1:]):
-        if left <= x <= right:
-            return low + (high - low) * (x - left) / (right - left)
-    return math.nan
+            kl = values_of(group, "kl").mean().item()
+            # np.interp wants rising x; the KL of the optimum falls with beta.
+            best = np.interp(kl, kls.flip(0), rewards.flip(0))
+            row = [f"`{loss}`", f"{beta:g}", *cells(group, "reward", "kl")]
+            lines.append([*row, decimal(best, 2), *cells(group, "mass")])
+    return header, lines
 
 
 # --- The theorem ----------------------------------------------------------------------------------
@@ -211,16 +229,18 @@ IMPLICIT_AXIS = "implicit reward β log π/π_ref"
 def draw_theorem_panel(panel, implicit):
     """Draw the implicit reward of all answers against the true one, both centered per prompt."""
     truth = world.true_reward().flatten()
-    panel.plot([-7, 7], [-7, 7], color=GRAY, linewidth=1)
+    ends = -7, 7
+    panel.plot(ends, ends, color=GRAY, linewidth=1)
     panel.scatter(truth, implicit.flatten(), s=3, color=BLUE, alpha=0.25, linewidths=0)
-    panel.set_xlim(-7, 7)
-    panel.set_ylim(-7, 7)
+    panel.set_xlim(ends)
+    panel.set_ylim(ends)
 
 
 def implicit_rewards(rows):
     """The implicit rewards that the first seed keeps, (X, A)."""
-    kept = torch.tensor(rows[0]["result"]["implicit_times_100"], dtype=torch.float64)
-    return kept.view(len(world.THINGS), -1) / 100
+    kept = values_of(rows[:1], "implicit_times_100")
+    rewards = kept / 100
+    return rewards.view(len(world.THINGS), -1)
 
 
 def draw_theorem(rows):
@@ -237,33 +257,37 @@ def draw_theorem(rows):
 
 
 def table_theorem(rows):
-    lines = [["seed", "correlation over all answers", "slope"]]
+    header = "seed | correlation over all answers | slope"
+    lines = []
     for row in rows:
-        correlation, slope = row["result"]["correlation"], row["result"]["slope"]
-        lines.append([str(row["settings"]["seed"]), decimal(correlation, 3), decimal(slope, 2)])
-    return lines
+        result = row["result"]
+        seed = str(row["settings"]["seed"])
+        correlation = decimal(result["correlation"], 3)
+        lines.append([seed, correlation, decimal(result["slope"], 2)])
+    return header, lines
 
 
 def draw_readme(frontier_rows, theorem_rows):
     """The picture at the top of the README: the frontier of DPO, and the theorem."""
-    figure, panels = canvas(1, 2, 3.7)
-    look = {"color": ORANGE, "marker": "o"}
-    betas, means = draw_frontier_panel(panels[0], frontier_rows, "sigmoid", look)
+    figure, (frontier, theorem) = canvas(1, 2, 3.7)
+    betas, means = draw_frontier_panel(frontier, frontier_rows, "sigmoid", number=0)
     for beta, (kl, reward) in zip(betas, means):
-        write(panels[0], kl + 0.2, reward - 0.3, f"β = {beta:g}", ORANGE)
-    write(panels[0], 0.3, 5.1, "gray: the best possible,\ncomputed exactly", GRAY)
-    name_axes(panels[0], "DPO comes close to the best possible", KL_AXIS, REWARD_AXIS)
-    draw_theorem_panel(panels[1], implicit_rewards(theorem_rows))
+        write(frontier, kl + 0.2, reward - 0.3, f"β = {beta:g}", BLUE)
+    write(frontier, 0.3, 5.1, "gray: the best possible,\ncomputed exactly", GRAY)
+    name_axes(frontier, "DPO comes close to the best possible", KL_AXIS, REWARD_AXIS)
+    draw_theorem_panel(theorem, implicit_rewards(theorem_rows))
     correlation = values_of(theorem_rows, "correlation").mean()
-    write(panels[1], -6.5, 6.2, f"4,096 answers, correlation {correlation:.2f}")
-    name_axes(panels[1], "and finds a reward that it never saw", "true reward r", IMPLICIT_AXIS)
+    text = f"4,096 answers, correlation {correlation:.2f}"
+    write(theorem, -6.5, 6.2, text)
+    title = "and finds a reward that it never saw"
+    name_axes(theorem, title, "true reward r", IMPLICIT_AXIS)
     return figure
 
 
 # --- Both fall ------------------------------------------------------------------------------------
 
 CHOSEN, REJECTED, FORWARD_KL, MASS = 1, 2, 3, 4  # columns of the curves
-SIDES = {CHOSEN: ("chosen", BLUE, "-"), REJECTED: ("rejected", ORANGE, "--")}
+SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
 CHANGE_AXIS = "change of log π [nats]"
 
 
@@ -273,12 +297,13 @@ def draw_both_fall(rows):
     figure, panels = canvas(2, len(losses), 4.0, **options)
     for loss, top, bottom in zip(losses, panels, panels[len(losses):]):
         group = with_settings(rows, loss=loss)
-        for column, (_, color, style) in SIDES.items():
-            draw_band(top, group, column, color, style)
+        for number, column in enumerate(SIDES):
+            draw_band(top, group, column, line(number))
         curves = values_of(group, "curve")
-        top.plot(curves[0, :, 0], -curves[:, :, FORWARD_KL].mean(0), ":", color="black")
+        divergence = curves[:, :, FORWARD_KL].mean(0)
+        top.plot(curves[0, :, 0], -divergence, ":", color="black")
         zero_line(top)
-        draw_band(bottom, group, MASS, GREEN)
+        draw_band(bottom, group, MASS, line(2))
         bottom.set_ylim(0, 1.05)
         name_axes(top, loss)
         name_axes(bottom, x="step")
@@ -291,18 +316,20 @@ def draw_both_fall(rows):
 
 
 def table_both_fall(rows):
-    lines = [["loss", "change of chosen [nats]", "of rejected", "mean of both",
-              "−KL(π_ref‖π)", "mass"]]
+    header = ("loss | change of chosen [nats] | of rejected | mean of both | −KL(π_ref‖π) | "
+              "mass")
+    lines = []
     for loss in settings_of(rows, "loss"):
         group = with_settings(rows, loss=loss)
-        chosen, rejected = last_of(group, CHOSEN), last_of(group, REJECTED)
-        columns = [chosen, rejected, (chosen + rejected) / 2, -last_of(group, FORWARD_KL)]
-        columns.append(last_of(group, MASS))
-        lines.append([f"`{loss}`", *[spread(column) for column in columns]])
-    optimum = values_of(with_settings(rows, loss="sigmoid"), "at_optimum")
-    columns = [optimum[:, 0], optimum[:, 1], optimum.mean(-1)]
-    lines.append(["π* for β = 1", *[spread(column) for column in columns], "", "1.00"])
-    return lines
+        both = (last_of(group, CHOSEN) + last_of(group, REJECTED)) / 2
+        row = [f"`{loss}`", *end_cells(group, CHOSEN, REJECTED), spread(both)]
+        divergence = spread(-last_of(group, FORWARD_KL))
+        lines.append([*row, divergence, *end_cells(group, MASS)])
+    optimum = values_of(with_settings(rows, loss="sigmoid"), "at_optimum")  # (seeds, 2)
+    chosen, rejected = optimum.T
+    row = [spread(chosen), spread(rejected), spread((chosen + rejected) / 2)]
+    lines.append(["π* for β = 1", *row, "", "1.00"])
+    return header, lines
 
 
 # --- Both fall: three causes ----------------------------------------------------------------------
@@ -317,10 +344,10 @@ def draw_causes(rows):
 
 def draw_relative(panel, rows):
     texts = {False: "only pairs that it wins", True: "and pairs that it loses"}
-    for with_better, text in texts.items():
+    for number, (with_better, text) in enumerate(texts.items()):
         group = with_settings(rows, cause="relative", with_better=with_better)
-        look = look_of(int(with_better))
-        end = draw_band(panel, group, CHOSEN, look["color"], look["style"])
+        look = line(number)
+        end = draw_band(panel, group, CHOSEN, look)
         write(panel, 60, end + 0.1, text, look["color"], ha="right")
     zero_line(panel)
     name_axes(panel, "1  only relatively good", "step", "change of log π(middling) [nats]")
@@ -328,11 +355,10 @@ def draw_relative(panel, rows):
 
 def draw_shared(panel, rows):
     for number, shared in enumerate(SHARED_WORDS):
-        look = look_of(number)
-        points = values_of(with_settings(rows, cause="shared", shared=shared), "pairs")
-        points = points.flatten(0, 1)  # (pairs, 3)
-        panel.plot(points[:, 0], points[:, 1], look["marker"], color=look["color"], alpha=0.7,
-                   markersize=3, label=f"{shared} words shared")
+        group = with_settings(rows, cause="shared", shared=shared)
+        points = values_of(group, "pairs").flatten(0, 1)  # (pairs, 3)
+        overlaps, chosen, _ = points.T
+        panel.plot(overlaps, chosen, **dots(number), label=f"{shared} words shared")
     zero_line(panel)
     panel.legend(fontsize=7, frameon=False, handletextpad=0.1, loc="upper right")
     name_axes(panel, "2  much shared", "⟨∇w, ∇l⟩ / ‖∇w‖²", "change of log π(chosen) [nats]")
@@ -341,13 +367,15 @@ def draw_shared(panel, rows):
 def draw_alike(panel, rows):
     sizes = settings_of(rows, "hidden_size")
     groups = [with_settings(rows, hidden_size=size) for size in sizes]
-    for column, (name, color, style) in SIDES.items():
-        ends = [last_of(group, column) for group in groups]
-        for size, end in zip(sizes, ends):
-            panel.plot([size] * len(end), end, MARKERS[column], color=color, markersize=3)
-        means = [end.mean().item() for end in ends]
-        panel.plot(sizes, means, style, color=color, linewidth=1.4)
-        write(panel, sizes[-1], means[-1] + 0.12, name, color, ha="right")
+    for number, (column, name) in enumerate(SIDES.items()):
+        means = []
+        for size, group in zip(sizes, groups):
+            ends = last_of(group, column)
+            panel.plot([size] * len(ends), ends, **dots(number))
+            means.append(ends.mean().item())
+        look = line(number)
+        panel.plot(sizes, means, **look)
+        write(panel, sizes[-1], means[-1] + 0.12, name, look["color"], ha="right")
     zero_line(panel)
     panel.set_xscale("log", base=2)
     panel.set_xticks(sizes, [str(size) for size in sizes])
@@ -355,25 +383,26 @@ def draw_alike(panel, rows):
 
 
 def table_causes(rows):
-    lines = [["variant", "change of chosen [nats]", "of rejected", "also"]]
+    header = "variant | change of chosen [nats] | of rejected | also"
+    lines = []
     for with_better in (False, True):
         group = with_settings(rows, cause="relative", with_better=with_better)
         name = "and pairs that it loses" if with_better else "only pairs that it wins"
-        changes = [spread(last_of(group, column)) for column in SIDES]
-        lines.append([f"1: middling answer, {name}", *changes, ""])
+        lines.append([f"1: middling answer, {name}", *end_cells(group, *SIDES), ""])
     for shared in SHARED_WORDS:
-        points = values_of(with_settings(rows, cause="shared", shared=shared), "pairs")
+        group = with_settings(rows, cause="shared", shared=shared)
+        points = values_of(group, "pairs")  # (seeds, pairs, 3)
         falls = 100 * (points[:, :, CHOSEN] < 0).double().mean(-1)
         changes = [spread(points[:, :, column].mean(-1)) for column in SIDES]
         also = f"chosen falls in {spread(falls, 0)} % of the pairs"
         lines.append([f"2: {shared} of 3 words shared", *changes, also])
     for size in settings_of(rows, "hidden_size"):
         group = with_settings(rows, hidden_size=size)
-        changes = [spread(last_of(group, column)) for column in SIDES]
-        accuracy, mass = spread(values_of(group, "accuracy")), spread(last_of(group, MASS))
+        accuracy, = cells(group, "accuracy")
+        mass, = end_cells(group, MASS)
         also = f"accuracy {accuracy}, mass {mass}"
-        lines.append([f"3: hidden size {size}", *changes, also])
-    return lines
+        lines.append([f"3: hidden size {size}", *end_cells(group, *SIDES), also])
+    return header, lines
 
 
 # --- Judge or writer ------------------------------------------------------------------------------
@@ -384,14 +413,10 @@ HELD_OUT, OWN, REWARD = 1, 2, 3  # columns of the curves
 def draw_paths(panel, groups):
     """Draw E[r] against accuracy on held-out pairs of the reference, over training."""
     for number, (name, group) in enumerate(groups.items()):
-        look = look_of(number)
         curves = values_of(group, "curve")[:, 1:]  # before the first step every pair is a tie
-        mean = curves.mean(0)
-        panel.plot(mean[:, HELD_OUT], mean[:, REWARD], linestyle=look["style"],
-                   color=look["color"], linewidth=1.4, label=name)
-        ends = curves[:, -1]
-        panel.plot(ends[:, HELD_OUT], ends[:, REWARD], look["marker"], color=look["color"],
-                   markersize=4)
+        accuracies, rewards = curves[..., HELD_OUT], curves[..., REWARD]
+        panel.plot(accuracies.mean(0), rewards.mean(0), **line(number), label=name)
+        panel.plot(accuracies[:, -1], rewards[:, -1], **dots(number))
     ceiling = values_of(group, "ceiling").mean()
     panel.axvline(ceiling, color=GRAY, linewidth=1, linestyle=":")
     panel.legend(fontsize=7, frameon=False, loc="upper left")
@@ -408,33 +433,34 @@ def judge_groups(rows, off_policy):
 
 
 def draw_judge(rows):
-    figure, panels = canvas(1, 2, 3.6, sharex=True, sharey=True)
+    figure, (left, right) = canvas(1, 2, 3.6, sharex=True, sharey=True)
     on_policy = judge_groups(rows, False)
-    draw_paths(panels[0], on_policy)
+    draw_paths(left, on_policy)
     pairs = {}
     for name, group in judge_groups(rows, True).items():
-        loss = group[0]["settings"]["loss"]
-        same = next(each for each in on_policy.values() if each[0]["settings"]["loss"] == loss)
-        pairs |= {f"{loss}, pairs of the reference": same, f"{name}, unlikely answers": group}
-    draw_paths(panels[1], pairs)
+        if name in on_policy:
+            pairs[f"{name}, pairs of the reference"] = on_policy[name]
+        pairs[f"{name}, unlikely answers"] = group
+    draw_paths(right, pairs)
     x = "accuracy on held-out pairs of the reference"
-    name_axes(panels[0], "losses", x, REWARD_AXIS)
-    name_axes(panels[1], "off-policy pairs", x)
-    ceiling = values_of(rows, "ceiling").mean()
-    write(panels[0], ceiling - 0.004, 0.2, "the true reward's own accuracy", GRAY, ha="right")
+    name_axes(left, "losses", x, REWARD_AXIS)
+    name_axes(right, "off-policy pairs", x)
+    ceiling = values_of(rows, "ceiling").mean().item()
+    write(left, ceiling - 0.004, 0.2, "the true reward's own accuracy", GRAY, ha="right")
     return figure
 
 
 def table_judge(rows):
-    lines = [["loss", "pairs", "accuracy, pairs of the reference", "accuracy, pairs as trained on",
-              REWARD_AXIS]]
+    header = ("loss | pairs | accuracy, pairs of the reference | "
+              "accuracy, pairs as trained on | expected true reward")
+    lines = []
     for off_policy, kind in ((False, "of the reference"), (True, "of unlikely answers")):
         for name, group in judge_groups(rows, off_policy).items():
-            cells = [spread(last_of(group, column), 3) for column in (HELD_OUT, OWN)]
-            lines.append([name, kind, *cells, spread(last_of(group, REWARD))])
-    ceiling = spread(values_of(rows, "ceiling"), 3)
-    lines.append(["the true reward itself", "", ceiling, "", ""])
-    return lines
+            accuracies = end_cells(group, HELD_OUT, OWN, digits=3)
+            lines.append([name, kind, *accuracies, *end_cells(group, REWARD)])
+    ceiling = cells(rows, "ceiling", digits=3)
+    lines.append(["the true reward itself", "", *ceiling, "", ""])
+    return header, lines
 
 
 # --- Overfitting ----------------------------------------------------------------------------------
@@ -446,16 +472,17 @@ def draw_overfitting(rows):
     figure, panels = canvas(1, 3, 3.2, sharex=True)
     for panel, loss in zip(panels, ("sigmoid", "ipo")):
         for number, (beta, group) in enumerate(zip(*by_beta(rows, loss=loss))):
-            look = look_of(number)
-            end = draw_band(panel, group, MARGIN, look["color"], look["style"])
+            look = line(number)
+            end = draw_band(panel, group, MARGIN, look)
             write(panel, 150, end * 0.9, f"β {beta:g}", look["color"], ha="right")
             if loss == "ipo":
-                panel.axhline(target_of_ipo(beta), color=GRAY, linewidth=0.8, linestyle=":")
+                target = target_of_ipo(beta)
+                panel.axhline(target, color=GRAY, linewidth=0.8, linestyle=":")
         name_axes(panel, loss, "step", "margin h [nats]")
     for number, loss in enumerate(("sigmoid", "ipo")):
         group = with_settings(rows, loss=loss, beta=0.25)
-        look = look_of(number + 2)
-        end = draw_band(panels[2], group, TRUTH, look["color"], look["style"])
+        look = line(number + 2)
+        end = draw_band(panels[2], group, TRUTH, look)
         write(panels[2], 150, end + 0.12, f"{loss} β 0.25", look["color"], ha="right")
     name_axes(panels[2], "true reward", "step", REWARD_AXIS)
     return figure
@@ -467,17 +494,21 @@ def target_of_ipo(beta: float) -> float:
 
 
 def table_overfitting(rows):
-    lines = [["loss", "β", "mean margin after 50 steps [nats]", "after 150", "target of IPO",
-              "smallest, largest after 150", REWARD_AXIS]]
+    header = ("loss | β | mean margin after 50 steps [nats] | after 150 | target of IPO | "
+              "smallest, largest after 150 | expected true reward")
+    lines = []
     for loss in settings_of(rows, "loss"):
         for beta, group in zip(*by_beta(rows, loss=loss)):
-            middle = values_of(group, "curve")[:, 5, MARGIN]
-            target = decimal(target_of_ipo(beta), 2) if loss == "ipo" else "none"
-            smallest, largest = last_of(group, SMALLEST).min(), last_of(group, LARGEST).max()
-            cells = [spread(middle), spread(last_of(group, MARGIN)), target]
-            cells.append(f"{decimal(smallest, 2)}, {decimal(largest, 2)}")
-            lines.append([f"`{loss}`", f"{beta:g}", *cells, spread(last_of(group, TRUTH))])
-    return lines
+            curves = values_of(group, "curve")
+            middle = curves[:, 5, MARGIN]  # a row for every 10 steps
+            target = "none"
+            if loss == "ipo":
+                target = decimal(target_of_ipo(beta), 2)
+            smallest = decimal(last_of(group, SMALLEST).min(), 2)
+            largest = decimal(last_of(group, LARGEST).max(), 2)
+            row = [f"`{loss}`", f"{beta:g}", spread(middle), *end_cells(group, MARGIN), target]
+            lines.append([*row, f"{smallest}, {largest}", *end_cells(group, TRUTH)])
+    return header, lines
 
 
 # --- Noise ----------------------------------------------------------------------------------------
@@ -488,68 +519,71 @@ def best_betas(rows, loss):
     for flips in settings_of(rows, "flips"):
         # Without flips, cDPO and robust DPO are DPO.
         name = "sigmoid" if loss in ("cdpo", "robust") and not flips else loss
-        found = zip(*by_beta(rows, loss=name, flips=flips))
-        best[flips] = max(found, key=lambda pair: values_of(pair[1], "share").mean())
+        betas, groups = by_beta(rows, loss=name, flips=flips)
+        shares = [values_of(group, "share").mean() for group in groups]
+        highest = shares.index(max(shares))
+        best[flips] = betas[highest], groups[highest]
     return best
 
 
 def draw_noise(rows):
     figure, panels = canvas(1, 2, 3.4, sharex=True)
     for number, loss in enumerate(settings_of(rows, "loss")):
-        look = look_of(number)
         best = best_betas(rows, loss)
         flips = [100 * share for share in best]
         for panel, name in zip(panels, ("share", "reward")):
             values = [values_of(group, name) for _, group in best.values()]
-            means = [value.mean().item() for value in values]
-            low = [value.min().item() for value in values]
-            high = [value.max().item() for value in values]
-            panel.fill_between(flips, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            panel.plot(flips, means, linestyle=look["style"], marker=look["marker"],
-                       color=look["color"], markersize=4, label=loss)
-    name_axes(panels[0], "share of the achievable", "flipped labels [%]", "share of J, β = 1")
-    name_axes(panels[1], "true reward", "flipped labels [%]", REWARD_AXIS)
+            values = torch.stack(values)  # (flips, seeds)
+            look = marked_line(number)
+            panel.plot(flips, values.mean(-1), **look, label=loss)
+            fill(panel, flips, values.amin(-1), values.amax(-1), look)
+    x = "flipped labels [%]"
+    name_axes(panels[0], "share of the achievable", x, "share of J, β = 1")
+    name_axes(panels[1], "true reward", x, REWARD_AXIS)
     panels[0].legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 
 def table_noise(rows):
-    lines = [["loss", "flipped", "best β", "share of the achievable", REWARD_AXIS, "KL [nats]"]]
+    header = ("loss | flipped | best β | share of the achievable | expected true reward | "
+              "KL [nats]")
+    lines = []
     for loss in settings_of(rows, "loss"):
         for flips, (beta, group) in best_betas(rows, loss).items():
-            cells = [spread(values_of(group, name)) for name in ("share", "reward", "kl")]
-            lines.append([f"`{loss}`", f"{100 * flips:.0f} %", f"{beta:g}", *cells])
-    return lines
+            row = [f"`{loss}`", f"{100 * flips:.0f} %", f"{beta:g}"]
+            lines.append(row + cells(group, "share", "reward", "kl"))
+    return header, lines
 
 
 # --- Length ---------------------------------------------------------------------------------------
 
 def draw_length(rows):
-    figure, panels = canvas(1, 2, 3.6, sharex=True)
+    figure, (left, right) = canvas(1, 2, 3.6, sharex=True)
+    furthest = 0
     for number, loss in enumerate(settings_of(rows, "loss")):
-        look = look_of(number)
         _, groups = by_beta(rows, loss=loss)
-        for panel, name in zip(panels, ("reward", "words")):
-            means = draw_sweep(panel, groups, "kl", name, look)
-            panel.plot([], [], linestyle=look["style"], marker=look["marker"],
-                       color=look["color"], label=loss)
-    before = values_of(rows, "words_before").mean()
-    panels[1].axhline(before, color=GRAY, linewidth=1)
-    write(panels[1], max(kl for kl, _ in means), before - 0.06, "reference", GRAY, ha="right")
-    panels[0].legend(fontsize=8, frameon=False, loc="lower right")
-    name_axes(panels[0], "true reward", KL_AXIS, REWARD_AXIS)
-    name_axes(panels[1], "length", KL_AXIS, "words of an answer, expected")
+        draw_sweep(right, groups, "kl", "words", number)
+        means = draw_sweep(left, groups, "kl", "reward", number)
+        left.plot([], [], **marked_line(number), label=loss)  # for the legend
+        furthest = max(furthest, means[0][0])
+    before = values_of(rows, "words_before").mean().item()
+    right.axhline(before, color=GRAY, linewidth=1)
+    write(right, furthest, before - 0.06, "reference", GRAY, ha="right")
+    left.legend(fontsize=8, frameon=False, loc="lower right")
+    name_axes(left, "true reward", KL_AXIS, REWARD_AXIS)
+    name_axes(right, "length", KL_AXIS, "words of an answer, expected")
     return figure
 
 
 def table_length(rows):
-    lines = [["loss", "β", REWARD_AXIS, "KL [nats]", "words of an answer"]]
+    header = "loss | β | expected true reward | KL [nats] | words of an answer"
+    lines = []
     for loss in settings_of(rows, "loss"):
         for beta, group in zip(*by_beta(rows, loss=loss)):
-            cells = [spread(values_of(group, name)) for name in ("reward", "kl", "words")]
-            lines.append([f"`{loss}`", f"{beta:g}", *cells])
+            lines.append([f"`{loss}`", f"{beta:g}", *cells(group, "reward", "kl", "words")])
     before = decimal(values_of(rows, "words_before").mean(), 2)
-    return lines + [["reference", "", "0.00" if False else "", "0.00", before]]
+    lines.append(["reference", "", "", "0.00", before])
+    return header, lines
 
 
 # --- Start ----------------------------------------------------------------------------------------
@@ -580,7 +614,7 @@ def loss_of_margin(name: str, margins: torch.Tensor):
             "rejected_scores": 0 * ones,
         }
         names = tensor_arguments(function)
-        tensors = {each: value for each, value in given.items() if each in names}
+        tensors = {each: given[each] for each in names if each in given}
         loss = function(**tensors, **hyper).sum()
         gradient, = torch.autograd.grad(loss, sides)
         columns.append(torch.stack([loss.detach(), -gradient[0, 0], gradient[1, 0]]))
@@ -588,72 +622,73 @@ def loss_of_margin(name: str, margins: torch.Tensor):
 
 
 def draw_start(rows):
-    figure, panels = canvas(1, 3, 3.2)
+    figure, (value_panel, push_panel, path_panel) = canvas(1, 3, 3.2)
     margins = torch.linspace(-0.4, 0.6, 101)
     for number, loss in enumerate(("discopop", "sigmoid")):
-        look = look_of(number)
         value, push, _ = loss_of_margin(loss, margins)
-        panels[0].plot(margins, value, look["style"], color=look["color"])
-        panels[1].plot(margins, push, look["style"], color=look["color"], label=loss)
+        value_panel.plot(margins, value, **line(number))
+        push_panel.plot(margins, push, **line(number), label=loss)
         for row in with_settings(rows, loss=loss):
             path = row["result"]["path"]
-            panels[2].plot(range(0, 4 * len(path), 4), path, look["style"], color=look["color"],
-                           linewidth=1)
-    for panel in panels[:2]:
+            steps = range(0, 4 * len(path), 4)
+            path_panel.plot(steps, path, **line(number))
+    for panel in (value_panel, push_panel):
         panel.axvline(0, color=GRAY, linewidth=0.8)
-    zero_line(panels[1])
-    zero_line(panels[2])
-    panels[1].legend(fontsize=8, frameon=False)
-    panels[2].set_ylim(-0.4, 0.6)
-    name_axes(panels[0], "loss", "z = βh")
-    name_axes(panels[1], "push on the chosen answer", "z = βh", "−∂L/∂z")
-    name_axes(panels[2], "a pair from policy = reference", "step", "z = βh")
+    zero_line(push_panel)
+    zero_line(path_panel)
+    push_panel.legend(fontsize=8, frameon=False)
+    path_panel.set_ylim(-0.4, 0.6)
+    z = "z = βh"
+    name_axes(value_panel, "loss", z)
+    name_axes(push_panel, "push on the chosen answer", z, "−∂L/∂z")
+    name_axes(path_panel, "a pair from policy = reference", "step", z)
     return figure
 
 
 def table_start(rows):
-    lines = [["loss", "push −∂L/∂z at z = 0", "z at the end, three pairs"]]
+    header = "loss | push −∂L/∂z at z = 0 | z at the end, three pairs"
+    lines = []
     for loss in settings_of(rows, "loss"):
         _, push, _ = loss_of_margin(loss, torch.zeros(1))
-        ends = [row["result"]["path"][-1] for row in with_settings(rows, loss=loss)]
-        cells = ", ".join(decimal(end, 2) for end in ends)
-        lines.append([f"`{loss}`", decimal(push[0], 3), cells])
-    return lines
+        paths = values_of(with_settings(rows, loss=loss), "path")  # (seeds, steps)
+        ends = [decimal(end, 2) for end in paths[:, -1]]
+        lines.append([f"`{loss}`", decimal(push[0], 3), ", ".join(ends)])
+    return header, lines
 
 
 # --- Misspecified ---------------------------------------------------------------------------------
+
+PAIR_KINDS = {"reference": "pairs of the reference", "few answers": "pairs of 16 answers"}
 
 def draw_misspecified(rows):
     figure, panels = canvas(1, 2, 3.6, sharex=True, sharey=True)
     for panel, kind in zip(panels, settings_of(rows, "pairs")):
         for number, row in enumerate(with_settings(rows, pairs=kind)):
             best, trained = zip(*row["result"]["points"])
-            look = look_of(number)
-            panel.plot(best, trained, look["marker"], color=look["color"], markersize=3,
-                       alpha=0.6, label=f"seed {number}")
+            panel.plot(best, trained, **dots(number), label=f"seed {number}")
         panel.plot([0, 1.2], [0, 1.2], color=GRAY, linewidth=1)
         panel.axhspan(-2, 0, color="0.93")
         panel.set_ylim(-0.9, 1.3)
-        name_axes(panel, f"pairs from {kind}".replace("from few", "from a few"),
-                  "gain of the best θ in expected true reward")
+        name_axes(panel, PAIR_KINDS[kind], "gain of the best θ in expected true reward")
     panels[0].set_ylabel("gain of DPO's θ", fontsize=8)
-    write(panels[0], 1.25, -0.45, "below 0: worse\nthan the reference", "black", ha="right")
+    write(panels[0], 1.25, -0.45, "below 0: worse\nthan the reference", ha="right")
     panels[1].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
 def table_misspecified(rows):
-    lines = [["pairs from", "seed", "policies", "worse than the reference", "largest loss",
-              "mean gain of DPO", "mean gain of the best θ"]]
+    header = ("pairs from | seed | policies | worse than the reference | largest loss | "
+              "mean gain of DPO | mean gain of the best θ")
+    lines = []
     for row in rows:
         points = torch.tensor(row["result"]["points"], dtype=torch.float64)
         best, trained = points.T
         worse = int((trained < 0).sum())
-        numbers = [decimal(value, 3) for value in (trained.min(), trained.mean(), best.mean())]
-        settings = row["settings"]
-        cells = [settings["pairs"], str(settings["seed"]), str(len(points)), str(worse)]
-        lines.append(cells + numbers)
-    return lines
+        numbers = trained.min(), trained.mean(), best.mean()
+        source, seed = row["settings"]["pairs"], row["settings"]["seed"]
+        counts = [source, str(seed), str(len(points)), str(worse)]
+        lines.append(counts + [decimal(number, 3) for number in numbers])
+    return header, lines
 
 
 # --- Every loss -----------------------------------------------------------------------------------
@@ -692,10 +727,11 @@ def draw_every_loss(rows):
 
 
 def table_every_loss(rows):
-    lines = [["loss, β = 1", "value at h = 0", "push on chosen at h = 0", "on rejected",
-              "on chosen at h = 4", "on rejected"]]
+    header = ("loss, β = 1 | value at h = 0 | push on chosen at h = 0 | on rejected | "
+              "on chosen at h = 4 | on rejected")
+    lines = []
     for name in pair_losses():
         value, chosen, rejected = loss_of_margin(name, torch.tensor([0.0, 4.0]))
-        cells = [value[0], chosen[0], rejected[0], chosen[1], rejected[1]]
-        lines.append([f"`{name}`", *[decimal(cell, 3) for cell in cells]])
-    return lines
+        numbers = value[0], chosen[0], rejected[0], chosen[1], rejected[1]
+        lines.append([f"`{name}`", *[decimal(number, 3) for number in numbers]])
+    return header, lines
