@@ -31,12 +31,12 @@ from tree import answer_table
 SEEDS = (0, 1, 2)
 
 
-def rounded(value):
+def short_numbers(value):
     """Numbers as they are kept: 4 significant digits."""
     if isinstance(value, dict):
-        return {name: rounded(each) for name, each in value.items()}
+        return {name: short_numbers(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(each) for each in value]
+        return [short_numbers(each) for each in value]
     if isinstance(value, (int, str)):
         return value
     return float(f"{float(value):.4g}")
@@ -329,16 +329,24 @@ def run_overfitting(settings, steps=150):
 # Noise: flipped labels.
 
 FLIPS = (0.0, 0.2, 0.4)
-NOISE_BETAS = (0.25, 0.5, 1.0)
 NOISE_PAIRS = 16_384
-NOISY = {"sigmoid": "sigmoid", "cdpo": "sigmoid", "robust": "robust", "ipo": "ipo",
-         "hinge": "hinge"}
+EXPECTING_FLIPS = {"cdpo": "sigmoid", "robust": "robust"}  # name here: loss
+NOISE_BETAS = {
+    "sigmoid": (0.25, 0.5, 1.0, 2.0),
+    "ipo": (0.25, 0.5, 1.0),
+    "hinge": (0.25, 0.5, 1.0, 2.0),
+    "cdpo": (0.125, 0.25, 0.5),
+    "robust": (1.0, 2.0, 4.0),
+}
 
 
 def plan_noise():
-    """cDPO and robust DPO with no flips to expect are DPO."""
-    plan = grid(loss=["sigmoid", "ipo", "hinge"], flips=FLIPS, beta=NOISE_BETAS, seed=SEEDS)
-    return plan + grid(loss=["cdpo", "robust"], flips=FLIPS[1:], beta=NOISE_BETAS, seed=SEEDS)
+    """cDPO and robust DPO that expect no flips are DPO, so they have no runs without flips."""
+    plan = []
+    for loss, betas in NOISE_BETAS.items():
+        flips = FLIPS[1:] if loss in EXPECTING_FLIPS else FLIPS
+        plan += grid(loss=[loss], flips=flips, beta=betas, seed=SEEDS)
+    return plan
 
 
 def run_noise(settings):
@@ -346,10 +354,11 @@ def run_noise(settings):
     ground = embedded_world()
     pairs = draw_pairs(ground.reference, ground.truth, settings["seed"], NOISE_PAIRS,
                        settings["flips"])
-    hyper = {"beta": settings["beta"]}
-    if settings["loss"] in ("cdpo", "robust"):
+    loss, hyper = settings["loss"], {"beta": settings["beta"]}
+    if loss in EXPECTING_FLIPS:
+        loss = EXPECTING_FLIPS[loss]
         hyper["label_smoothing"] = settings["flips"]
-    table = fit(ground, pairs, NOISY[settings["loss"]], hyper)
+    table = fit(ground, pairs, loss, hyper)
     values = world.metrics(table, ground.reference, world.BETA)
     return {name: values[f"world/{name}"] for name in ("reward", "kl", "share", "correlation")}
 

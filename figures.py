@@ -8,6 +8,8 @@ command continues, and drawing alone takes seconds. After a change of the code o
 repeated. experiments.py has the runs, pictures.py the drawing.
 """
 from errors import Parser, UserError, reading, run_script  # first, see errors.py
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import tqdm
 
 import pictures
 import results
-from experiments import EXPERIMENTS, Experiment, rounded
+from experiments import EXPERIMENTS, Experiment, short_numbers
 from files import written_aside
 from log import bar_interval
 
@@ -88,7 +90,7 @@ def make_runs(names: list[str], folder: pathlib.Path):
     for name, settings in bar:
         bar.set_description(name)
         run = EXPERIMENTS[name].run
-        results.append(name, settings, run, rounded(run(settings)), folder)
+        results.append(name, settings, run, short_numbers(run(settings)), folder)
 
 
 def rows_of(name: str, folder: pathlib.Path = results.FOLDER) -> list[dict]:
@@ -99,17 +101,25 @@ def rows_of(name: str, folder: pathlib.Path = results.FOLDER) -> list[dict]:
 
 # --- Pictures and the page ------------------------------------------------------------------------
 
-def draw(name: str, folder: pathlib.Path):
+def draw_pictures(name: str, folder: pathlib.Path):
     """Write the pictures of a name."""
     rows = rows_of(name, folder)
     for file, picture in CATALOG[name].items():
-        save(picture.draw(rows), folder / f"{file}.png")
+        digest = drawing_digest(picture.draw, rows)
+        save_picture(picture.draw(rows), folder / f"{file}.png", digest)
 
 
-def save(figure, path):
-    """Write a PNG whose bytes depend on the figure alone."""
+def drawing_digest(drawing: Callable, *rows: list[dict]) -> str:
+    """Hash what a picture depends on: the code that draws it, and the results."""
+    text = results.code_digest(drawing, {}) + json.dumps(rows)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def save_picture(figure, path, digest):
+    """Write a PNG. Its description is the digest, so that a test finds an old picture."""
+    metadata = {"Software": None, "Description": digest}
     with reading(str(path)), written_aside(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        figure.savefig(temporary, format="png", metadata=metadata)
 
 
 def page(folder: pathlib.Path = results.FOLDER) -> str:
@@ -157,10 +167,11 @@ def main(argv):
     folder.mkdir(exist_ok=True)
     make_runs(names, folder)
     for name in names:
-        draw(name, folder)
+        draw_pictures(name, folder)
     if {"frontier", "theorem"} & set(names):
-        figure = pictures.draw_readme(rows_of("frontier", folder), rows_of("theorem", folder))
-        save(figure, folder / f"{README}.png")
+        rows = rows_of("frontier", folder), rows_of("theorem", folder)
+        digest = drawing_digest(pictures.draw_readme, *rows)
+        save_picture(pictures.draw_readme(*rows), folder / f"{README}.png", digest)
     with written_aside(PAGE) as temporary:
         temporary.write_text(page(folder), encoding="utf-8")
     print(f"{folder}: {', '.join(names)}; {PAGE}")

@@ -13,7 +13,7 @@ import torch
 
 import world
 from errors import reading
-from experiments import SHARED_WORDS
+from experiments import EXPECTING_FLIPS, SHARED_WORDS
 from losses import LOSSES, hyperparameters
 from plots import COLORS, MARKERS, NO_MATPLOTLIB
 from registry import kind_of, tensor_arguments
@@ -35,7 +35,7 @@ def with_settings(rows: list[dict], **settings) -> list[dict]:
     return found
 
 
-def values_of(rows: list[dict], name: str) -> torch.Tensor:
+def numbers_of(rows: list[dict], name: str) -> torch.Tensor:
     """A number of each result, (seeds,), or a curve of each, (seeds, steps, columns)."""
     values = [row["result"][name] for row in rows]
     return torch.tensor(values, dtype=torch.float64)
@@ -43,14 +43,17 @@ def values_of(rows: list[dict], name: str) -> torch.Tensor:
 
 def last_of(rows: list[dict], column: int) -> torch.Tensor:
     """The end of a column of the curves, (seeds,)."""
-    curves = values_of(rows, "curve")  # (seeds, steps, columns)
+    curves = numbers_of(rows, "curve")  # (seeds, steps, columns)
     return curves[:, -1, column]
 
 
 def settings_of(rows: list[dict], name: str) -> list:
     """The different values of a setting, without the rows that lack it."""
-    values = [row["settings"].get(name) for row in rows]
-    return [value for value in dict.fromkeys(values) if value is not None]
+    values = {}  # a dict keeps the order
+    for row in rows:
+        if name in row["settings"]:
+            values[row["settings"][name]] = None
+    return list(values)
 
 
 def spread(values: torch.Tensor, digits: int = 2) -> str:
@@ -64,7 +67,7 @@ def spread(values: torch.Tensor, digits: int = 2) -> str:
 
 def cells(rows: list[dict], *names: str, digits: int = 2) -> list[str]:
     """The spread of numbers of the results, as cells of a table."""
-    return [spread(values_of(rows, name), digits) for name in names]
+    return [spread(numbers_of(rows, name), digits) for name in names]
 
 
 def end_cells(rows: list[dict], *columns: int, digits: int = 2) -> list[str]:
@@ -116,7 +119,7 @@ def zero_line(panel):
 def draw_band(panel, rows, column, look):
     """Draw a column of the curves against the step, column 0: the mean as a line, and a band from
     the smallest to the largest. Returns the mean at the end."""
-    curves = values_of(rows, "curve")  # (seeds, steps, columns)
+    curves = numbers_of(rows, "curve")  # (seeds, steps, columns)
     steps = curves[0, :, 0]
     values = curves[:, :, column]
     mean = values.mean(0)
@@ -134,7 +137,7 @@ def draw_sweep(panel, groups, x, y, number):
     rows. Returns the means."""
     means = []
     for rows in groups:
-        across, up = values_of(rows, x), values_of(rows, y)
+        across, up = numbers_of(rows, x), numbers_of(rows, y)
         panel.plot(across, up, **dots(number))
         means.append((across.mean().item(), up.mean().item()))
     across, up = zip(*means)
@@ -172,12 +175,12 @@ KL_AXIS = "KL to the reference [nats per answer]"
 REWARD_AXIS = "expected true reward"
 
 
-def draw_frontier_panel(panel, rows, loss, number):
+def draw_frontier_panel(panel, rows, loss):
     """Draw the exact frontier and the runs of a loss -> betas, and [(KL, reward), ...]."""
     _, kls, rewards = optimum_of(rows)
     panel.plot(kls, rewards, color=GRAY, linewidth=1.4)
     betas, groups = by_beta(rows, loss=loss)
-    means = draw_sweep(panel, groups, "kl", "reward", number)
+    means = draw_sweep(panel, groups, "kl", "reward", 0)
     panel.set_xlim(0, 6.5)
     panel.set_ylim(-0.2, 5.8)
     return betas, means
@@ -185,7 +188,7 @@ def draw_frontier_panel(panel, rows, loss, number):
 
 def optimum_of(rows):
     """-> beta, KL and expected true reward along the exact frontier, (points,) each."""
-    optimum, = values_of(with_settings(rows, loss="optimum"), "points")
+    optimum, = numbers_of(with_settings(rows, loss="optimum"), "points")
     return optimum.unbind(-1)
 
 
@@ -194,12 +197,11 @@ def draw_frontier(rows):
     losses.remove("optimum")
     columns = math.ceil(len(losses) / 2)
     figure, panels = canvas(2, columns, 4.4, sharex=True, sharey=True)
-    for number, (panel, loss) in enumerate(zip(panels, losses)):
-        betas, means = draw_frontier_panel(panel, rows, loss, number)
-        color = line(number)["color"]
+    for panel, loss in zip(panels, losses):
+        betas, means = draw_frontier_panel(panel, rows, loss)
         for end in (0, -1):
             kl, reward = means[end]
-            write(panel, kl + 0.3, reward - 0.4, f"β {betas[end]:g}", color, fontsize=7)
+            write(panel, kl + 0.3, reward - 0.3, f"β {betas[end]:g}", BLUE, fontsize=7)
         name_axes(panel, loss)
     write(panels[0], 0.2, 5.4, "gray: exact optimum", GRAY, fontsize=7)
     figure.supxlabel(KL_AXIS, fontsize=9)
@@ -213,7 +215,7 @@ def table_frontier(rows):
     _, kls, rewards = optimum_of(rows)
     for loss in settings_of(rows, "loss"):
         for beta, group in zip(*by_beta(rows, loss=loss)):
-            kl = values_of(group, "kl").mean().item()
+            kl = numbers_of(group, "kl").mean().item()
             # np.interp wants rising x; the KL of the optimum falls with beta.
             best = np.interp(kl, kls.flip(0), rewards.flip(0))
             row = [f"`{loss}`", f"{beta:g}", *cells(group, "reward", "kl")]
@@ -238,7 +240,7 @@ def draw_theorem_panel(panel, implicit):
 
 def implicit_rewards(rows):
     """The implicit rewards that the first seed keeps, (X, A)."""
-    kept = values_of(rows[:1], "implicit_times_100")
+    kept = numbers_of(rows[:1], "implicit_times_100")
     rewards = kept / 100
     return rewards.view(len(world.THINGS), -1)
 
@@ -250,7 +252,7 @@ def draw_theorem(rows):
     draw_theorem_panel(panels[1], implicit)
     name_axes(panels[0], "before: policy = reference", "true reward r", IMPLICIT_AXIS)
     name_axes(panels[1], "after DPO", "true reward r")
-    correlation = values_of(rows, "correlation").mean()
+    correlation = numbers_of(rows, "correlation").mean()
     write(panels[1], -6.5, 6, f"correlation {correlation:.2f}")
     write(panels[1], 3.6, 5.6, "gray: equal", GRAY, ha="right")
     return figure
@@ -270,13 +272,13 @@ def table_theorem(rows):
 def draw_readme(frontier_rows, theorem_rows):
     """The picture at the top of the README: the frontier of DPO, and the theorem."""
     figure, (frontier, theorem) = canvas(1, 2, 3.7)
-    betas, means = draw_frontier_panel(frontier, frontier_rows, "sigmoid", number=0)
+    betas, means = draw_frontier_panel(frontier, frontier_rows, "sigmoid")
     for beta, (kl, reward) in zip(betas, means):
         write(frontier, kl + 0.2, reward - 0.3, f"β = {beta:g}", BLUE)
     write(frontier, 0.3, 5.1, "gray: the best possible,\ncomputed exactly", GRAY)
     name_axes(frontier, "DPO comes close to the best possible", KL_AXIS, REWARD_AXIS)
     draw_theorem_panel(theorem, implicit_rewards(theorem_rows))
-    correlation = values_of(theorem_rows, "correlation").mean()
+    correlation = numbers_of(theorem_rows, "correlation").mean()
     text = f"4,096 answers, correlation {correlation:.2f}"
     write(theorem, -6.5, 6.2, text)
     title = "and finds a reward that it never saw"
@@ -299,7 +301,7 @@ def draw_both_fall(rows):
         group = with_settings(rows, loss=loss)
         for number, column in enumerate(SIDES):
             draw_band(top, group, column, line(number))
-        curves = values_of(group, "curve")
+        curves = numbers_of(group, "curve")
         divergence = curves[:, :, FORWARD_KL].mean(0)
         top.plot(curves[0, :, 0], -divergence, ":", color="black")
         zero_line(top)
@@ -324,10 +326,12 @@ def table_both_fall(rows):
         both = (last_of(group, CHOSEN) + last_of(group, REJECTED)) / 2
         row = [f"`{loss}`", *end_cells(group, CHOSEN, REJECTED), spread(both)]
         divergence = spread(-last_of(group, FORWARD_KL))
-        lines.append([*row, divergence, *end_cells(group, MASS)])
-    optimum = values_of(with_settings(rows, loss="sigmoid"), "at_optimum")  # (seeds, 2)
+        row.append(divergence)
+        lines.append(row + end_cells(group, MASS))
+    optimum = numbers_of(with_settings(rows, loss="sigmoid"), "at_optimum")  # (seeds, 2)
     chosen, rejected = optimum.T
-    row = [spread(chosen), spread(rejected), spread((chosen + rejected) / 2)]
+    both = (chosen + rejected) / 2
+    row = [spread(chosen), spread(rejected), spread(both)]
     lines.append(["π* for β = 1", *row, "", "1.00"])
     return header, lines
 
@@ -343,12 +347,12 @@ def draw_causes(rows):
 
 
 def draw_relative(panel, rows):
-    texts = {False: "only pairs that it wins", True: "and pairs that it loses"}
-    for number, (with_better, text) in enumerate(texts.items()):
+    texts = {False: ("only pairs that it wins", 0.55), True: ("and pairs that it loses", 0.3)}
+    for number, (with_better, (text, above)) in enumerate(texts.items()):
         group = with_settings(rows, cause="relative", with_better=with_better)
         look = line(number)
         end = draw_band(panel, group, CHOSEN, look)
-        write(panel, 60, end + 0.1, text, look["color"], ha="right")
+        write(panel, 60, end + above, text, look["color"], ha="right")
     zero_line(panel)
     name_axes(panel, "1  only relatively good", "step", "change of log π(middling) [nats]")
 
@@ -356,11 +360,11 @@ def draw_relative(panel, rows):
 def draw_shared(panel, rows):
     for number, shared in enumerate(SHARED_WORDS):
         group = with_settings(rows, cause="shared", shared=shared)
-        points = values_of(group, "pairs").flatten(0, 1)  # (pairs, 3)
+        points = numbers_of(group, "pairs").flatten(0, 1)  # (pairs, 3)
         overlaps, chosen, _ = points.T
         panel.plot(overlaps, chosen, **dots(number), label=f"{shared} words shared")
     zero_line(panel)
-    panel.legend(fontsize=7, frameon=False, handletextpad=0.1, loc="upper right")
+    panel.legend(fontsize=7, frameon=False, handletextpad=0.1, loc="lower left")
     name_axes(panel, "2  much shared", "⟨∇w, ∇l⟩ / ‖∇w‖²", "change of log π(chosen) [nats]")
 
 
@@ -391,7 +395,7 @@ def table_causes(rows):
         lines.append([f"1: middling answer, {name}", *end_cells(group, *SIDES), ""])
     for shared in SHARED_WORDS:
         group = with_settings(rows, cause="shared", shared=shared)
-        points = values_of(group, "pairs")  # (seeds, pairs, 3)
+        points = numbers_of(group, "pairs")  # (seeds, pairs, 3)
         falls = 100 * (points[:, :, CHOSEN] < 0).double().mean(-1)
         changes = [spread(points[:, :, column].mean(-1)) for column in SIDES]
         also = f"chosen falls in {spread(falls, 0)} % of the pairs"
@@ -400,7 +404,9 @@ def table_causes(rows):
         group = with_settings(rows, hidden_size=size)
         accuracy, = cells(group, "accuracy")
         mass, = end_cells(group, MASS)
-        also = f"accuracy {accuracy}, mass {mass}"
+        chosen, rejected = last_of(group, CHOSEN), last_of(group, REJECTED)
+        per_nat = spread(chosen / (chosen - rejected))
+        also = f"chosen per nat of margin {per_nat}; accuracy {accuracy}; mass {mass}"
         lines.append([f"3: hidden size {size}", *end_cells(group, *SIDES), also])
     return header, lines
 
@@ -413,11 +419,11 @@ HELD_OUT, OWN, REWARD = 1, 2, 3  # columns of the curves
 def draw_paths(panel, groups):
     """Draw E[r] against accuracy on held-out pairs of the reference, over training."""
     for number, (name, group) in enumerate(groups.items()):
-        curves = values_of(group, "curve")[:, 1:]  # before the first step every pair is a tie
+        curves = numbers_of(group, "curve")[:, 1:]  # before the first step every pair is a tie
         accuracies, rewards = curves[..., HELD_OUT], curves[..., REWARD]
         panel.plot(accuracies.mean(0), rewards.mean(0), **line(number), label=name)
         panel.plot(accuracies[:, -1], rewards[:, -1], **dots(number))
-    ceiling = values_of(group, "ceiling").mean()
+    ceiling = numbers_of(group, "ceiling").mean()
     panel.axvline(ceiling, color=GRAY, linewidth=1, linestyle=":")
     panel.legend(fontsize=7, frameon=False, loc="upper left")
     panel.set_ylim(0, 3.4)
@@ -445,7 +451,7 @@ def draw_judge(rows):
     x = "accuracy on held-out pairs of the reference"
     name_axes(left, "losses", x, REWARD_AXIS)
     name_axes(right, "off-policy pairs", x)
-    ceiling = values_of(rows, "ceiling").mean().item()
+    ceiling = numbers_of(rows, "ceiling").mean().item()
     write(left, ceiling - 0.004, 0.2, "the true reward's own accuracy", GRAY, ha="right")
     return figure
 
@@ -499,7 +505,7 @@ def table_overfitting(rows):
     lines = []
     for loss in settings_of(rows, "loss"):
         for beta, group in zip(*by_beta(rows, loss=loss)):
-            curves = values_of(group, "curve")
+            curves = numbers_of(group, "curve")
             middle = curves[:, 5, MARGIN]  # a row for every 10 steps
             target = "none"
             if loss == "ipo":
@@ -518,9 +524,11 @@ def best_betas(rows, loss):
     best = {}
     for flips in settings_of(rows, "flips"):
         # Without flips, cDPO and robust DPO are DPO.
-        name = "sigmoid" if loss in ("cdpo", "robust") and not flips else loss
+        name = loss
+        if loss in EXPECTING_FLIPS and not flips:
+            name = "sigmoid"
         betas, groups = by_beta(rows, loss=name, flips=flips)
-        shares = [values_of(group, "share").mean() for group in groups]
+        shares = [numbers_of(group, "share").mean() for group in groups]
         highest = shares.index(max(shares))
         best[flips] = betas[highest], groups[highest]
     return best
@@ -532,7 +540,7 @@ def draw_noise(rows):
         best = best_betas(rows, loss)
         flips = [100 * share for share in best]
         for panel, name in zip(panels, ("share", "reward")):
-            values = [values_of(group, name) for _, group in best.values()]
+            values = [numbers_of(group, name) for _, group in best.values()]
             values = torch.stack(values)  # (flips, seeds)
             look = marked_line(number)
             panel.plot(flips, values.mean(-1), **look, label=loss)
@@ -566,7 +574,7 @@ def draw_length(rows):
         means = draw_sweep(left, groups, "kl", "reward", number)
         left.plot([], [], **marked_line(number), label=loss)  # for the legend
         furthest = max(furthest, means[0][0])
-    before = values_of(rows, "words_before").mean().item()
+    before = numbers_of(rows, "words_before").mean().item()
     right.axhline(before, color=GRAY, linewidth=1)
     write(right, furthest, before - 0.06, "reference", GRAY, ha="right")
     left.legend(fontsize=8, frameon=False, loc="lower right")
@@ -581,7 +589,7 @@ def table_length(rows):
     for loss in settings_of(rows, "loss"):
         for beta, group in zip(*by_beta(rows, loss=loss)):
             lines.append([f"`{loss}`", f"{beta:g}", *cells(group, "reward", "kl", "words")])
-    before = decimal(values_of(rows, "words_before").mean(), 2)
+    before = decimal(numbers_of(rows, "words_before").mean(), 2)
     lines.append(["reference", "", "", "0.00", before])
     return header, lines
 
@@ -617,7 +625,8 @@ def loss_of_margin(name: str, margins: torch.Tensor):
         tensors = {each: given[each] for each in names if each in given}
         loss = function(**tensors, **hyper).sum()
         gradient, = torch.autograd.grad(loss, sides)
-        columns.append(torch.stack([loss.detach(), -gradient[0, 0], gradient[1, 0]]))
+        of_chosen, of_rejected = gradient[:, 0]
+        columns.append(torch.stack([loss.detach(), -of_chosen, of_rejected]))
     return torch.stack(columns).unbind(-1)
 
 
@@ -650,7 +659,8 @@ def table_start(rows):
     lines = []
     for loss in settings_of(rows, "loss"):
         _, push, _ = loss_of_margin(loss, torch.zeros(1))
-        paths = values_of(with_settings(rows, loss=loss), "path")  # (seeds, steps)
+        group = with_settings(rows, loss=loss)
+        paths = numbers_of(group, "path")  # (seeds, steps)
         ends = [decimal(end, 2) for end in paths[:, -1]]
         lines.append([f"`{loss}`", decimal(push[0], 3), ", ".join(ends)])
     return header, lines
@@ -685,15 +695,16 @@ def table_misspecified(rows):
         best, trained = points.T
         worse = int((trained < 0).sum())
         numbers = trained.min(), trained.mean(), best.mean()
-        source, seed = row["settings"]["pairs"], row["settings"]["seed"]
-        counts = [source, str(seed), str(len(points)), str(worse)]
+        settings = row["settings"]
+        counts = [settings["pairs"], str(settings["seed"])]
+        counts += [str(len(points)), str(worse)]
         lines.append(counts + [decimal(number, 3) for number in numbers])
     return header, lines
 
 
 # --- Every loss -----------------------------------------------------------------------------------
 
-def pair_losses() -> list[str]:
+def losses_of_margin() -> list[str]:
     """The losses of pairs whose value at a margin is a number: not those of other rows, and not
     those that compare the pairs of a batch."""
     names = []
@@ -705,7 +716,7 @@ def pair_losses() -> list[str]:
 
 
 def draw_every_loss(rows):
-    names = pair_losses()
+    names = losses_of_margin()
     columns = 5
     figure, panels = canvas(math.ceil(len(names) / columns), columns, 10, sharex=True)
     margins = torch.linspace(-6, 6, 49)
@@ -730,7 +741,7 @@ def table_every_loss(rows):
     header = ("loss, β = 1 | value at h = 0 | push on chosen at h = 0 | on rejected | "
               "on chosen at h = 4 | on rejected")
     lines = []
-    for name in pair_losses():
+    for name in losses_of_margin():
         value, chosen, rejected = loss_of_margin(name, torch.tensor([0.0, 4.0]))
         numbers = value[0], chosen[0], rejected[0], chosen[1], rejected[1]
         lines.append([f"`{name}`", *[decimal(number, 3) for number in numbers]])

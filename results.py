@@ -20,7 +20,7 @@ from files import written_aside
 from losses import LOSSES, find
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
-FOLLOWED = ("experiments", "grounds", "tree", "losses")  # modules whose code counts
+FOLLOWED = ("experiments", "grounds", "tree", "losses", "pictures")  # modules whose code counts
 
 
 # --- The code of a run ----------------------------------------------------------------------------
@@ -36,7 +36,8 @@ def code_digest(run: Callable, settings: dict) -> str:
         function = inspect.unwrap(waiting.pop())
         name = f"{function.__module__}.{function.__qualname__}"
         if name not in parts:
-            parts[name] = "\n".join(code_of(function))
+            defaults = getattr(function, "__defaults__", None)
+            parts[name] = "\n".join([*code_of(function), repr(defaults)])
             constants, more = names_of(function)
             parts |= constants
             waiting += more
@@ -88,7 +89,7 @@ def key(settings: dict) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def read_rows(name: str, folder: pathlib.Path = FOLDER) -> list[dict]:
+def read_results(name: str, folder: pathlib.Path = FOLDER) -> list[dict]:
     """Read the rows of a picture; half of a last line is left out."""
     path = folder / f"{name}.jsonl"
     rows = []
@@ -105,7 +106,7 @@ def read_rows(name: str, folder: pathlib.Path = FOLDER) -> list[dict]:
 def missing(name: str, plan: list[dict], run: Callable, folder=FOLDER) -> list[dict]:
     """Return the settings of the plan that have no result of today's code."""
     finished = set()
-    for row in read_rows(name, folder):
+    for row in read_results(name, folder):
         if row["code"] == code_digest(run, row["settings"]):
             finished.add(key(row["settings"]))
     return [settings for settings in plan if key(settings) not in finished]
@@ -125,7 +126,7 @@ def append(name: str, settings: dict, run: Callable, result: dict, folder=FOLDER
 
 def tidy(name: str, plan: list[dict], folder=FOLDER) -> list[dict]:
     """Keep the last row of each settings of the plan, in its order, and return them."""
-    latest = {key(row["settings"]): row for row in read_rows(name, folder)}
+    latest = {key(row["settings"]): row for row in read_results(name, folder)}
     absent = [settings for settings in plan if key(settings) not in latest]
     if absent:
         raise UserError(f"{folder / name}.jsonl lacks {len(absent)} of {len(plan)} runs; run "

@@ -41,7 +41,7 @@ class Language(NamedTuple):
 class Tree(NamedTuple):
     """The tokens of a language, as inputs of a causal LM, and where its prefixes are."""
     language: Language
-    inputs: dict  # input_ids and position_ids (X, S), attention_mask (1, 1, S, S)
+    inputs: dict  # input_ids and position_ids (X, S), attention_mask (1, 1, S, S) booleans
     levels: list[slice]  # of the prefixes of 0, 1, 2, ... words
     words: torch.Tensor  # (V,) token ids
     eos: int
@@ -72,13 +72,11 @@ def make_tree(language: Language, tokenizer) -> Tree:
     for token in range(1, end):
         sees[token] |= sees[parents[token]]
     positions = sees.sum(-1) - 1  # (S,)
-    least = torch.finfo(torch.float32).min
-    hidden = torch.zeros(sees.shape).masked_fill(~sees, least)  # added to attention scores
     answers = torch.cat(tokens).expand(len(prompts), -1)
     inputs = {
         "input_ids": torch.cat([prompts, answers], dim=1),  # (X, S)
         "position_ids": positions.expand(len(prompts), -1),
-        "attention_mask": hidden[None, None],
+        "attention_mask": sees[None, None],
     }
     return Tree(language, inputs, levels, words, tokenizer.eos_token_id)
 
