@@ -36,30 +36,94 @@ class Picture(NamedTuple):
 
 
 FRONTIER = Picture(
-    "The frontier",
-    "Each dot is a run (three seeds for each β), the gray line is the best expected true reward at "
-    "that KL, computed from eq. 4 of the DPO paper. No loss can be above it.",
-    pictures.draw_frontier, pictures.table_frontier)
+    "The frontier", """
+A dot is a run (three seeds for each β), a line joins the means, and the gray line is the exact
+optimum of eq. 3 of the DPO paper: no policy can have a higher expected true reward at its KL. The
+margin losses follow the frontier, and β decides where on it a run stops. `kto_pair` and `simpo`
+stay visibly below it. `simpo` has no reference, so a large β does not bring it back to KL 0. At a
+small β all losses fall short: 60 steps and 65,536 noisy labels don't fix large rewards.
+""", pictures.draw_frontier, pictures.table_frontier)
 THEOREM = Picture(
-    "The theorem",
-    "Eq. 5 of the DPO paper: the policy that is optimal for a reward has that reward as β log π/π_ref, "
-    "up to a constant per prompt. A dot is one of the 4,096 answers.",
-    pictures.draw_theorem, pictures.table_theorem)
+    "The theorem", """
+A dot is one of 512 answers to one of 8 prompts. Eq. 5 of the DPO paper says that the optimal policy
+for a reward has this reward as β log π/π_ref, up to a constant per prompt, which is subtracted
+here. Before training all implicit rewards are 0. After DPO they are the true reward, which DPO has
+never seen: it saw which of two answers won. The slope is slightly below 1, as rewards that are
+estimated from few comparisons are pulled towards 0 by early stopping.
+""", pictures.draw_theorem, pictures.table_theorem)
 BOTH_FALL = Picture(
-    "Both fall", "", pictures.draw_both_fall, pictures.table_both_fall)
+    "Both fall", """
+Mean change of log π over the training pairs. EOS is scored here. If both answers of the pairs are
+samples of π_ref, the mean change of all of them is E_ref[log π/π_ref] = −KL(π_ref‖π), the dotted
+line, whatever the loss: **together they can only fall**. A loss decides the margin between them,
+and the chosen answer falls where KL(π_ref‖π) is above half of the margin. That is no fault by
+itself: at the optimum π* (last row of the table) only answers with r > β log Z rise, and the mean
+chosen answer falls. The lower row is a fault: `sigmoid` compares answers only, and half of the
+probability leaves the well-formed answers, mostly because they no longer end. (In the runs without
+EOS on this page the mass stays near 1 at β = 1.) `sigmoid,sft`, `dpop` and `nca_pair` tie the
+probability down. `apo_zero` keeps the mass and still ends with lower chosen answers.
+""", pictures.draw_both_fall, pictures.table_both_fall)
 CAUSES = Picture(
-    "Both fall: three causes", "", pictures.draw_causes, pictures.table_causes)
+    "Both fall: three causes", """
+**1. The chosen answer is only relatively good.** At the start, the gradient of the expected loss by
+log π(y) is β/2 times (how often y is rejected − how often y is chosen). All pairs are a middling
+and a bad answer (blue). With pairs in which a good answer beats a middling one (dashed), the same
+middling answers are pushed down by the pairs that they lose. They fall even without these pairs,
+because good answers, which look like them, rise more. **2. The answers share much.** A small step
+along ∇w − ∇l changes w by the step times ‖∇w‖² − ⟨∇w, ∇l⟩. Each dot is a pair trained alone, from
+the reference, by 20 plain gradient steps: the more words the answers share, the larger ⟨∇w, ∇l⟩,
+and the less the chosen answer rises. Beyond a ratio of 1 it falls. That is rare here: an answer of
+three words can't share more than two. **3. The policy can't tell them apart.** A policy of few
+dimensions has a small margin, so both answers move together: see the change of the chosen answer
+for each nat of margin. In nats, the chosen answer does not fall more than in a large policy.
+""", pictures.draw_causes, pictures.table_causes)
 JUDGE = Picture(
-    "Judge or writer?", "", pictures.draw_judge, pictures.table_judge)
+    "Judge or writer?", """
+Accuracy on held-out pairs reads the sign of the margin, the expected true reward how far
+probability has moved. Left: `sigmoid` with β 1 and β 4 end with the same accuracy, near that of the
+true reward itself (dotted: labels are noisy), and β 1 writes far better. `kto_pair` judges worse
+than `sigmoid` with β 4 and writes better. Right: pairs of the 128 answers that the reference gives
+least, a tenth of its probability. Trained on them, a policy judges such pairs as well as before,
+and pairs of the reference worse, and it writes nearly as well. Accuracy does not say which policy
+writes better.
+""", pictures.draw_judge, pictures.table_judge)
 OVERFITTING = Picture(
-    "Overfitting", "", pictures.draw_overfitting, pictures.table_overfitting)
-NOISE = Picture("Noise", "", pictures.draw_noise, pictures.table_noise)
-LENGTH = Picture("Length", "", pictures.draw_length, pictures.table_length)
-START = Picture("Start", "", pictures.draw_start, pictures.table_start)
-MISSPECIFIED = Picture(
-    "Misspecified", "", pictures.draw_misspecified, pictures.table_misspecified)
-EVERY_LOSS = Picture(
-    "Every loss", "", pictures.draw_every_loss, pictures.table_every_loss)
+    "Overfitting", """
+64 pairs, no answer in two of them, the better one always chosen. The margin of `sigmoid` has no
+end, and a small β lets it grow faster. `ipo` brings every pair to its target (dotted), 1/(2β) for
+each of 4 tokens. Both are as the papers say. The growth does no harm here: with β = 0.25 the true
+reward, which is mostly that of other answers, is higher with `sigmoid` than with `ipo`.
+""", pictures.draw_overfitting, pictures.table_overfitting)
+NOISE = Picture("Noise", """
+A share of the labels is flipped. Each loss has its best β of a sweep, by the share of the
+achievable; `cdpo` (`sigmoid` with label smoothing) and `robust` are told the true share.
+""", pictures.draw_noise, pictures.table_noise)
+LENGTH = Picture("Length", """
+Answers of one to four words. The true reward has nothing to do with length, but in the labels each
+word counts as 0.8 of reward. The longer the answers get at equal KL, the less true reward:
+`sigmoid` learns the accident. `rdpo` is told the 0.8 and does best. `ld_dpo` (LD-DPO, `sigmoid`
+with `--ld_alpha 0.5`) and the two losses of averages, `sigmoid_norm` and `simpo`, are between them.
+""", pictures.draw_length, pictures.table_length)
+START = Picture("Start", """
+The derivative of `discopop` at z = 0, where the policy is the reference, pushes against the chosen
+answer. A pair that is trained alone falls into the minimum at z = −0.12, and stays there with the
+wrong order. With `sigmoid` it leaves the picture at the top. In a run on all pairs other pairs
+carry it over the maximum: see `discopop` in [world.md](world.md).
+""", pictures.draw_start, pictures.table_start)
+MISSPECIFIED = Picture("Misspecified", """
+192 policies with one parameter, log π = log π_ref + θ φ(y) − log Z, where φ says whether the answer
+has a certain word at a certain position. No θ gives the true reward. Both minima are computed
+exactly, not trained: θ of the expected DPO loss, and the best θ, which maximizes E[r] − β KL. With
+pairs of the reference DPO's θ gains in nearly all policies, though less than the best θ. With pairs
+from 16 answers to each prompt, a quarter of the policies end worse than the reference. So DPO may
+prefer the worse answers, as arXiv:2510.20413 says, and it depends on which pairs are frequent.
+""", pictures.draw_misspecified, pictures.table_misspecified)
+EVERY_LOSS = Picture("Every loss", """
+Value and pushes of each loss of pairs against the margin, at β = 1 (other hyper-parameters at their
+defaults). The policy starts with log-prob −4 for both answers, of one token, and half of the margin
+is a rise of the chosen answer, half a fall of the rejected one. Losses that compare the pairs of a
+batch are left out. Where blue and dashed lines agree, the loss is a function of the margin.
+""", pictures.draw_every_loss, pictures.table_every_loss)
 
 # Name of a command: its pictures, {file: picture}.
 CATALOG = {
@@ -119,7 +183,7 @@ def save_picture(figure, path, digest):
     """Write a PNG. Its description is the digest, so that a test finds an old picture."""
     metadata = {"Software": None, "Description": digest}
     with reading(str(path)), written_aside(path) as temporary:
-        figure.savefig(temporary, format="png", metadata=metadata)
+        figure.savefig(temporary, format="png", metadata=metadata, pil_kwargs={"optimize": True})
 
 
 def page(folder: pathlib.Path = results.FOLDER) -> str:
@@ -128,7 +192,7 @@ def page(folder: pathlib.Path = results.FOLDER) -> str:
     for name, files in CATALOG.items():
         rows = rows_of(name, folder)
         for file, picture in files.items():
-            lines += ["", f"## {picture.title}", "", picture.see, ""]
+            lines += ["", f"## {picture.title}", "", picture.see.strip(), ""]
             lines += [f'<img src="../figures/{file}.png" alt="{picture.title}" width="800">', ""]
             lines += [f"`python figures.py {name}`", ""]
             lines += format_table(*picture.table(rows))
@@ -144,21 +208,24 @@ def format_table(header: str, rows: list[list[str]]) -> list[str]:
 INTRODUCTION = """\
 # Figures
 
-`python figures.py` makes these pictures and this page from runs in the [embedded world](world.md), in about 15 minutes on one CPU core.
-Finished runs are in `figures/*.jsonl`: the command repeats only runs whose code has changed, so drawing takes seconds.
+`python figures.py` makes these pictures and this page from runs in the [embedded world](world.md).
+On one CPU core it takes about 15 minutes. Finished runs are kept in `figures/*.jsonl`, and the
+command repeats only runs whose code has changed, so drawing takes seconds.
 
-Every run starts at the reference and takes 60 steps of AdamW on the loss of all pairs at once: `tree.py` computes the log-probs of all
-answers in one forward. A seed draws other pairs; the reference is the same. A number is the mean over three seeds, with the smallest and
-the largest in parentheses. Rewards are nats: a difference of 1 makes an answer win with odds of e to 1. Where no EOS is mentioned,
-answers are exactly three words and their EOS is not scored.
+Every run starts at the reference and takes 60 steps of AdamW on the loss of all pairs at once:
+`tree.py` computes the log-probs of all answers in one forward. A seed draws other pairs; the
+reference is the same. A number is the mean over three seeds, with the smallest and the largest in
+parentheses. Rewards are nats: an answer whose reward is higher by 1 wins with odds of e to 1.
+Unless EOS is mentioned, answers are exactly three words and their EOS is not scored.
 """
 
 
 def main(argv):
     parser = Parser(description="Make the pictures of README and docs from runs in the world")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(CATALOG)}; "
-                        "default: all")
-    names = parser.parse_args(argv).names or list(CATALOG)
+    every = list(CATALOG)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=every,
+                        help=f"{', '.join(every)}; default: all")
+    names = parser.parse_args(argv).names
     unknown = [name for name in names if name not in CATALOG]
     if unknown:
         raise UserError(f"{unknown[0]}: is no picture; there are {', '.join(CATALOG)}")

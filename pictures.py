@@ -85,12 +85,12 @@ def decimal(number: float, digits: int) -> str:
 
 # --- Panels ---------------------------------------------------------------------------------------
 
-def canvas(rows: int, columns: int, height: float, **options):
+def canvas(rows: int, columns: int, height: float, dpi: int = DPI, **options):
     """Make a white figure -> the figure, its panels as a flat list."""
     with reading("the pictures cannot be drawn", NO_MATPLOTLIB):
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH, height), dpi=dpi, layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
     for panel in panels:
         panel.grid(color="0.92", linewidth=0.6)
@@ -489,7 +489,7 @@ def draw_overfitting(rows):
         group = with_settings(rows, loss=loss, beta=0.25)
         look = line(number + 2)
         end = draw_band(panels[2], group, TRUTH, look)
-        write(panels[2], 150, end + 0.12, f"{loss} β 0.25", look["color"], ha="right")
+        write(panels[2], 150, end - 0.1, f"{loss} β 0.25", look["color"], ha="right")
     name_axes(panels[2], "true reward", "step", REWARD_AXIS)
     return figure
 
@@ -676,12 +676,12 @@ def draw_misspecified(rows):
         for number, row in enumerate(with_settings(rows, pairs=kind)):
             best, trained = zip(*row["result"]["points"])
             panel.plot(best, trained, **dots(number), label=f"seed {number}")
-        panel.plot([0, 1.2], [0, 1.2], color=GRAY, linewidth=1)
+        panel.plot([0, 0.7], [0, 0.7], color=GRAY, linewidth=1)
         panel.axhspan(-2, 0, color="0.93")
         panel.set_ylim(-0.9, 1.3)
         name_axes(panel, PAIR_KINDS[kind], "gain of the best θ in expected true reward")
     panels[0].set_ylabel("gain of DPO's θ", fontsize=8)
-    write(panels[0], 1.25, -0.45, "below 0: worse\nthan the reference", ha="right")
+    write(panels[0], 0.7, -0.45, "below 0: worse\nthan the reference", ha="right")
     panels[1].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
@@ -718,7 +718,7 @@ def losses_of_margin() -> list[str]:
 def draw_every_loss(rows):
     names = losses_of_margin()
     columns = 5
-    figure, panels = canvas(math.ceil(len(names) / columns), columns, 10, sharex=True)
+    figure, panels = canvas(math.ceil(len(names) / columns), columns, 10, dpi=85, sharex=True)
     margins = torch.linspace(-6, 6, 49)
     for panel, name in zip(panels, names):
         value, chosen, rejected = loss_of_margin(name, margins)

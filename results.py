@@ -7,6 +7,7 @@ missing. `code` is a hash of the code that made the result. After a change of th
 counts as missing.
 """
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -37,7 +38,7 @@ def code_digest(run: Callable, settings: dict) -> str:
         name = f"{function.__module__}.{function.__qualname__}"
         if name not in parts:
             defaults = getattr(function, "__defaults__", None)
-            parts[name] = "\n".join([*code_of(function), repr(defaults)])
+            parts[name] = code_of(function) + repr(defaults)
             constants, more = names_of(function)
             parts |= constants
             waiting += more
@@ -45,7 +46,8 @@ def code_digest(run: Callable, settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def code_of(function) -> list[str]:
+@functools.cache
+def code_of(function) -> str:
     """The lines of a function or class without comments, docstrings and blank lines."""
     text = textwrap.dedent(inspect.getsource(function))
     documentation = set()
@@ -56,7 +58,7 @@ def code_of(function) -> list[str]:
     for number, line in enumerate(text.splitlines(), 1):
         if number not in documentation and line.strip() and not line.strip().startswith("#"):
             lines.append(line.rstrip())
-    return lines
+    return "\n".join(lines)
 
 
 def names_of(function) -> tuple[dict, list]:
@@ -70,9 +72,18 @@ def names_of(function) -> tuple[dict, list]:
             module = getattr(inspect.unwrap(value), "__module__", None) if callable(value) else None
             if module in FOLLOWED:
                 functions.append(value)
-            elif isinstance(value, (int, float, str, tuple, dict)):
+            elif is_plain(value):
                 constants[f"{function.__module__}.{name}"] = repr(value)
     return constants, functions
+
+
+def is_plain(value) -> bool:
+    """Whether a value has the same repr in every process: numbers, texts, and tables of them."""
+    if isinstance(value, dict):
+        return is_plain(tuple(value.items()))
+    if isinstance(value, (tuple, list)):
+        return all(is_plain(each) for each in value)
+    return value is not None and isinstance(value, (int, float, str))
 
 
 def nested_code(code: types.CodeType) -> Iterator[types.CodeType]:
