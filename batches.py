@@ -26,8 +26,11 @@ import torch
 
 import data
 import packing
+import vision
 from answers import answer_tensors, answers_loss
 from dpo import concatenated_inputs, preference_logps, preference_loss
+from encoder_decoder import collate_rows
+from experts import RouterLoss
 from losses import kind_of
 from parallel import Ranks, gather, shard, sum_over_ranks
 from variants import Variants, weighted_preference_loss, with_wpo
@@ -69,6 +72,8 @@ class RowFormat(NamedTuple):
     weigh: Callable | None = None  # labels -> weights of the tokens, see variants.Variants
     full_logits: bool = True  # padded rows with few logits may have them computed in full
     most_answers: int = 0  # K, the same in all batches; 0: of the row that has most
+    family: str = "decoder"  # of the model, see families.py
+    processor: Any = None  # of the images of the rows, see vision.py
 
 
 def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
@@ -83,14 +88,21 @@ def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id  # not scored, and after all tokens that are
-    inputs = concatenated_inputs(data.pad_rows(rows, pad))
+    predictors = None
+    if row_format.family == "encoder_decoder":
+        inputs = collate_rows(rows, tokenizer, pad)
+        predictors = torch.arange(inputs["labels"].numel()).view_as(inputs["labels"])
+    else:
+        inputs = concatenated_inputs(data.pad_rows(rows, pad))
+    if row_format.processor and "image_paths" in rows:
+        vision.add_images(inputs, rows, row_format.processor, batch["places"])
     if not row_format.masked:
         inputs["attention_mask"] = packing.no_mask()
-    logits = inputs["input_ids"].numel() * len(tokenizer)
+    logits = inputs["labels"].numel() * len(tokenizer)
     if row_format.weigh or not row_format.full_logits or logits > FULL_LOGITS:
         labels = inputs.pop("labels")
         weights = row_format.weigh(labels) if row_format.weigh else None
-        inputs["targets"] = packing.find_targets(labels, token_weights=weights)
+        inputs["targets"] = packing.find_targets(labels, predictors, weights)
     return batch | {"inputs": inputs}
 
 
@@ -168,11 +180,14 @@ class Task(NamedTuple):
     device: torch.device
     row_format: RowFormat
     compares_pairs: bool  # the loss needs all pairs of a step at once
+    passes: int  # forwards of a micro-batch: 2 where backward needs numbers of the whole step
+    router_loss: RouterLoss | None = None  # of a mixture of experts
 
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
-              packed: bool = False, masked: bool = True, most_answers: int = 0) -> Task:
-    """The Task of a loss with its variants."""
+              packed: bool = False, masked: bool = True, most_answers: int = 0,
+               family: str = "decoder", processor: Any = None) -> Task:
+    """The Task of a loss with its variants. family, processor: see RowFormat."""
     options = {"reference_free": variants.reference_free}
     loss_and_metrics = preference_loss
     if kind_of(loss) != "pairs":
@@ -187,7 +202,8 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     # rounds logits to bf16, and FastLogps computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
     full_logits = not variants.wpo and not rounded
-    row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers)
+    row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers, family,
+                           processor)
     return Task(
         loss=loss,
         hyper=hyper,
@@ -199,7 +215,15 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
         device=device,
         row_format=row_format,
         compares_pairs="batch" in loss.tags,
+        passes=2 if "batch" in loss.tags else 1,
     )
+
+
+def with_router_loss(task: Task, router_loss: RouterLoss) -> Task:
+    """The task with a loss that balances experts. FastLogps records the routers, so it computes all
+    log-probs, and the mask of padded rows says which tokens are real."""
+    row_format = task.row_format._replace(masked=True, full_logits=False)
+    return task._replace(router_loss=router_loss, passes=2, row_format=row_format)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

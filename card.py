@@ -11,10 +11,20 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from checkpoint import FREE_ON_RESUME, is_adapter
+from checkpoint import FREE_ON_RESUME, is_adapter, is_complete
 from errors import UserError
-from files import RUN_FILE, read_json, read_list, read_run_file, write_text
+from families import AUTO_CLASSES
+from files import (
+    RUN_FILE,
+    free_name,
+    read_json,
+    read_list,
+    read_run_file,
+    write_list,
+    write_text,
+)
 from flags import build_parser
+from loading import has_processor, load_family
 from losses import LOSSES, find, hyperparameters, kind_of
 from plots import CURVES_FILE, PANELS, read_metrics, write_curves
 
@@ -178,17 +188,17 @@ def metric_table(rows: list[dict]) -> str:
 # --- How to load ----------------------------------------------------------------------------------
 
 LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
-model = AutoModelForCausalLM.from_pretrained({name})
+model = {auto_class}.from_pretrained({name})
 """
 LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto_class}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, {name})
 """
 CHAT = """
@@ -203,25 +213,44 @@ inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 """
 GENERATE = """\
 output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
+# The output of a decoder begins with the prompt.
+PRINT = {
+    "decoder": """\
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+""",
+    "encoder_decoder": """\
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+""",
+}
+PRINT["vision"] = PRINT["decoder"]
 QUANTIZED = """
 
 The adapter was trained on the base in 4 bits. To load the base so, pass
 `quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`."""
 
+IMAGES = """
+
+For a prompt with images, load `AutoProcessor` in place of `AutoTokenizer`."""
+
 
 def loading_code(folder: pathlib.Path, flags: dict) -> str:
     """Return the code that loads the model and lets it answer, and what there is to know."""
     name = json.dumps(flags["push_to_hub"] or str(folder))
-    code = LOAD_MODEL.format(name=name)
+    family = load_family(str(folder))
+    if has_processor(str(folder)):  # an adapter does not name the family of its base
+        family = "vision"
+    auto_class = AUTO_CLASSES[family].__name__
+    code = LOAD_MODEL.format(name=name, auto_class=auto_class)
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        code = LOAD_ADAPTER.format(name=name, base=json.dumps(base))
+        code = LOAD_ADAPTER.format(name=name, base=json.dumps(base), auto_class=auto_class)
     has_template = (folder / "chat_template.jinja").exists()
     code += CHAT if has_template else PLAIN
     note = QUANTIZED if flags["quantize"] else ""
-    return f"```python\n{code}{GENERATE}```{note}"
+    if family == "vision":
+        note += IMAGES
+    return f"```python\n{code}{GENERATE}{PRINT[family]}```{note}"
 
 
 # --- The card -------------------------------------------------------------------------------------
@@ -263,6 +292,31 @@ def has_card(folder: pathlib.Path) -> bool:
     its model has not."""
     listed = read_list(folder) or set()
     return CARD_FILE in listed and (folder / CARD_FILE).exists()
+
+
+def reopen_run(folder: pathlib.Path) -> None:
+    """Turn a finished run back into one that has not ended, because it is made longer.
+
+    Its card is deleted, or renamed if its author edited it. The weights stay until the end of the
+    longer run replaces them. A kill in between leaves a finished run, or one that can be resumed.
+    """
+    if not is_complete(folder):
+        return
+    path = folder / CARD_FILE
+    if has_card(folder):
+        try:
+            written = make_card(folder, read_run_file(folder)["flags"])
+        except UserError:  # metrics.jsonl was changed
+            written = ""
+        if path.read_bytes() == written.encode():
+            path.unlink()
+        else:
+            kept = free_name(path)
+            os.replace(path, kept)
+            print(f"{path} is not as the run wrote it, and is now {kept}; the longer run writes a "
+                  "new one")
+        write_list(folder, read_list(folder) - {CARD_FILE})
+    (folder / "adapter_config.json").unlink(missing_ok=True)
 
 
 def document_run(folder: pathlib.Path) -> None:

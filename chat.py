@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from encoder_decoder import decoder_prefix
 from errors import UserError, printable, report
 from generation import (
     Sampling,
@@ -123,7 +124,7 @@ class Chat:
         try:
             name = "the conversation (see /reset)"
             prompt_ids, = encode_prompts([prompt], self.opened.tokenizer, [name],
-                                         self.opened.options)
+                                         self.opened.options, self.opened.family)
             check_prompt_room(self.opened.policy.model, [prompt_ids], [name])
         except UserError as error:
             report(str(error))
@@ -132,7 +133,8 @@ class Chat:
         if not ids:
             return
         if isinstance(prompt, list):
-            text = answer_text(self.opened.tokenizer, prompt_ids, ids, self.ends)
+            context = self.opened.context(prompt_ids)
+            text = answer_text(self.opened.tokenizer, context, ids, self.ends)
             self.history = [*prompt, {"role": "assistant", "content": text}]
         values, = answer_rewards(self.opened, self.beta, prompt_ids, [ids])
         print(f"({figures(values)})")
@@ -140,14 +142,17 @@ class Chat:
     def stream(self, prompt: list[int]) -> list[int]:
         """Print an answer token by token, until it ends or Ctrl-C -> its ids."""
         settings, ids, printed = sampling(self.args), [], ""
+        context = self.opened.context(prompt)
         uniform = torch.rand((1, settings.max_new_tokens), generator=self.generator,
                              dtype=torch.float64)
         with noted_interrupts() as interrupts, speaker(self.opened, self.side) as model:
-            for tokens, _, _ in answer_steps(model, [prompt], settings, self.ends, uniform):
+            prefix = decoder_prefix(model, self.opened.tokenizer)
+            for tokens, _, _ in answer_steps(model, [prompt], settings, self.ends, uniform,
+                                             prefix=prefix):
                 if interrupts:
                     break
                 ids.append(int(tokens[0]))
-                text = answer_text(self.opened.tokenizer, prompt, ids, self.ends)
+                text = answer_text(self.opened.tokenizer, context, ids, self.ends)
                 # The last token may end inside a character.
                 if not text.endswith("\ufffd"):
                     print(shown(text[len(printed):]), end="", flush=True)

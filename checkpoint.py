@@ -3,9 +3,10 @@
     config.json         the flags of the run; when the run has ended, the model's configuration too
     run.json            instead of config.json in a run with an adapter: the flags of the run
     metrics.jsonl       see log.Log
+    samples.jsonl       with --sample_every, see samples.py
     checkpoint-N/       after step N: the model or adapter as a folder of its own,
         optimizer/      the optimizer's state and a moving reference, in one file per rank,
-        metrics.jsonl   the rows up to step N,
+        metrics.jsonl   the rows up to step N, and samples.jsonl likewise,
         state.json      the step, the schedule, the flags, a hash of every other file, and a hash
                         of itself. A resumed run reads nothing of a run that no hash covers
     .lock               held by the process that writes in this folder
@@ -59,13 +60,18 @@ from files import (
 from parallel import Ranks, barrier, broadcast, first_reason, gather, reshard, whole
 
 METRICS_FILE = "metrics.jsonl"  # see log.Log
+SAMPLES_FILE = "samples.jsonl"  # see samples.py
 LARGE = 10 * 10**9  # bytes of a checkpoint, above which one is kept instead of two
 
 # Flags that a resumed run may change: they change no weight, except by rounding.
 FREE_ON_RESUME = {
     "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "parallel",
-    "attention", "compile", "deterministic", "report_to", "push_to_hub",
+    "attention", "compile", "deterministic", "report_to", "push_to_hub", "save_last",
+    "eval_only", "dry_run", "sample_every", "sample_prompts", "sample_tokens",
 }
+# Flags of which a resumed run may have a higher value: it becomes a longer run. --epochs may be
+# replaced by --max_steps, and the other way round, if that gives no fewer steps.
+LENGTH = ("epochs", "max_steps", "early_stop")
 
 
 # --- The folder of a run --------------------------------------------------------------------------
@@ -150,12 +156,32 @@ def flags_path(folder: str | pathlib.Path) -> pathlib.Path:
     return path if path.exists() else path.with_name("config.json")
 
 
+def may_change(name: str, value: Any, before: Any) -> bool:
+    """Return whether a resumed run may have this value of a flag in place of the one before."""
+    if name in FREE_ON_RESUME:
+        return True
+    if name in LENGTH and value is not None and before is not None:
+        return value >= before
+    # The other one of the two flags is given: see train.check_length.
+    return name in ("epochs", "max_steps")
+
+
+def is_longer(flags: dict, saved: dict) -> bool:
+    """Return whether these flags make a run longer."""
+    return any(flags[name] != saved[name] for name in LENGTH)
+
+
 def check_agreement(saved: dict) -> None:
-    """Raise a UserError if two files have different values of a flag that may not change."""
+    """Raise a UserError if two files have different values of a flag that may not change.
+
+    A checkpoint may be that of a run which was shorter then.
+    """
     first_path, first = next(iter(saved.items()))
     for path, flags in saved.items():
-        for name in sorted((first.keys() | flags.keys()) - FREE_ON_RESUME):
+        for name in sorted(first.keys() | flags.keys()):
             values = [json.dumps(some.get(name, "no value")) for some in (first, flags)]
+            if name in first and name in flags and may_change(name, first[name], flags[name]):
+                continue
             if values[0] != values[1]:
                 raise UserError(
                     f"{first_path}: {name} is {values[0]}, but {path} has {values[1]}: one of the "
@@ -333,41 +359,46 @@ def tensor_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
-def plan_checkpoints(folder: pathlib.Path, size: int, start: int, steps: int, save_every: int,
-                     keep: int | None, ranks: Ranks) -> tuple[int, str]:
+def plan_checkpoints(args: Any, folder: pathlib.Path | None, size: int, start: int, steps: int,
+                     ranks: Ranks) -> tuple[int, str]:
     """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
 
+    args            with --save_every, --save_last, and --keep_checkpoints, by default 2, and 1 if a
+                    checkpoint is LARGE
     size            bytes of one checkpoint
     start, steps    the step from which the run continues, and the last step
-    keep            --keep_checkpoints; by default 2, and 1 if a checkpoint is LARGE
 
     A new checkpoint is written before an old one is deleted, so the disk needs room for keep + 1.
     If there is no room for the checkpoints that are due, raise now and not hours later. If none is
     due before the end, the returned line only mentions the lack of room.
     """
-    if keep is None:
-        keep = 1 if size > LARGE else 2
-    due = 0
-    if save_every:
-        due = (steps - 1) // save_every - start // save_every
-    text = f"a checkpoint has {readable(size)}; "
+    keep = args.keep_checkpoints or (1 if size > LARGE else 2)
+    due, occasions = 0, []
+    if args.save_every:
+        due = max(0, (steps - 1) // args.save_every - start // args.save_every)
     if due:
-        text += f"written every {save_every} steps and when interrupted, the newest {keep} kept"
-    else:
-        text += "written when interrupted"
-    # Rank 0 decides for all ranks: it has the folder.
+        occasions.append(f"every {args.save_every} steps")
+    if args.save_last:
+        due += 1
+        occasions.append("after the last step")
+    others = f"{', '.join(occasions)} and " if occasions else ""
+    text = f"a checkpoint has {readable(size)}; written {others}when interrupted"
+    if due:
+        text += f", the newest {keep} kept"
+    # Rank 0 decides for all ranks: it has the folder. --eval_only has none.
     problem = None
-    if ranks.rank == 0:
+    if ranks.rank == 0 and folder is not None:
         existing = len(own_checkpoints(folder))
         most = min(keep + 1, existing + max(1, due))
         needed = (most - existing) * size
-        free = shutil.disk_usage(folder).free
+        above = [path for path in (folder, *folder.parents) if path.is_dir()]
+        free = shutil.disk_usage(above[0]).free  # --dry_run does not make the folder
         if needed > free:
             problem = f"{readable(free)} free, but checkpoints need {readable(needed)}"
     problem = first_reason(problem, ranks)
     if problem and due:
         raise UserError(f"--output_dir {folder}: {problem}; make room, or lower "
-                        "--keep_checkpoints, or write none by --save_every 0")
+                        "--keep_checkpoints, or write none by --save_every 0 without --save_last")
     if problem:
         text += f". There is no room for it: {problem}"
     return keep, text
@@ -470,7 +501,7 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
         temporary = broadcast(temporary, ranks)
         save_model(temporary)
         if ranks.rank == 0:
-            copy_metrics(folder, temporary)
+            copy_logs(folder, temporary)
         barrier(ranks)
         # Every rank writes its shards and hashes them on the way. Only the model's files are read
         # again for their hashes, because the libraries that write them take no file object.
@@ -493,13 +524,13 @@ def save_checkpoint(folder: pathlib.Path, step: int, save_model: Callable, tenso
     barrier(ranks)
 
 
-def copy_metrics(folder: pathlib.Path, checkpoint: pathlib.Path):
-    """Copy metrics.jsonl into a checkpoint. The user may have deleted it."""
-    rows = folder / METRICS_FILE
-    if rows.exists():
-        shutil.copyfile(rows, checkpoint / METRICS_FILE)
-    else:
-        (checkpoint / METRICS_FILE).touch()
+def copy_logs(folder: pathlib.Path, checkpoint: pathlib.Path):
+    """Copy metrics.jsonl, and the run's samples.jsonl if there is one, into a checkpoint. The user
+    may have deleted them."""
+    (checkpoint / METRICS_FILE).touch()
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        if name in (read_list(folder) or ()) and (folder / name).exists():
+            shutil.copyfile(folder / name, checkpoint / name)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
@@ -609,7 +640,11 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     reader.fs = OwnFiles([str(folder / name) for name in state["files"]
                           if name.startswith("optimizer/")])
     dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-    scheduler.load_state_dict(state["scheduler"])
-    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
-        group["lr"] = lr
+    # The learning rate is computed, because the schedule may be that of a longer run now.
+    done, rates = state["scheduler"]["last_epoch"], []
+    for group, rate, factor in zip(
+            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = rate * factor(done)
+        rates.append(group["lr"])
+    scheduler.load_state_dict(state["scheduler"] | {"_last_lr": rates})
     return state["step"], state["loss_state"]

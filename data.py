@@ -23,6 +23,8 @@ These rules hold for every row:
     truncation   removes the oldest tokens of the prompt first, the same for both answers, then the
                  tails of the answers. shorten.py removes most of a very long text before.
     messages     the chat template writes them; templates.py checks that no text is lost.
+    families     an encoder-decoder reads the prompt, with all that its tokenizer puts around a
+                 text, in its encoder, and writes the answer: each is tokenized and truncated alone.
     drops        rows without a training signal (an empty answer, chosen equal to rejected) are
                  dropped, counted and named in the report.
 
@@ -60,6 +62,7 @@ import torch
 import conversations
 import fields
 import formats
+import images
 import layouts
 import loading
 import selection
@@ -67,13 +70,27 @@ import shorten
 import sources
 import templates
 import unread
+import vision
 import written
 from layouts import LAYOUTS, Shape, examples, find_layout, known_names
-from loading import load_tokenizer, text_with_tokens
+from loading import (
+    has_processor,
+    load_family,
+    load_processor,
+    load_tokenizer,
+    text_with_tokens,
+)
 from ranges import whole_number
 from registry import Needs, needs_of
 from shorten import shorten_texts
-from sources import check_whole, find_files, list_empty, open_dataset, parse_sources
+from sources import (
+    check_whole,
+    evaluation_sets,
+    find_files,
+    list_empty,
+    open_dataset,
+    parse_sources,
+)
 from unread import check_ignored, count_unread
 
 # The label of a token that is not scored.
@@ -81,8 +98,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates,
-    unread, written)]
+    conversations, fields, formats, images, layouts, loading, selection, shorten, sources,
+    templates, unread, vision, written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -157,22 +174,29 @@ class Limits(NamedTuple):
     max_prompt_length   None: the tokens that the longer answer does not need, and at least half of
                         max_length
     overlong            a longer row is truncated ("cut"), dropped ("drop") or an error ("error")
+    family              of the model, see families.py. The prompt of an encoder-decoder and each of
+                        its answers have max_length tokens of their own
     """
     max_length: int = 1024
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     truncation_mode: str = "keep_end"
     overlong: str = "cut"
+    family: str = "decoder"
 
 
-def truncate(prompt: list, answers: list, limits: Limits, front=0):
+def truncate(prompt: list, answers: list, limits: Limits, front=0, back=0, target=0):
     """Truncate token lists to the limits. Returns (prompt, answers).
 
-    The first `front` tokens of the prompt (BOS) always stay.
+    The first `front` tokens of the prompt (BOS) always stay, and for an encoder the last `back`.
+    The answers of an encoder-decoder follow `target` tokens of their own, and not the prompt.
     """
+    apart = limits.family == "encoder_decoder"
     answer_limit = limits.max_completion_length or limits.max_length
     prompt_limit = limits.max_prompt_length
-    if prompt_limit is None:
+    if prompt_limit is None and apart:
+        prompt_limit = limits.max_length
+    elif prompt_limit is None:
         longest = min(max(map(len, answers)), answer_limit)
         prompt_limit = max(limits.max_length - longest, limits.max_length // 2)
     # Truncate the prompt first.
@@ -181,9 +205,10 @@ def truncate(prompt: list, answers: list, limits: Limits, front=0):
             surplus = len(prompt) - prompt_limit
             prompt = prompt[:front] + prompt[front + surplus:]
         else:
-            prompt = prompt[:prompt_limit]
+            prompt = prompt[:prompt_limit - back] + prompt[len(prompt) - back:]
     # Then truncate the answers.
-    answer_limit = min(limits.max_length - len(prompt), answer_limit)
+    before = target if apart else len(prompt)
+    answer_limit = min(limits.max_length - before, answer_limit)
     return prompt, [answer[:answer_limit] for answer in answers]
 
 
@@ -192,34 +217,100 @@ def special_ids(tokenizer):
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model could not learn to stop: "
                         "set eos_token in its tokenizer_config.json")
+    return ids_around(tokenizer, "text")[0], [tokenizer.eos_token_id]
+
+
+def ids_around(tokenizer, argument):
+    """Return the ids that the tokenizer puts before and behind a text, given as this argument:
+    "text" that a model reads, or "text_target" that an encoder-decoder writes."""
     text = text_with_tokens(tokenizer)
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    with_special = tokenizer(text, add_special_tokens=True)["input_ids"]
+    plain = tokenizer(**{argument: text}, add_special_tokens=False)["input_ids"]
+    with_special = tokenizer(**{argument: text}, add_special_tokens=True)["input_ids"]
     starts = range(len(with_special))
     front = next(i for i in starts if with_special[i:i + len(plain)] == plain)
-    return with_special[:front], [tokenizer.eos_token_id]
+    return with_special[:front], with_special[front + len(plain):]
 
 
-def tokenize_row(text, prompt, wholes, front, ends, limits, offsets):
+@functools.lru_cache(maxsize=4)
+def target_front(tokenizer) -> list[int]:
+    """Return the ids between the token that starts a decoder and an answer: [<s>] of BART, [] of
+    T5."""
+    return ids_around(tokenizer, "text_target")[0]
+
+
+class Edges(NamedTuple):
+    """The special tokens around the texts of a row."""
+    front: list  # before the prompt: [BOS] or []
+    back: list  # behind the prompt of an encoder: [EOS] of T5
+    target: list  # before each answer of an encoder-decoder: see target_front
+    end: list  # [EOS], behind each answer
+
+
+def read_edges(tokenizer, family):
+    front, end = special_ids(tokenizer)
+    if family != "encoder_decoder":
+        return Edges(front, [], [], end)
+    return Edges(front, ids_around(tokenizer, "text")[1], target_front(tokenizer), end)
+
+
+def surround(ids: list, front: list, back: list) -> list:
+    """Put special tokens around a text that does not have them yet."""
+    if ids[:len(front)] != front:
+        ids = front + ids
+    if ids[len(ids) - len(back):] != back:
+        ids = ids + back
+    return ids
+
+
+def prompt_of_text(ids: list, tokenizer, family: str) -> list[int]:
+    """Add the special tokens of a prompt that no chat template wrote: BOS, and for an encoder what
+    the tokenizer puts behind a text, such as EOS of T5."""
+    edges = read_edges(tokenizer, family)
+    return surround(ids, edges.front, edges.back)
+
+
+def read_apart(text):
+    """Return the RowText of a row for an encoder-decoder, whose wholes are the answers alone."""
+    start = len(text.prompt)
+    scored = []
+    for spans in text.scored:
+        scored.append([(first - start, stop - start) for first, stop in spans])
+    return text._replace(wholes=[whole[start:] for whole in text.wholes], scored=scored)
+
+
+def tokenize_row(text, prompt, wholes, edges, ends, limits, offsets, seen=None):
     """Tokenize one row. Returns its columns.
 
     text     RowText
-    prompt   the ids of the prompt; wholes: of prompt + answer, for each answer
-    front    the ids to put before the row, [BOS] or []
+    prompt   the ids of the prompt
+    wholes   the ids of prompt + answer, for each answer; of an encoder-decoder: of the answer
+    edges    the ids to put around them
     ends     the ids to put after each answer, [EOS] or []
     offsets  for each answer the characters of the tokens of its whole, if only a part is scored
+    seen     a vision.SeenPrompt of the prompt, if it has images
     """
-    # The answers begin where the tokens of the prompt and of the wholes differ.
-    start = len(os.path.commonprefix([prompt, *wholes]))
+    front, back = edges.front, edges.back
+    if limits.family == "encoder_decoder":
+        start, is_merged = 0, False
+        whole_prompt = surround(prompt, front, back)
+    else:
+        # The answers begin where the tokens of the prompt and of the wholes differ.
+        start = len(os.path.commonprefix([prompt, *wholes]))
+        is_merged = start < len(prompt)
+        # Add no second BOS where the text has its own.
+        whole_prompt = wholes[0][:start]
+        if seen:
+            whole_prompt = vision.prompt_with_images(seen, prompt, start)
+        if whole_prompt is None:
+            text, whole_prompt = text._replace(problem=vision.MERGED), []
+        if wholes[0][:len(front)] != front:
+            whole_prompt = front + whole_prompt
     answers = [whole[start:] for whole in wholes]
-    # Add no second BOS and no second EOS where the text has its own.
-    whole_prompt = wholes[0][:start]
-    if wholes[0][:len(front)] != front:
-        whole_prompt = front + whole_prompt
     ended = []
-    for answer, end in zip(answers, ends):
+    for answer, end in zip(answers, ends):  # no second EOS either
         ended.append(answer if answer[-1:] == end else answer + end)
-    prompt_ids, answer_ids = truncate(whole_prompt, ended, limits, len(front))
+    prompt_ids, answer_ids = truncate(whole_prompt, ended, limits, len(front), len(back),
+                                      len(edges.target))
     unscored = [[] for _ in answer_ids]
     for k, characters in offsets.items():
         positions = templates.unscored_tokens(characters, start, text.scored[k])
@@ -233,7 +324,7 @@ def tokenize_row(text, prompt, wholes, front, ends, limits, offsets):
         "unscored": unscored,
         "prompt_truncated": len(prompt_ids) < len(whole_prompt),
         "answers_truncated": answer_tokens < sum(map(len, ended)),
-        "merged": start < len(prompt) and "unserved" not in text.notes,
+        "merged": is_merged and "unserved" not in text.notes,
         "prompt_length": len(prompt_ids),
         "first_length": scored[0],
         "last_length": scored[-1],
@@ -273,20 +364,15 @@ def text_of_row(batch, i, tokenizer, special, options):
     if batch["chat"][i]:
         messages = [json.loads(answer) for answer in answers]
         own_options = json.loads(batch["options"][i] or "{}")
-        return templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
+        text = templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
                                           batch["id"][i], own_options | options)
-    return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
+    else:
+        text = templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
+    return text._replace(images=len(batch["image_paths"][i]))
 
 
-def tokenize(batch, tokenizer, needs, limits, options):
-    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function.
-
-    needs, limits   Needs and Limits, which `datasets` passes as tuples
-    options         of the chat template, from --template_kwargs
-    """
-    needs, limits = Needs(*needs), Limits(*limits)
-    bos, eos = special_ids(tokenizer)
-    special = templates.read_special_tokens(tokenizer)
+def texts_of_batch(batch, tokenizer, special, limits, options):
+    """Turn all rows of a batch of `examples` into RowText."""
     count = len(batch["id"])
     def text_of(i):
         return text_of_row(batch, i, tokenizer, special, options)
@@ -296,7 +382,22 @@ def tokenize(batch, tokenizer, needs, limits, options):
     else:
         texts = [text_of(i) for i in range(count)]
     texts = shorten_texts(texts, limits.max_length, tokenizer)
-    texts = templates.refuse_unwritable(texts, tokenizer)
+    if limits.family == "encoder_decoder":
+        texts = [read_apart(text) for text in texts]
+    return templates.refuse_unwritable(texts, tokenizer)
+
+
+def tokenize(batch, tokenizer, needs, limits, options, processor=None):
+    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function.
+
+    needs, limits   Needs and Limits, which `datasets` passes as tuples
+    options         of the chat template, from --template_kwargs
+    processor       of the images, or None if no row has any
+    """
+    needs, limits = Needs(*needs), Limits(*limits)
+    edges = read_edges(tokenizer, limits.family)
+    special = templates.read_special_tokens(tokenizer)
+    texts = texts_of_batch(batch, tokenizer, special, limits, options)
 
     # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
     prompt_ids = encode(tokenizer, [text.prompt for text in texts])
@@ -304,22 +405,28 @@ def tokenize(batch, tokenizer, needs, limits, options):
     whole_ids = iter(encode(tokenizer, list(wholes_of_all)))
 
     # Token ids -> rows.
-    rows = []
+    rows, prompts_seen = [], see_prompts(batch, texts, processor)
     for i, text in enumerate(texts):
         is_chat = batch["chat"][i]
         wholes = list(itertools.islice(whole_ids, len(text.wholes)))
-        front, end_ids = bos, [eos] * len(wholes)
+        end_ids = [edges.end] * len(wholes)
+        own = edges
         if is_chat:
             # A chat template writes its own BOS and ends its turns with its own special token.
-            has_bos = wholes[0][:1] == [tokenizer.bos_token_id]
-            front = wholes[0][:1] if has_bos else []
-            end_ids = [[] if whole.endswith(special.texts) else eos for whole in text.wholes]
+            beginning = (prompt_ids[i] or wholes[0])[:1]
+            front = beginning if beginning == [tokenizer.bos_token_id] else []
+            own = edges._replace(front=front, back=[])
+            end_ids = [[] if whole.endswith(special.texts) else edges.end for whole in text.wholes]
         offsets = offsets_of(text, tokenizer)
-        row = tokenize_row(text, prompt_ids[i], wholes, front, end_ids, limits, offsets)
+        seen = prompts_seen[i]
+        row = tokenize_row(text, prompt_ids[i], wholes, own, end_ids, limits, offsets, seen)
+        if processor:
+            row |= image_columns(batch, i, text, seen)
+            row["problem"] = row["problem"] or vision.find_image_problem(row, seen, processor)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
         row["unclosed"] = any(leaves_thinking_open(text, answer) for answer in text.answers)
-        row["prompt_key"] = hash_prompt(batch["prompt"][i])
+        row["prompt_key"] = hash_prompt(batch["prompt"][i] + str(seen.keys if seen else ""))
         # Problems that the layout found, and scores that contradict the preference.
         row["problem"] = batch["problem"][i] or row["problem"]
         if needs.ordered_scores and not row["problem"]:
@@ -336,6 +443,29 @@ def tokenize(batch, tokenizer, needs, limits, options):
     for name in rows[0]:
         columns[name] = [row[name] for row in rows]
     return columns
+
+
+def see_prompts(batch, texts, processor):
+    """Return the vision.SeenPrompt of each row with images that may be trained on, else None."""
+    seen = []
+    for i, text in enumerate(texts):
+        pictures = vision.pictures_of(batch, i)
+        is_usable = pictures and not text.problem and not batch["problem"][i]
+        prompt = None
+        if is_usable:
+            prompt = vision.see_prompt(processor, text.prompt, pictures, batch["id"][i])
+        seen.append(prompt)
+    return seen
+
+
+def image_columns(batch, i, text, seen):
+    """Return the columns of the images of a row, and the text that its processor reads."""
+    return {
+        "image_paths": batch["image_paths"][i],
+        "image_bytes": batch["image_bytes"][i],
+        "image_keys": seen.keys if seen else [],
+        "image_text": text.prompt if seen else "",
+    }
 
 
 def encode(tokenizer, strings):
@@ -383,7 +513,7 @@ ANY_LENGTH, ANY_LAYOUT = Limits(), Shape()
 
 
 def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_LAYOUT,
-                strict=False, options=None) -> tuple[datasets.Dataset, dict]:
+                strict=False, options=None, open_processor=None) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
@@ -391,6 +521,7 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     shape       the layout of the files, and what to make of it
     strict      a row that would be dropped is an error
     options     keyword arguments of the chat template
+    open_processor  is called if a row has images, which is an error unless shape.images
 
     The columns of a row:
 
@@ -403,12 +534,15 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
         prompt_length, answers, tokens  of the prompt; K; of the prompt and all answers
         first_length, last_length       scored tokens of the first and of the last answer
         prompt_key                      a hash of the prompt, 0 <= key < 2**56
+        image_paths, image_bytes        the images of the prompt, if any row has images; image_text
+        image_keys, image_text          is its text, and image_keys are hashes of the images
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
                "unread": {}, "not_read": {}, "layouts": {}}
-    for source in mixture:
-        text = load_text(source, needs, shape)
+    texts = [load_text(source, needs, shape) for source in mixture]
+    processor = open_processor() if any(map(has_images, texts)) else None
+    for source, text in zip(mixture, texts):
         account["layouts"][source.name] = find_layout(source, needs, shape)
         count_unread(text, account["unread"])
         files, not_read = find_files(source)
@@ -419,10 +553,11 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
         with reading_cache(CACHE_ERRORS):
             rows = text.map(
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-                new_fingerprint=cache_name(text, tokenizer, needs, limits, options),
-                features=token_features(needs),
+                new_fingerprint=cache_name(text, tokenizer, needs, limits, options, processor),
+                features=token_features(needs, processor),
+                batch_size=100 if processor else 1000,  # rows may hold images
                 fn_kwargs={"tokenizer": tokenizer, "needs": needs, "limits": limits,
-                           "options": options or {}})
+                           "options": options or {}, "processor": processor})
         check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
@@ -456,12 +591,37 @@ def without_defaults(rows):
     return rows
 
 
-def cache_name(text, tokenizer, needs, limits, options):
+def has_images(text):
+    """Return whether a row of `examples` has an image."""
+    counts = pyarrow.compute.list_value_length(text.data.column("image_paths"))
+    return (pyarrow.compute.max(counts).as_py() or 0) > 0
+
+
+def count_without_images(rows):
+    """Return how many rows have no image."""
+    if "image_paths" not in rows.column_names:
+        return len(rows)
+    return len(rows) - sum(1 for paths in rows["image_paths"] if paths)
+
+
+def image_states(text, processor):
+    """Return the settings of a processor, and the state of all files of images."""
+    if processor is None:
+        return []
+    states = [vision.processor_settings(processor)]
+    for path in sorted(set(itertools.chain(*text["image_paths"]))):
+        if os.path.isfile(path):
+            states.append(file_state(pathlib.Path(path)))
+    return states
+
+
+def cache_name(text, tokenizer, needs, limits, options, processor):
     """Return a cache name of the token ids, which changes with everything they depend on."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     return datasets.fingerprint.Hasher.hash([
         text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, needs,
-        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
+        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False),
+        *image_states(text, processor)])
 
 
 # Columns that mark rows for the report, and the words of the report.
@@ -475,7 +635,11 @@ NOTES = {
 }
 
 
-def token_features(needs):
+# Columns of images, without their hashes.
+IMAGES = ("image_paths", "image_bytes", "image_text")
+
+
+def token_features(needs, processor):
     """Return the types of the columns, which a first batch of empty prompts does not show."""
     ids = datasets.Sequence(datasets.Value("int64"))
     types = {
@@ -491,6 +655,13 @@ def token_features(needs):
         types["scores"] = datasets.Sequence(datasets.Value("float64"))
     if needs.kind == "labels":
         types["desirable"] = datasets.Value("bool")
+    if processor:
+        types |= {
+            "image_paths": datasets.Sequence(datasets.Value("string")),
+            "image_bytes": datasets.Sequence(datasets.Value("large_binary")),
+            "image_keys": ids,
+            "image_text": datasets.Value("string"),
+        }
     types |= dict.fromkeys(NOTES, datasets.Value("bool"))
     numbers = ("prompt_length", "first_length", "last_length", "answers", "tokens", "prompt_key")
     types |= dict.fromkeys(numbers, datasets.Value("int64"))
@@ -572,7 +743,7 @@ def digest(rows: datasets.Dataset) -> str:
     ten times slower.
     """
     names = [name for name, kind in rows.features.items()
-             if getattr(kind, "dtype", None) != "string"]
+             if getattr(kind, "dtype", None) != "string" and name not in IMAGES]
     hashes = [np.zeros(0, np.uint64)]
     for batch in rows.data.table.select(sorted(names)).to_batches(max_chunksize=10_000):
         hashes.append(np.zeros(len(batch), np.uint64))
@@ -707,6 +878,12 @@ def statistics(rows: datasets.Dataset, held_out: datasets.Dataset | None = None)
     return numbers
 
 
+def all_prompts(held_out: dict) -> datasets.Dataset:
+    """Return the hashes of the prompts of all evaluation sets {split: rows}, as rows."""
+    return datasets.concatenate_datasets(
+        [rows.select_columns(["prompt_key"]) for rows in held_out.values()])
+
+
 def describe_statistics(numbers: dict) -> str:
     """Format the numbers of `statistics` as the lines of the report."""
     lines = []
@@ -735,17 +912,19 @@ def describe_statistics(numbers: dict) -> str:
     return "\n".join(lines)
 
 
-def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) -> str:
+def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None,
+         image_id: int | None = None) -> str:
     """Format the first rows as the model sees them: the prompt, then in brackets the scored tokens,
     separated by bars.
 
     most    the largest number of characters to show: the end of a prompt, the beginning and the end
             of an answer
+    image_id  the token of an image, many of which are shown as [image: 12 tokens]
     """
     lines = []
     for i in range(min(count, len(rows))):
         row = rows[i]
-        prompt = tokenizer.decode(row["prompt_ids"])
+        prompt = vision.decode_prompt(row["prompt_ids"], tokenizer, image_id)
         mark = ""
         if most and len(prompt) > most:
             prompt, mark = prompt[-most:], "… "
@@ -909,7 +1088,7 @@ def pad_right(rows, width):
 def add_flags(add: Callable):
     """Add the flags that decide which tokens a row becomes."""
     add("--max_length", type=whole_number(">= 2"), default=1024,
-        help="tokens of prompt and answer together")
+        help="tokens of prompt and answer together; of each of them in an encoder-decoder")
     add("--max_prompt_length", type=whole_number(">= 1"),
         help="tokens of the prompt (default: all that the longer answer does not need, at least "
              "half of max_length)")
@@ -941,15 +1120,17 @@ def split_list(text: str | None) -> list:
     return [name for name in names if name]
 
 
-def read_flags(args: argparse.Namespace) -> tuple[Limits, Shape, dict]:
-    """Check the flags of add_flags. Returns limits, shape, and options of the chat template."""
+def read_flags(args: argparse.Namespace,
+               family: str = "decoder") -> tuple[Limits, Shape, dict]:
+    """Check the flags of add_flags, for a model of this family. Returns limits, shape, and options
+    of the chat template."""
     if args.max_prompt_length and args.max_prompt_length >= args.max_length:
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: leaves no tokens for an "
                         f"answer in --max_length {args.max_length}")
     if args.chat_template and not os.path.isfile(args.chat_template):
         raise UserError(f"--chat_template {args.chat_template}: no such file")
     limits = Limits(args.max_length, args.max_prompt_length, args.max_completion_length,
-                    args.truncation_mode, args.overlong)
+                    args.truncation_mode, args.overlong, family)
     if args.layout not in ("auto", *LAYOUTS):
         raise UserError(f"--layout {args.layout}: there is no such layout; there are auto, "
                         f"{', '.join(LAYOUTS)}{nearest(args.layout, LAYOUTS)}")
@@ -1023,45 +1204,63 @@ def load_report_tokenizer(args):
     return tokenizer
 
 
+def report_processor(args, tokenizer):
+    """A function that loads the processor of a model that sees images, once; else None."""
+    if not has_processor(args.model):
+        return None
+    keeps_template = bool(args.chat_template)
+    return functools.cache(
+        lambda: load_processor(args.model, tokenizer, keeps_template=keeps_template))
+
+
 def main(argv):
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=any_name, help="the same as --dataset of train.py")
     parser.add_argument("--model", required=True, help="a folder or Hub id with the tokenizer")
     parser.add_argument("--eval_dataset", type=any_name,
-                        help="held-out rows, to count the prompts in both data sets")
+                        help="held-out rows, to count the prompts in both data sets; several sets "
+                             "as NAME=ROWS,NAME=ROWS")
     parser.add_argument("--loss", default="sigmoid",
                         help="the loss to read rows for: kto reads labels, plackett_luce rankings")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    limits, shape, options = read_flags(args)
+    limits, shape, options = read_flags(args, load_family(args.model))
     needs = needs_of_loss(args.loss)
     tokenizer = load_report_tokenizer(args)
+    open_processor = report_processor(args, tokenizer)
+    shape = shape._replace(images=open_processor is not None)
 
     # The data sets, as training would load them.
-    specs = [args.dataset]
+    specs = {"train": args.dataset}
     if args.eval_dataset:
-        specs.append(args.eval_dataset)
-    rows, accounts = [], []
-    for spec in specs:
-        tokens, account = load_tokens(
-            spec, tokenizer, needs, limits, shape, args.strict, options)
-        rows.append(tokens)
+        specs |= evaluation_sets(args.eval_dataset)
+    held_out, accounts = {}, []
+    for split, spec in specs.items():
+        held_out[split], account = load_tokens(
+            spec, tokenizer, needs, limits, shape, args.strict, options, open_processor)
         accounts.append(account)
+    rows = held_out.pop("train")
     check_template(args, accounts)
     check_ignored(shape.ignored, accounts)
 
     # The report.
-    held_out = rows[1] if args.eval_dataset else None
-    numbers = [statistics(rows[0], held_out), *map(statistics, rows[1:])]
+    numbers = [statistics(rows, all_prompts(held_out) if held_out else None)]
+    numbers += map(statistics, held_out.values())
     if args.json:
-        reports = [account | part for account, part in zip(accounts, numbers)]
+        reports = []
+        for split, account, part in zip(specs, accounts, numbers):
+            reports.append({"split": split} | account | part)
         print(json.dumps(reports, indent=2))
         return
-    for account, part in zip(accounts, numbers):
-        print(describe(account), describe_statistics(part), sep="\n")
-    print("\nAs the model sees them, scored tokens in brackets:\n" + show(rows[0], tokenizer))
+    for split, account, part in zip(specs, accounts, numbers):
+        name = split.partition("/")[2]
+        print(f"{name + ': ' if name else ''}{describe(account)}")
+        print(describe_statistics(part))
+    image_id = open_processor().image_token_id if "image_paths" in rows.column_names else None
+    shown = show(rows, tokenizer, image_id=image_id)
+    print(f"\nAs the model sees them, scored tokens in brackets:\n{shown}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ answers.py has what other kinds of rows need.
 
 Letters: B rows, K answers of a row, N answers in all (2B for pairs), T tokens, V vocabulary.
 """
-from errors import Parser, run_script  # first, see errors.py
+from errors import Parser, UserError, run_script  # first, see errors.py
 import functools
 import math
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import data
 import world
+from families import family_of
 from loading import load_tokenizer
 from losses import (
     LOSSES,
@@ -41,10 +42,11 @@ INPUTS = ("input_ids", "attention_mask", "labels")
 SETTINGS = {"lr": 5e-7, "lr_schedule": "linear", "batch_size": 8, "epochs": 1, "beta": 0.1}
 
 
-def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
+def get_batch_logps(logits, labels, label_pad_token_id=IGNORE, is_encoder_decoder=False):
     """Sum of the log-probs of each row's scored tokens, and the number of these tokens.
 
-    Args      logits (B, T, V); labels (B, T): input ids, or label_pad_token_id if not scored
+    Args      logits (B, T, V); labels (B, T): input ids, or label_pad_token_id if not scored;
+              is_encoder_decoder: the logits at position t predict the label at t
     Returns   logps (B,), sums in fp32 or better and never averages; lengths (B,) integers
     Example   The logits at position t predict the label at t + 1, so the first label and the last
               logits are not used:
@@ -58,8 +60,8 @@ def get_batch_logps(logits, labels, label_pad_token_id=IGNORE):
         shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"logits are (B, T, V) and labels (B, T), got {shapes}")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    labels = labels[:, 1:]  # (B, T-1)
-    logits = logits[:, :-1].to(dtype)  # (B, T-1, V)
+    labels = labels if is_encoder_decoder else labels[:, 1:]  # (B, T-1), or (B, T)
+    logits = logits[:, :labels.shape[1]].to(dtype)  # (B, T-1, V), or (B, T, V)
     # −log π(label) at each position, and 0 where the label is label_pad_token_id.
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none",
                           ignore_index=label_pad_token_id)  # (B(T-1),)
@@ -72,6 +74,7 @@ class SequenceLogps(torch.nn.Module):
     """Wraps a causal LM so that forward() returns the results of `get_batch_logps`.
 
     All of it runs in one forward of one module, because DDP and FSDP put their hooks there.
+    encoder_decoder.py has that of an encoder-decoder.
     """
 
     def __init__(self, model):
@@ -248,6 +251,8 @@ def main(argv):
     # Policy and reference start from the same weights; only the policy gets an optimizer.
     tokenizer = load_tokenizer(source)
     policy = SequenceLogps(load_model(source, device=device))
+    if family_of(policy.model.config) == "encoder_decoder":
+        raise UserError(f"--model {source}: is no decoder; train it by train.py")
     reference = SequenceLogps(load_model(source, device=device))
     positions = getattr(policy.model.config, "max_position_embeddings", 1024)
     limits = data.Limits(min(1024, positions))  # tokens of prompt and answer

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import data
 import world
 from best import is_higher_better
-from checkpoint import FREE_ON_RESUME, flags_path, saved_flags
+from checkpoint import LENGTH, flags_path, is_adapter, may_change, saved_flags
 from errors import Parser, UserError, any_name
 from files import read_json
 from hub import check_hub_name
@@ -42,6 +42,8 @@ from losses import (
 )
 from optimizers import MOMENTS, SCHEDULES
 from ranges import real_number, whole_number
+from saved import find_saved
+from sources import evaluation_sets
 from trackers import check_trackers
 from variants import Variants, check_variants
 
@@ -72,6 +74,7 @@ OTHER_TRAINERS = {
     "max_seq_len": "--max_length",
     "cutoff_len": "--max_length",
     "max_target_length": "--max_completion_length",
+    "is_encoder_decoder": "leave it out: it is read from the model's config.json",
     "remove_unused_columns": "leave it out: columns that are not read are listed or refused",
     "data_seed": "--seed",
     # loss
@@ -85,6 +88,8 @@ OTHER_TRAINERS = {
     "gamma_beta_ratio": "--gamma, which is gamma_beta_ratio x beta",
     "simpo_gamma": "--gamma with --loss simpo",
     "use_weighting": "--wpo",
+    "moe_aux_loss_coef": "--router_aux_loss_coef",
+    "output_router_logits": "--router_aux_loss_coef C, such as 0.001",
     "f_divergence_type": "--f_divergence reverse_kl, forward_kl, js or alpha",
     "f_alpha_divergence_coef": "--f_alpha",
     "disable_dropout": "leave it out: the model's dropout is always off",
@@ -145,6 +150,7 @@ OTHER_TRAINERS = {
     "logging_dir": "leave it out: TensorBoard's files are in tensorboard/ of --output_dir",
     "push_to_hub_model_id": "--push_to_hub",
     "hub_model_id": "--push_to_hub",
+    "generate_during_eval": "--sample_every STEPS",
     "do_train": "leave it out",
     "do_eval": "leave it out: held-out rows are always evaluated",
 }
@@ -197,9 +203,19 @@ def add_source_flags(add):
     add("--eval_share", type=real_number("[0, 1)"),
         help="share of the prompts to hold out (default 0.05; 0: none)")
     add("--output_dir", help="a new or empty folder (default: a new one below runs/)")
+    add("--eval_only", action="store_true",
+        help="train nothing: evaluate --model, a run or another model, on --eval_dataset, with the "
+             "loss, reference and rows of the run, and print all metrics; --output_dir keeps them "
+             "in metrics.jsonl")
+    add("--dry_run", action="store_true",
+        help="do all that comes before the first update, and forward and backward of two steps, "
+             "and print steps, memory and estimated time; nothing is written into --output_dir")
     add_config_flag(add)
     add("--resume", action="store_true",
-        help="continue from the newest checkpoint in --output_dir, with the flags of that run")
+        help="continue from the newest checkpoint in --output_dir, with the flags of that run; "
+             "with a higher --max_steps, --epochs or --early_stop it becomes a longer run, even if "
+             "it has ended: --lr_schedule is then that of the new length, with the warm-up of the "
+             "old one")
 
 
 def add_policy_flags(add, loss):
@@ -219,8 +235,15 @@ def add_policy_flags(add, loss):
     add("--dora", action="store_true",
         help="train the norms of the weights separately from their directions")
     add("--quantize", choices=("nf4",), help="store the frozen weights in 4 bits (QLoRA)")
+    add("--train_vision", action="store_true",
+        help="train the vision tower and the layers between it and the language model too, which "
+             "are frozen without this flag; with --lora_rank, adapt them")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward: less memory, more time")
+    add("--router_aux_loss_coef", type=real_number(">= 0"),
+        help="mixtures of experts: weight of the loss that balances the experts, 0.001 to 0.02 in "
+             "most configs; it costs a second forward (default: none, or that of the model's "
+             "config where its output_router_logits is true)")
     if not needs_reference(loss):
         return
     add("--ref", choices=("model", "adapter_off", "adapter", "cache", "none"),
@@ -308,6 +331,9 @@ def add_run_flags(add):
         help="stop after N evaluations without a better --keep_best; 3 to 5 are usual")
     add("--save_every", type=whole_number(">= 0"), default=200,
         help="steps between checkpoints (0: only when interrupted)")
+    add("--save_last", action="store_true",
+        help="write a checkpoint after the last step too, from which --resume --max_steps MORE "
+             "makes the finished run longer; it needs the disk space of --save_every's")
     add("--keep_checkpoints", type=whole_number(">= 1"),
         help="number of newest checkpoints to keep (default 2; 1 if one is above 10 GB)")
     add("--report_to", metavar="NAME,NAME",
@@ -315,6 +341,18 @@ def add_run_flags(add):
              "a run that is resumed (default: to neither)")
     add("--push_to_hub", metavar="NAME",
         help="upload the finished model and its card to this name on the Hub")
+
+
+def add_sample_flags(add):
+    """Add the flags for answers during training."""
+    add("--sample_every", type=whole_number(">= 0"), metavar="N",
+        help="policy and reference answer the same held-out prompts, greedily, after every N steps "
+             "and at the end (0: at the end only); into samples.jsonl, and in the world with true "
+             "rewards (default: never)")
+    add("--sample_prompts", type=whole_number(">= 0"), metavar="K",
+        help="answer the first K different prompts (default 3; 0: none)")
+    add("--sample_tokens", type=whole_number(">= 1"),
+        help="tokens of an answer, at most (default 64)")
 
 
 def add_variant_flags(add):
@@ -348,7 +386,9 @@ def build_parser(loss: Callable, description: str | None = None) -> Parser:
                       help="false: keep the order of the file")
     rows.add_argument("--seed", type=whole_number(">= 0"), default=0,
                       help="seed of the order of the rows, and of a new adapter and its dropout")
-    add_run_flags(parser.add_argument_group("the run").add_argument)
+    of_run = parser.add_argument_group("the run").add_argument
+    add_run_flags(of_run)
+    add_sample_flags(of_run)
     variants = parser.add_argument_group("variants of a loss, each where it is valid")
     add_variant_flags(variants.add_argument)
     own = parser.add_argument_group(f"the loss {loss.__name__}")
@@ -367,9 +407,12 @@ def parse_args(
     `description` is the text that --help prints above the flags.
     """
     argv = insert_config(argv)
+    if "--eval_only" in argv:
+        argv = insert_saved_run(argv)
     # First parse the flags that decide which other flags exist, and which defaults they have.
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch"):
+    for flag in ("--loss", "--model", "--output_dir", "--tokens_per_micro_batch", "--epochs",
+                 "--max_steps"):
         first.add_argument(flag)
     first.add_argument("--dataset", type=any_name)
     first.add_argument("--resume", action="store_true")
@@ -392,7 +435,11 @@ def parse_args(
     if early.tokens_per_micro_batch:
         defaults.pop("micro_batch_size", None)
     # These defaults are given as values, so that --help prints the parser's: those of real runs.
-    start = argparse.Namespace(**defaults | saved)
+    if early.epochs or early.max_steps:  # a resumed run may be made longer by either flag
+        defaults |= saved | {"epochs": None, "max_steps": None}
+    else:
+        defaults |= saved
+    start = argparse.Namespace(**defaults)
     args, unknown = parser.parse_known_args(argv, start)
     if unknown:
         refuse_flags(unknown, argv, loss_name, all_flags)
@@ -405,7 +452,7 @@ def parse_args(
     settle_adapter(args, loss)
     settle_reference(args, loss)
     check_args(args, saved)
-    if not saved:
+    if not saved and not args.eval_only:
         check_sources(args, early)
     hyper = {name: getattr(args, name) for name in hyperparameters(loss)}
     check_loss(args, loss, hyper)
@@ -460,6 +507,12 @@ def flags_of_config(path, given, loss_name):
     if isinstance(values.get("flags"), dict):
         values = {name: value for name, value in values["flags"].items() if name not in OF_ONE_RUN}
         drop_reference(values, loss_name)
+    return words_of_flags(values, given, loss_name)
+
+
+def words_of_flags(values, given, loss_name):
+    """{flag: value} of a file or a run -> words of a command line. `given` and `loss_name` are
+    those of flags_of_config."""
     for pair in ALTERNATIVES:
         for name, other in (pair, reversed(pair)):
             if name in given:
@@ -528,6 +581,89 @@ def fill_defaults(args, loss, world_defaults):
         args.epochs = args.epochs or world_defaults.get("epochs", 1)
     if args.eval_share is None and not args.eval_dataset and args.dataset != "world":
         args.eval_share = 0.05
+    if args.sample_every is not None:
+        args.sample_prompts = 3 if args.sample_prompts is None else args.sample_prompts
+        args.sample_tokens = args.sample_tokens or 64
+
+
+# --- --eval_only ----------------------------------------------------------------------------------
+
+def evaluation_flags(loss):
+    """-> the names of the flags that are read with --eval_only."""
+    names = {"eval_only", "model", "revision", "loss", "eval_dataset", "output_dir", "ref",
+             "ref_model", "micro_batch_size", "tokens_per_micro_batch", "dtype", "parallel",
+             "attention", "attn_implementation", "compile", "deterministic"}
+    data.add_flags(lambda name, **options: names.add(name.removeprefix("--")))
+    return names.union(Variants._fields, hyperparameters(loss))
+
+
+def split_model(argv):
+    """-> the value of --model, or None, and the other words of the command line."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    found, rest = parser.parse_known_args(argv)
+    return found.model, rest
+
+
+def insert_saved_run(argv):
+    """Put the flags of the run that --model names in front of those of the command line, and the
+    model that it started from in the place of its folder."""
+    name, rest = split_model(argv)
+    if name is None:
+        raise UserError("--eval_only: give --model, the run or the model to evaluate")
+    saved, loss_name = find_saved(name), value_of("loss", rest)
+    given = {word.partition("=")[0].removeprefix("--") for word in rest if word.startswith("--")}
+    with naming_flags(["loss"]):
+        loss = find(loss_name or saved.flags.get("loss", "sigmoid"))
+    for flag in sorted(given - evaluation_flags(loss) - {"help"}):
+        if flag in vars(build_parser(loss).parse_args([])):
+            raise UserError(f"--{flag}: is not read with --eval_only; leave it out")
+    if saved.weights is None and needs_reference(loss):
+        if not given.intersection(("ref_model", "reference_free")):
+            raise UserError(f"--eval_only: --model {name} is not a run, so nothing says what it is "
+                            "compared with; give --ref_model, or --reference_free")
+    if value_of("ref", rest) == "cache":
+        raise UserError("--ref cache: is for training; leave it out, and the reference of the run "
+                        "is computed")
+    values = flags_to_evaluate(saved, given, loss)
+    if not given.union(values).intersection(("eval_dataset", "dataset")):
+        raise UserError("--eval_only: give --eval_dataset, the rows to evaluate on")
+    values.setdefault("dataset", "none")  # is not read
+    return words_of_flags(values, given, loss_name) + rest
+
+
+def flags_to_evaluate(saved, given, loss):
+    """-> {flag: value} of a run, as far as --eval_only reads them. `given` are the names of the
+    flags on the command line."""
+    kept = evaluation_flags(loss).union(("adapter", "lora_rank", "quantize"))
+    # The chat template is saved with the tokenizer; --parallel and --compile belong to the machine.
+    kept -= {"eval_only", "output_dir", "chat_template", "parallel", "compile"}
+    values = {}
+    for name, value in saved.flags.items():
+        if name in kept and value is not None:
+            values[name] = value
+    values["model"] = saved.source
+    if saved.flags.get("model") == "world":
+        values |= {"model": "world", "dataset": "world"}
+    if saved.weights is not None and is_adapter(saved.weights):
+        settle_saved_adapter(values, saved)
+    # The reference of the run; the default is that of --ref cache, without a cache.
+    drop_reference(values, loss.__name__)
+    if values.get("ref") == "cache" or "ref_model" in given:
+        values.pop("ref", None)
+    if "ref" in given or not needs_reference(loss):
+        values.pop("ref_model", None)
+    if kind_of(loss) != "labels":
+        values.pop("unpair", None)
+    return values
+
+
+def settle_saved_adapter(values, saved):
+    """Let the flags say that there is an adapter. Its rank is read from its file."""
+    if not values.get("adapter"):
+        values["lora_rank"] = values.get("lora_rank", 1)
+    if not saved.flags and not os.path.isdir(saved.source):  # made by PEFT
+        values["revision"] = revision_of_base(saved.weights)
 
 
 # --- Combinations of flags: derived values and contradictions -------------------------------------
@@ -726,9 +862,12 @@ def check_unchanged(args, saved):
     """Raise a UserError if a flag of a resumed run is not the saved one."""
     for name in ["loss", *sorted(saved)] if saved else []:
         value = getattr(args, name, None)
-        if name not in FREE_ON_RESUME and value != saved[name]:
-            raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, "
-                            "and may not change when it is resumed")
+        if value == saved[name] or may_change(name, value, saved[name]):
+            continue
+        rule = "and may not change when it is resumed"
+        if name in LENGTH and saved[name] is not None:
+            rule = "which may only be made higher when it is resumed"
+        raise UserError(f"--{name} {value}: the run in {args.output_dir} has {saved[name]}, {rule}")
 
 
 def check_args(args, saved):
@@ -743,10 +882,15 @@ def check_args(args, saved):
     if args.tokens_per_micro_batch and args.micro_batch_size:
         raise UserError(f"--micro_batch_size {args.micro_batch_size} and --tokens_per_micro_batch "
                         f"{args.tokens_per_micro_batch}: give one")
+    if args.dry_run and args.resume:
+        raise UserError("--dry_run: is for a run that has not begun; leave --resume out")
     data.read_flags(args)
     check_optimizer(args)
     check_model(args)
     check_best(args, saved)
+    for name in ("sample_prompts", "sample_tokens"):
+        if args.sample_every is None and getattr(args, name) is not None:
+            raise UserError(f"--{name} {getattr(args, name)}: is read with --sample_every")
     if args.eval_dataset:
         evaluation_sets(args.eval_dataset)
     check_output_dir(args)
@@ -788,32 +932,6 @@ def check_best(args, saved):
     if saved and args.eval_every != saved["eval_every"]:
         raise UserError(f"--eval_every {args.eval_every}: the run has {saved['eval_every']}, which "
                         f"may not change with --keep_best {args.keep_best}")
-
-
-EVAL_SET = re.compile(r"(\w[\w-]*)=(.*)", re.DOTALL)
-
-
-def evaluation_sets(spec: str) -> dict[str, str]:
-    """Return {split of metrics.jsonl: rows} of --eval_dataset.
-
-    "FILE" is {"eval": "FILE"}, and "a=FILE,b=FILE" {"eval/a": "FILE", "eval/b": "FILE"}. The rows
-    of a name may be a mixture, because a part without a name belongs to the set before it.
-    """
-    if os.path.exists(spec) or not EVAL_SET.fullmatch(spec.partition(",")[0]):
-        return {"eval": spec}
-    sets, split = {}, None
-    for part in spec.split(","):
-        match = EVAL_SET.fullmatch(part)
-        if match is None:
-            sets[split] += f",{part}"
-            continue
-        split = f"eval/{match[1]}"
-        if split in sets or not match[2]:
-            problem = "names two sets" if split in sets else "names no rows"
-            raise UserError(f"--eval_dataset {spec}: {match[1]} {problem}; write "
-                            "NAME=ROWS,NAME=ROWS with different names")
-        sets[split] = match[2]
-    return sets
 
 
 def check_model(args):

@@ -12,6 +12,9 @@ chat of sample.py prints them as they come. For two prompts of 2 and 3 tokens, p
     step 1    input_ids  7        positions  2        -> the next tokens
                          4                   3
 
+The encoder of an encoder-decoder reads the prompts in step 0 only, padded on the right. Its decoder
+begins with tokens of its own, see encoder_decoder.decoder_prefix.
+
 The loop is written here, and is not transformers' model.generate, for three properties:
 
     repeatable     an answer depends on its own prompt, the seed and its place in the list of
@@ -29,11 +32,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers.modeling_outputs import BaseModelOutput
 
 import data
+from encoder_decoder import decoder_prefix, mask_of
 from errors import UserError
+from families import family_of
 from loading import leaves_out, loses, position_count
 from lora import use_adapter
+from packing import padded
 from templates import read_special_tokens, render, texts_of_rows
 
 # The argument and output with the keys and values of earlier tokens, in versions of transformers,
@@ -62,8 +69,8 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
              forward: Callable | None = None) -> list[Answer]:
     """Generate one answer to each prompt.
 
-    model       a causal LM of transformers, on any device. A bfloat16 run calls this under the
-                autocast of its training
+    model       a decoder or encoder-decoder of transformers, on any device. A bfloat16 run calls
+                this under the autocast of its training
     prompts     token ids, as `data.load_tokens` and `encode_prompts` make them
     generator   of the CPU, read if the temperature is above 0 (default: seeded with 0)
     forward     in place of the model's own: `sharded_forward`. All ranks then call this function
@@ -73,26 +80,27 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: list[list[int]],
     shape = (len(prompts), settings.max_new_tokens)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     ends, answers = stop_ids(model, tokenizer), [None] * len(prompts)
-    for indices in split_prompts(model, prompts, settings.batch_size, forward):
+    prefix = decoder_prefix(model, tokenizer)
+    for indices in split_prompts(model, prompts, settings.batch_size, forward, prefix):
         batch = [prompts[index] for index in indices]
         ids, logps = [[] for _ in batch], [[] for _ in batch]
-        steps = answer_steps(model, batch, settings, ends, uniform[indices], forward)
+        steps = answer_steps(model, batch, settings, ends, uniform[indices], forward, prefix)
         for step_tokens, step_logps, running in steps:
             for i in running.nonzero()[:, 0].tolist():
                 ids[i].append(step_tokens[i].item())
                 logps[i].append(step_logps[i].item())
         for i, index in enumerate(indices):
-            text = answer_text(tokenizer, batch[i], ids[i], ends)
+            text = answer_text(tokenizer, [] if prefix else batch[i], ids[i], ends)
             ended = not ends.isdisjoint(ids[i][-1:])
             answers[index] = Answer(ids[i], logps[i], text, ended)
     return answers
 
 
-def split_prompts(model, prompts, size, forward) -> list[list[int]]:
+def split_prompts(model, prompts, size, forward, prefix) -> list[list[int]]:
     """Split the indices of the prompts into batches, without padding if the model computes padded
     prompts otherwise."""
     groups = {0: list(range(len(prompts)))}
-    if len(set(map(len, prompts))) > 1 and not pads_exactly(model, forward):
+    if len(set(map(len, prompts))) > 1 and not pads_exactly(model, forward, prefix):
         groups = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(len(prompt), []).append(index)
@@ -103,12 +111,12 @@ def split_prompts(model, prompts, size, forward) -> list[list[int]]:
     return batches
 
 
-def pads_exactly(model, forward) -> bool:
+def pads_exactly(model, forward, prefix=None) -> bool:
     """Return whether two tokens behind a padded prompt have the log-probs that they have behind the
     prompt alone. In some models padding becomes NaN, or part of a recurrent state."""
     def two_logps(prompts):
         uniform = torch.zeros(len(prompts), 2)
-        steps = answer_steps(model, prompts, Sampling(2), set(), uniform, forward)
+        steps = answer_steps(model, prompts, Sampling(2), set(), uniform, forward, prefix)
         return torch.stack([logps[0] for _, logps, _ in steps])
 
     alone, padded = two_logps([[1]]), two_logps([[1], [1, 2, 3, 4, 5]])
@@ -118,20 +126,22 @@ def pads_exactly(model, forward) -> bool:
 
 @torch.no_grad()
 def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sampling,
-                 ends: set[int], uniform: torch.Tensor,
-                 forward: Callable | None = None) -> Iterator[tuple]:
+                 ends: set[int], uniform: torch.Tensor, forward: Callable | None = None,
+                 prefix: list[int] | None = None) -> Iterator[tuple]:
     """Yield the next token of each answer, its log-prob, and whether the answer was still running,
     (B,) each on the CPU, until no answer is running.
 
     ends        the ids that end an answer
     uniform     (B, max_new_tokens) random numbers in [0, 1)
+    prefix      the tokens that a decoder reads which does not read the prompts
     """
     most = position_count(model)
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+    if prefix:
+        lengths = torch.full_like(lengths, len(prefix) - 1)
     running = lengths < most
     end_ids = torch.tensor(sorted(ends))
-    input_ids, mask = pad_left(prompts)  # (B, T) each
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), 0 for padding
+    inputs = first_inputs(prompts, prefix)
     parameters = inspect.signature(model.forward).parameters
     cache_name = next(name for name in CACHE_NAMES if name in parameters)
     options = {"use_cache": True}
@@ -139,14 +149,14 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
         options["logits_to_keep"] = 1
     with evaluating(model):
         for step in range(settings.max_new_tokens):
-            inputs = {"input_ids": input_ids}
+            given = dict(inputs)
             # A recurrent state needs no mask, and some models misread one of all tokens.
-            if step == 0 or not getattr(model, "_is_stateful", False):
-                inputs["attention_mask"] = mask
-            if "position_ids" in parameters:
-                inputs["position_ids"] = positions
-            inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            output = (forward or model)(**inputs, **options)
+            if step > 0 and getattr(model, "_is_stateful", False):
+                del given["attention_mask"]
+            if "position_ids" not in parameters:
+                given.pop("position_ids", None)
+            given = {name: value.to(model.device) for name, value in given.items()}
+            output = (forward or model)(**given, **options)
 
             # The small rest runs on the CPU, where every kernel is deterministic.
             logits = output.logits[:, -1]  # (B, V)
@@ -162,10 +172,31 @@ def answer_steps(model: torch.nn.Module, prompts: list[list[int]], settings: Sam
             if not running.any():
                 return
             options[cache_name] = output[cache_name]
-            input_ids = tokens[:, None]  # (B, 1)
-            mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
-            # An answer that has ended is computed with the others, within the model's positions.
-            positions = (positions[:, -1:] + 1).clamp(max=most - 1)
+            if prefix:
+                options["encoder_outputs"] = BaseModelOutput(output.encoder_last_hidden_state)
+            inputs = next_inputs(inputs, tokens, most)
+
+
+def first_inputs(prompts: list[list[int]], prefix: list[int] | None) -> dict:
+    """The inputs of step 0, (B, T) each, and of a decoder with a prefix, (B, prefix)."""
+    if prefix:
+        starts = torch.tensor([prefix] * len(prompts))
+        return {"input_ids": padded(prompts, 0), "attention_mask": mask_of(prompts),
+                "decoder_input_ids": starts}
+    input_ids, mask = pad_left(prompts)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # 0 for padding
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+
+
+def next_inputs(inputs: dict, tokens: torch.Tensor, most: float) -> dict:
+    """The inputs of the next step, which reads one token of each answer, (B,)."""
+    input_ids, mask = tokens[:, None], inputs["attention_mask"]
+    if "decoder_input_ids" in inputs:
+        return {"attention_mask": mask, "decoder_input_ids": input_ids}
+    mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
+    # An answer that has ended is computed with the others, within the model's positions.
+    positions = (inputs["position_ids"][:, -1:] + 1).clamp(max=most - 1)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
 
 
 def choose_tokens(logits: torch.Tensor, settings: Sampling, uniform: torch.Tensor) -> torch.Tensor:
@@ -270,11 +301,12 @@ def write_chats(chats: list[list[dict]], tokenizer: Any, names: list[str], optio
 
 
 def encode_prompts(prompts: list, tokenizer: Any, names: list[str],
-                   options: dict | None = None) -> list[list[int]]:
+                   options: dict | None = None, family: str = "decoder") -> list[list[int]]:
     """Turn prompts, each a text or a list of messages, into token ids, as data.py does in training.
 
     names       of the prompts, for errors
     options     of the chat template, from --template_kwargs
+    family      of the model, see families.py
     """
     chats, chat_names = [], []
     for prompt, name in zip(prompts, names):
@@ -285,7 +317,6 @@ def encode_prompts(prompts: list, tokenizer: Any, names: list[str],
     if chats:
         written = iter(write_chats(chats, tokenizer, chat_names, options or {},
                                    add_generation_prompt=True))
-    front, _ = data.special_ids(tokenizer)
     rows = []
     for prompt, name in zip(prompts, names):
         is_text = isinstance(prompt, str)
@@ -293,9 +324,8 @@ def encode_prompts(prompts: list, tokenizer: Any, names: list[str],
         if leaves_out(tokenizer) and loses(tokenizer, text):
             raise UserError(f"{name}: the tokenizer has no token for some of its text")
         ids = data.encode(tokenizer, [text])[0]
-        # A chat template writes its own BOS.
-        if is_text and ids[:len(front)] != front:
-            ids = front + ids
+        if is_text:  # a chat template writes its own BOS
+            ids = data.prompt_of_text(ids, tokenizer, family)
         if not ids:
             raise UserError(f"{name}: has no token; write at least a word")
         rows.append(ids)
@@ -303,12 +333,16 @@ def encode_prompts(prompts: list, tokenizer: Any, names: list[str],
 
 
 def check_prompt_room(model: torch.nn.Module, prompts: list[list[int]], names: list[str]) -> None:
-    """Raise a UserError if a prompt leaves the model no position for an answer."""
+    """Raise a UserError if a prompt leaves the model no position for an answer, or is longer than
+    an encoder."""
     most = position_count(model)
+    room, use = most - 1, "prompt and answer"
+    if family_of(model.config) == "encoder_decoder":
+        room, use = most, "a prompt"
     for ids, name in zip(prompts, names):
-        if len(ids) >= most:
+        if len(ids) > room:
             raise UserError(f"{name}: has {len(ids):,} tokens, and the model has {most:,} "
-                            "positions for prompt and answer; shorten it")
+                            f"positions for {use}; shorten it")
 
 
 def answer_text(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int]) -> str:

@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import shutil
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,25 +32,27 @@ from transformers import (
 from transformers.utils import cached_file
 
 from errors import UserError, hub_failure, reading, stop_hub_retries
+from families import AUTO_CLASSES, auto_class_of, family_of, family_of_adapter
 from files import read_json
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Small files that a class reads, and that are checked before. transformers ignores some of these
 # where they are damaged, and names none.
 JSON_FILES = {
     AutoConfig: ("config.json",),
     AutoTokenizer: ("config.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json"),
-    AutoModelForCausalLM: ("generation_config.json",),
-}
+    AutoProcessor: PROCESSOR_FILES,
+} | dict.fromkeys(AUTO_CLASSES.values(), ("generation_config.json",))
 # What each class reads, for its error.
 PARTS_OF_FOLDER = {
     AutoConfig: "config.json",
     AutoTokenizer: "tokenizer.json or another file of the tokenizer",
-    AutoModelForCausalLM: "the weights and config.json",
-}
+    AutoProcessor: "processor_config.json or preprocessor_config.json",
+} | dict.fromkeys(AUTO_CLASSES.values(), "the weights and config.json")
 TAKE_CONFIG = "; take config.json from the model that the weights belong to"
 COPY_FILE = "; copy it from the model again"
 # Files with a vocabulary, of which a tokenizer needs one.
@@ -94,6 +97,10 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 MOST_LAYERS = 10_000  # some configs make a list with an entry for each layer
 
 
+# What a run adds to the config.json of its model. It is not true of a model trained from there.
+RUN_ENTRIES = ("flags", "digest", "best", "loss_state")
+
+
 def load_config(name: str, revision: str | None = None,
                 attention: str | None = None) -> PretrainedConfig:
     """Load the config of a model, and reject a model that cannot be trained here.
@@ -112,6 +119,8 @@ def load_config(name: str, revision: str | None = None,
     if attention:
         options["attn_implementation"] = attention
     config = load_pretrained(AutoConfig, name, **options)
+    for entry in RUN_ENTRIES:
+        vars(config).pop(entry, None)
     parts = [config]
     for part in config.sub_configs:
         if getattr(config, part, None) is not None:
@@ -129,13 +138,25 @@ def load_config(name: str, revision: str | None = None,
     return config
 
 
+def load_family(name: str) -> str:
+    """Return the family of the model or adapter in a folder or on the Hub. A folder with no more
+    than a tokenizer is taken for a decoder's."""
+    folder = pathlib.Path(name)
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json", COPY_FILE)
+        return family_of_adapter(adapter)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        return "decoder"
+    return family_of(load_pretrained(AutoConfig, name))
+
+
 def check_layers(path, entries):
     """Raise a UserError for a number of layers that no model has, also of a part of a model."""
     for key, value in entries.items():
         if isinstance(value, dict):
             check_layers(path, value)
         elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"{path}: {key} is {value}, and no model has so many{COPY_FILE}")
+            raise UserError(f"{path}: {key} is {value}, and no model has that many{COPY_FILE}")
 
 
 def check_attention(name, attention, chosen):
@@ -188,10 +209,54 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
     return tokenizer
 
 
+def has_processor(name: str, revision: str | None = None) -> bool:
+    """Return whether a folder or a model of the Hub has a processor of images."""
+    return any(find_file(name, file, revision) for file in PROCESSOR_FILES)
+
+
+def copy_processor(name: str, folder: str) -> None:
+    """Copy the files of the processor of images, if there are any and the folder has none."""
+    for file in PROCESSOR_FILES:
+        path = find_file(name, file, None)
+        if path and not os.path.exists(os.path.join(folder, file)):
+            shutil.copy(path, folder)
+
+
+def load_processor(name: str, tokenizer: Any, revision: str | None = None,
+                   keeps_template: bool = False) -> Any:
+    """Load what turns the images of a model into numbers, and give it this tokenizer.
+
+    keeps_template    the tokenizer has the chat template of a flag or an adapter. Else both get
+                      that of the processor, which writes the places of images
+    """
+    if not has_processor(name, revision):
+        raise UserError(f"{name}: has no processor, neither {' nor '.join(PROCESSOR_FILES)}, which "
+                        "says how an image becomes numbers; copy the processor's files from the "
+                        "model")
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError(f"{name}: its processor needs Pillow, which reads images and is not "
+                        "installed: pip install pillow")
+    options = {"revision": revision} if revision else {}
+    processor = load_pretrained(AutoProcessor, name, **options)
+    token = getattr(processor, "image_token", None)
+    if getattr(processor, "image_processor", None) is None or token is None:
+        raise UserError(f"{name}: its processor is a {type(processor).__name__}, which reads no "
+                        "images into prompts; copy the processor's files from the model")
+    if tokenizer.convert_tokens_to_ids(token) != processor.image_token_id:
+        raise UserError(f"{name}: its processor writes an image as {token}, which is no token of "
+                        "the tokenizer; copy the files of both from the model")
+    if not (keeps_template and tokenizer.chat_template):
+        tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    return processor
+
+
 def position_count(model) -> float:
     """Return how many tokens a model can read, infinite if its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    config, counts = model.config.get_text_config(), []
+    for part in ("", "encoder_", "decoder_"):  # encoder and decoder of LED have different numbers
+        counts.append(getattr(config, f"max_{part}position_embeddings", None) or math.inf)
+    return min(counts)
 
 
 def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -277,7 +342,7 @@ def weight_files(name: str, config: PretrainedConfig, revision: str | None = Non
             return [path]
         if path:
             return [find_shard(name, path, shard, revision) for shard in read_index(path)]
-    refuse_pickles(name, candidates)
+    refuse_pickles(name, candidates, auto_class_of(name, config))
 
 
 def find_shard(name, index, shard, revision):
@@ -289,10 +354,15 @@ def find_shard(name, index, shard, revision):
 
 
 def find_weights(name, file, revision):
-    """Return the path of a file of the model, or None."""
+    """Return the path of a file of weights, or None."""
     if pathlib.PurePath(file).name != file:
         raise UserError(f"{name}: its files name {file}; a weight file must be in the model's "
                         "folder, named without a slash")
+    return find_file(name, file, revision)
+
+
+def find_file(name, file, revision):
+    """Return the path of a file of the model, or None."""
     optional = {"_raise_exceptions_for_missing_entries": False,
                 "_raise_exceptions_for_connection_errors": False}
     with reading(f"{name}: {file} cannot be read"):
@@ -311,13 +381,13 @@ def read_index(path) -> list:
     return sorted(set(weight_map.values()))
 
 
-def refuse_pickles(name, candidates):
+def refuse_pickles(name, candidates, auto_class):
     """Raise for a model without safetensors. Name the pickles that it has, and how to convert."""
     pickles = []
     for pattern in PICKLES:
         pickles += sorted(path.name for path in pathlib.Path(name).glob(pattern))
     missing = f"{name}: has no {' or '.join(candidates)}"
-    convert = (f"transformers.AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained("
+    convert = (f"transformers.{auto_class.__name__}.from_pretrained({name!r}).save_pretrained("
                f"{os.path.basename(name) + '-safe'!r}), then copy the tokenizer's files")
     if not os.path.isdir(name):
         raise UserError(
@@ -370,9 +440,10 @@ def check_sizes(name: str, config: PretrainedConfig, headers: dict) -> None:
 
 def build_on_meta(name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config with shapes and without values."""
+    auto_class = auto_class_of(name, config)
     what = f"{name}: no model can be built from config.json"
     with reading(what, TAKE_CONFIG), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def check_loaded(name: str, model: PreTrainedModel, info: dict) -> None:

@@ -17,15 +17,15 @@ import torch
 import tqdm
 
 from batches import Task
-from checkpoint import METRICS_FILE, write_flags
-from files import write_text
+from checkpoint import METRICS_FILE, SAMPLES_FILE, write_flags
+from files import read_list, written_aside
 from logps import FastLogps
 from lora import NF4Linear, lora_layers
 from losses import kind_of
 from optimizers import MOMENTS
 from parallel import Ranks, crowded_line, shard
 from plots import parse_rows, plot_runs
-from reach import frozen_line, router_loss_line
+from reach import frozen_line
 from trackers import open_trackers
 from world import brief
 
@@ -41,6 +41,7 @@ class Log:
     def __init__(self, folder: Path, flags: dict, checkpoint: Path | None, start: int, steps: int,
                  ranks: Ranks):
         self.on, self.path = ranks.rank == 0, folder / METRICS_FILE
+        self.samples_path = folder / SAMPLES_FILE
         self.bar = tqdm.tqdm(total=steps, initial=start, desc=flags["loss"], disable=not self.on,
                              dynamic_ncols=True, mininterval=bar_interval())
         self.first = True  # no step has ended yet
@@ -48,16 +49,28 @@ class Log:
         if not self.on:
             return
         write_flags(folder, flags)
-        # A resumed run repeats the steps after its checkpoint, which has the rows up to there.
-        rows = ""
-        if checkpoint:
-            rows = (checkpoint / METRICS_FILE).read_text()
-            if not has_prefix(self.path, rows.encode()):
-                self.say(f"{self.path}: its rows up to step {start} were changed or are missing; "
+        rows = parse_rows(self.path, self.begin(self.path, checkpoint, start))
+        samples = []
+        # The file of a run that sampled, and does no more since it was resumed, is cut too.
+        if flags["sample_every"] is not None or SAMPLES_FILE in (read_list(folder) or ()):
+            text = self.begin(self.samples_path, checkpoint, start)
+            samples = [json.loads(line) for line in text.split("\n") if line]
+        self.trackers = open_trackers(flags["report_to"], folder, flags, rows, samples)
+
+    def begin(self, path: Path, checkpoint: Path | None, start: int) -> str:
+        """Begin a file of rows -> the text of those that it has.
+
+        A resumed run repeats the steps after its checkpoint, which has the rows up to there.
+        """
+        rows = b""
+        if checkpoint and (checkpoint / path.name).exists():
+            rows = (checkpoint / path.name).read_bytes()
+            if not has_prefix(path, rows):
+                self.say(f"{path}: its rows up to step {start} were changed or are missing; "
                          f"they are now those of {checkpoint}")
-        write_text(self.path, rows)
-        self.trackers = open_trackers(
-            flags["report_to"], folder, flags, parse_rows(self.path, rows))
+        with written_aside(path) as temporary:
+            temporary.write_bytes(rows)
+        return rows.decode("utf-8")
 
     def row(self, step: int, split: str, values: dict):
         if self.on:
@@ -65,6 +78,15 @@ class Log:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         for tracker in self.trackers:
             tracker.row(step, split, values)
+
+    def samples(self, step: int, rows: list[dict]):
+        """Write rows of samples.py."""
+        if self.on:
+            with open(self.samples_path, "a", encoding="utf-8", newline="\n") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for tracker in self.trackers:
+            tracker.samples(step, rows)
 
     def close(self):
         """End the bar and the trackers."""
@@ -107,7 +129,7 @@ def has_prefix(path: Path, content: bytes) -> bool:
 def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable | None,
               splits: tuple, steps: int, folder: Path, plan: str, ranks: Ranks):
     """Print a summary of the run before its first step."""
-    if ranks.rank > 0:
+    if ranks.rank > 0 or args.eval_only:
         return
     rows, held_out = splits
     counts = ", ".join(str(len(part)) for part in held_out.values())
@@ -121,7 +143,8 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
-    for line in (frozen_line(model.model), router_loss_line(model.model), crowded_line(ranks)):
+    frozen = frozen_line(model.model, task.row_format.processor is not None)
+    for line in (frozen, crowded_line(ranks)):
         if line:
             print(line)
     print(memory_line(model, reference, MOMENTS[args.optimizer]))
@@ -131,9 +154,26 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
               "which costs a second forward")
 
 
-def memory_line(policy, reference, moments):
-    """Format the memory that each rank needs besides activations. `moments` is the number of
-    tensors as large as the weights that the optimizer keeps."""
+def metric_lines(splits: dict) -> str:
+    """Format all metrics of {split: metrics} as a table, with a column for each evaluation set."""
+    names = {}
+    for metrics in splits.values():
+        names |= metrics
+    width = max(map(len, [*names, ""]))
+    titles = [split.removeprefix("eval/") for split in splits]
+    lines = [" ".join([" " * width, *[f"{title:>12}" for title in titles]])]
+    for name in names:
+        cells = []
+        for title, metrics in zip(titles, splits.values()):
+            text = f"{metrics[name]:.6g}" if name in metrics else ""
+            cells.append(f"{text:>{max(12, len(title))}}")
+        lines.append(" ".join([f"{name:{width}}", *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def memory_parts(policy: FastLogps, reference: Callable | None, moments: int) -> dict:
+    """Return {part: bytes} of the memory that each rank needs besides activations. `moments` is the
+    number of tensors as large as the weights that the optimizer keeps."""
     def size(tensors):
         return sum(shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 
@@ -141,12 +181,18 @@ def memory_line(policy, reference, moments):
     second = []
     if isinstance(reference, torch.nn.Module):
         second = [*reference.parameters(), *reference.buffers()]
-    parts = {
+    return {
         "weights": size([*policy.parameters(), *policy.buffers()]),
         "gradients": size(trained),
         "optimizer": moments * size(trained),
         "reference": size(second),
     }
+
+
+def memory_line(policy, reference, moments):
+    """Format the numbers of parameters, and `memory_parts`."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    parts = memory_parts(policy, reference, moments)
     count = sum(parameter.numel() for parameter in policy.parameters())
     for module in policy.modules():
         if isinstance(module, NF4Linear):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import packing
 from dpo import SequenceLogps
+from families import family_of
 from packing import HALF, Targets, autocast_dtype
 
 KEPT_LOGITS = 2**27  # logits kept for backward, 512 MiB in fp32; the others are recomputed
@@ -28,19 +29,36 @@ class FastLogps(SequenceLogps):
                 how probable a token is relative to a token that the policy samples there (WPO,
                 arXiv:2406.11827v2, eq. 2)
     inputs      input_ids and attention_mask, or packed rows
+    routing     an experts.Routing, which records what the routers of a mixture of experts do
 
     Returns logps (2B,), lengths (2B,) and, if asked for, alignments (2B,).
     """
+
+    is_encoder_decoder = False
 
     def __init__(self, model):
         super().__init__(model)
         self.bare_head = has_bare_head(model)
 
-    def fast_forward(self, targets: Targets | None = None, alignment=False, **inputs):
+    def logits(self, **inputs):
+        return self.model(**inputs, use_cache=False).logits
+
+    def trial_inputs(self, ids):
+        """The inputs of a forward on a row of these ids, (1, T)."""
+        return {"input_ids": ids}
+
+    def read_embeddings(self):
+        """The embeddings of the tokens before those that the logits predict."""
+        return self.model.get_input_embeddings()
+
+    def fast_forward(self, targets: Targets | None = None, alignment=False, routing=None, **inputs):
+        if routing is not None:
+            with routing.recorded(self.model, inputs):
+                return self.fast_forward(targets, alignment, **inputs)
         if "packed" in inputs:
             packing.enable(self.model)
         if targets is None:
-            return self.model(**inputs, use_cache=False).logits
+            return self.logits(**inputs)
         token_logps, squares = self.score(targets, alignment, inputs)  # (N,), (N,)
         weighted = token_logps
         if targets.weights is not None:
@@ -61,7 +79,7 @@ class FastLogps(SequenceLogps):
             return ChunkedLogps.apply(hidden, head.weight, head.bias, targets.ids, keep,
                                       with_squares)
         # This model scales or caps its logits after the head, so its own forward computes them.
-        logits = self.model(**inputs, use_cache=False).logits  # (2B, T, V)
+        logits = self.logits(**inputs)  # (2B, T, V)
         logits = logits.flatten(0, 1).index_select(0, targets.predictors)  # (N, V)
         token_logps = selected_logps(logits, targets.ids)
         return token_logps, log_sum_of_squares(logits.detach()) if with_squares else None
@@ -73,6 +91,8 @@ def has_bare_head(model) -> bool:
 
     The answer is no for models that scale or cap their logits, such as Gemma 2.
     """
+    if family_of(model.config) == "encoder_decoder":
+        return False
     head = model.get_output_embeddings()
     if head is None or model.base_model is model or model.device.type == "meta":
         return False

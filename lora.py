@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError, nearest, reading
+from families import task_type_of
 from files import RUN_FILE, moved_into, read_json, read_run_file
 from limits import run_limited
 
@@ -229,15 +230,23 @@ def refuse_target(model, part, names):
     reason = "no linear layer has such a name"
     if matching_layers(head_names, part):
         reason = "is the head, which is not adapted"
+    stacked = stacked_experts(model)
+    if matching_layers(stacked, part):
+        reason = "is a tensor that stacks the weights of experts, which is not adapted"
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    default = "" if stacked else "; without this flag all of them are adapted"
     raise UserError(f"--lora_target {part}: {reason}; there are {', '.join(endings)}"
-                    f"{nearest(part, endings)}; without this flag all of them are adapted")
+                    f"{nearest(part, endings)}{default}")
+
+
+def stacked_experts(model) -> list:
+    """Return the names of the 3-D tensors in which a model stores the weights of its experts."""
+    return [name for name, tensor in model.named_parameters()
+            if "expert" in name and tensor.ndim == 3]
 
 
 def has_stacked_experts(model) -> bool:
-    """Return whether the model stores the weights of its experts in 3-D tensors."""
-    experts = (tensor for name, tensor in model.named_parameters() if "expert" in name)
-    return any(tensor.ndim == 3 for tensor in experts)
+    return bool(stacked_experts(model))
 
 
 def add_adapter(model, name: str, targets: list, settings: LoraSettings, seed: int = 0):
@@ -357,7 +366,6 @@ def adapter_config(layers, name, base) -> dict:
     settings = next(iter(layers.values())).settings[name]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": settings.rank,
         "lora_alpha": settings.alpha,
@@ -381,6 +389,7 @@ def save_adapter(model, tokenizer, folder, base, name: str = "policy", tensors=N
     tensors = tensors or adapter_tensors(model, name)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     config = adapter_config(layers, name, base)
+    config["task_type"] = task_type_of(model.config)
     config["revision"] = getattr(model, "base_revision", None)
     if getattr(model, "base_fingerprint", None):
         extra["base_fingerprint"] = model.base_fingerprint
@@ -595,6 +604,7 @@ class NF4Linear(torch.nn.Module):
     def __init__(self, weight, bias):
         super().__init__()
         self.shape = weight.shape
+        self.weight = None  # T5 asks for the dtype of a weight, if there is one
         self.bias = bias
         codes, absmax = nf4_quantize(weight)
         mean = absmax.mean()

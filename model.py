@@ -18,8 +18,9 @@ import pathlib
 import shutil
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from families import auto_class_of, text_inputs
 from files import moved_into, new_folder
 from loading import (
     MOST_LAYERS,
@@ -27,6 +28,7 @@ from loading import (
     check_loaded,
     check_sizes,
     check_vocabulary,
+    copy_processor,
     last_token,
     load_adapter_tokenizer,
     load_config,
@@ -54,7 +56,7 @@ from reach import original_config, turn_off_noise
 
 def load_model(name: str, dtype=torch.float32, device="cpu", four_bits=False, upcast=True,
                revision: str | None = None, attention: str | None = None):
-    """Load a causal language model with every weight from its files and all training noise off.
+    """Load a language model with every weight from its files and all training noise off.
 
     dtype       of the parameters; modules that transformers keeps in fp32 stay in fp32
     device      on "meta" the model has shapes without values
@@ -98,11 +100,12 @@ def read_model(name, config, dtype, revision=None):
     options = {"config": config, "ignore_mismatched_sizes": True, "use_safetensors": True}
     if revision:
         options["revision"] = revision
+    auto_class = auto_class_of(name, config)
     model, info = load_pretrained(
-        AutoModelForCausalLM, name, dtype=stored or dtype, output_loading_info=True, **options)
+        auto_class, name, dtype=stored or dtype, output_loading_info=True, **options)
     check_loaded(name, model, info)
     if stored and stored in {buffer.dtype for buffer in computed_buffers(model)}:
-        model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype, **options)
+        model = load_pretrained(auto_class, name, dtype=dtype, **options)
     return model
 
 
@@ -162,6 +165,7 @@ def compile_blocks(model):
     if not blocks:
         raise UserError(f"--compile: {type(model).__name__} does not say which of its modules are "
                         "blocks; leave the flag out")
+    compiled = 0
     for block in blocks:
         for name, module in block.named_children():
             norm = type(module).__name__.endswith("Norm")
@@ -169,6 +173,10 @@ def compile_blocks(model):
             four_bits = any(isinstance(layer, NF4Linear) for layer in module.modules())
             if norm or (mlp and not four_bits and not has_stacked_experts(block)):
                 module.compile(dynamic=True)
+                compiled += 1
+    if not compiled:
+        raise UserError(f"--compile: the blocks of {type(model).__name__} have no MLP or norm that "
+                        "can be compiled on its own; leave the flag out")
 
 
 # --- Make and save --------------------------------------------------------------------------------
@@ -231,19 +239,22 @@ def merge_command(args):
     if line:
         print(line)
     ids = torch.randint(len(tokenizer), (4, 16), generator=torch.Generator().manual_seed(0))
-    adapted = model(ids).logits  # (4, 16, V)
+    adapted = model(**text_inputs(model, ids)).logits  # (4, 16, V)
 
     merge(model)
     save_model(model, tokenizer, args.out)
+    for source in (args.adapter, base):  # one of them may have the processor of images
+        copy_processor(source, args.out)
     merged = load_model(args.out)
-    difference = (merged(ids).logits - adapted).abs().max()
+    logits = merged(**text_inputs(merged, ids)).logits
+    difference = (logits - adapted).abs().max()
     print(f"{args.out}: {base} with {args.adapter}; loaded again, its logits differ from the "
           f"adapted model's by at most {difference:.2g}, where they reach "
           f"{adapted.abs().max():.3g}")
 
     if flags.get("quantize"):
         quantize(merged)
-        error = (merged(ids).logits - adapted).abs()
+        error = (merged(**text_inputs(merged, ids)).logits - adapted).abs()
         print(f"quantized to 4 bits again, its logits would differ by at most {error.max():.2g}, "
               f"{error.mean():.2g} on average")
 

@@ -114,8 +114,8 @@ def choose_gpu(size: int) -> torch.device:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         limit = f" in CUDA_VISIBLE_DEVICES={visible}" if visible else ""
         raise UserError(f"LOCAL_RANK={local_rank}: this process sees {count} GPUs{limit}; start at "
-                        "most so many processes on this machine, as in torchrun --nproc_per_node "
-                        f"{count}, or let each process see all GPUs")
+                        f"most {count} processes here, as in torchrun --nproc_per_node {count}, "
+                        "or let each process see all GPUs")
     return torch.device("cuda", local_rank)
 
 
@@ -287,13 +287,14 @@ def shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
+def wrap(module: torch.nn.Module, ranks: Ranks, some_unused=False) -> torch.nn.Module:
     """Wrap a module in DDP, which averages gradients over the ranks in backward. FSDP averages them
-    without a wrapper."""
+    without a wrapper. some_unused: a forward may leave out a part of the trained weights."""
     if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
     # Without device_ids: DDP would copy the labels to the GPU.
-    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False,
+               find_unused_parameters=some_unused)
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -319,11 +320,11 @@ def reset_shards(module: torch.nn.Module) -> None:
     """
     if not isinstance(module, FSDPModule):
         return
+    state = module._get_fsdp_state()
+    state._lazy_init()  # there may have been no forward yet
     if hasattr(module, "reset_iter_state"):  # torch 2.13
         module.reset_iter_state()
         return
-    state = module._get_fsdp_state()
-    state._lazy_init()
     state._comm_ctx.all_gather_state = None
     state._state_ctx.iter_forward_root = None
     state._root_post_backward_final_callback()

@@ -4,8 +4,9 @@
     python log.py runs/sigmoid runs/ipo --plot curves.png     # one color per run
 
 A panel shows one metric: the rows of training as a thin line, the rows of evaluations as a line
-with markers in the same color. A metric that no run has, such as the log-prob of rejected answers
-with --loss sft, has no panel. A run draws its own curves when it ends, into curves.png.
+with markers in the same color. Of several evaluation sets, each has its own dashes. A metric that
+no run has, such as the log-prob of rejected answers with --loss sft, has no panel. A run draws its
+own curves when it ends, into curves.png.
 """
 import itertools
 import json
@@ -32,7 +33,7 @@ PANELS = {
     "grad_norm": ("gradient norm", "before clipping"),
     "rewards/chosen": ("reward of chosen", "nats × β"),
     "rewards/rejected": ("reward of rejected", "nats × β"),
-    "lr": ("learning rate", "of AdamW"),
+    "lr": ("learning rate", "of the optimizer"),
     "world/share": ("share of the achievable", "(J − J_ref) / (J* − J_ref)"),
     "world/mass": ("mass on well-formed answers", "probability"),
     "tokens_per_second": ("speed", "tokens / s"),
@@ -41,6 +42,7 @@ PANELS = {
 # The colors of Okabe and Ito, which color-blind people can tell apart, without yellow and black.
 # Each run has a marker of its own too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 100
 COLUMNS = 3
@@ -92,23 +94,29 @@ def parse_row(line: str) -> dict | None:
     return row if isinstance(row.get("step"), int) else None
 
 
-def series(rows: list[dict], metric: str, training: bool) -> tuple[list, list]:
-    """Return steps and values of a metric, of the rows of training or of evaluations, with several
-    evaluation sets of the first one. A value that is no finite number leaves a gap in its line."""
+def series(rows: list[dict], metric: str, split: str) -> tuple[list, list]:
+    """Return steps and values of a metric in the rows of a split. A value that is no finite number
+    leaves a gap in its line."""
     steps, values = [], []
-    evaluations = {"eval", "world"}
     for row in rows:
-        if row["split"].startswith("eval/"):
-            evaluations.add(row["split"])
-            break
-    for row in rows:
-        if metric not in row or row["split"] not in ({"train"} if training else evaluations):
+        if metric not in row or row["split"] != split:
             continue
         value = row[metric]
         drawn = isinstance(value, (int, float)) and math.isfinite(value)
         steps.append(row["step"])
         values.append(value if drawn else math.nan)
     return steps, values
+
+
+def evaluation_splits(runs: list[Curves]) -> dict[str, str]:
+    """Return {split: dashes of its line} of all evaluation sets of these runs. The metrics of the
+    world are those of no set, so they have the line of a single set."""
+    names = {"eval": 0, "world": 0}
+    for run in runs:
+        for row in run.rows:
+            if row["split"].startswith("eval/"):
+                names.setdefault(row["split"], len(names) - 2)
+    return {split: DASHES[number % len(DASHES)] for split, number in names.items()}
 
 
 def named_runs(folders: Sequence[str]) -> list[Curves]:
@@ -141,20 +149,22 @@ def draw_curves(runs: list[Curves]) -> Any:
         raise UserError("there is no row to draw yet")
 
     rows = math.ceil(len(metrics) / COLUMNS)
-    legend_lines = math.ceil((len(runs) + 2) / COLUMNS)
+    entries = list_legend(runs)
+    legend_lines = math.ceil(len(entries) / COLUMNS)
     top = 0.15 + LEGEND * legend_lines  # inches above the panels
     height = top + HEIGHT * rows
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     # Fixed margins: matplotlib's automatic layouts draw everything twice.
     figure.subplots_adjust(left=0.075, right=0.99, bottom=0.45 / height,
                            top=1 - (top + 0.3) / height, wspace=0.3, hspace=0.5)
+    splits = evaluation_splits(runs)
     for number, metric in enumerate(metrics, 1):
         panel = figure.add_subplot(rows, COLUMNS, number)
-        draw_panel(panel, runs, metric)
+        draw_panel(panel, runs, metric, splits)
         panel.set_xlim(0, 1.02 * last_step)
         if number > len(metrics) - COLUMNS:
             panel.set_xlabel("optimizer step", fontsize=9)
-    add_legend(figure, runs)
+    add_legend(figure, entries)
     return figure
 
 
@@ -163,16 +173,18 @@ def style(number: int) -> dict:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def draw_panel(panel, runs, metric):
-    """Draw one metric of all runs."""
+def draw_panel(panel, runs, metric, splits):
+    """Draw one metric of all runs. `splits` has the dashes of each evaluation set."""
     title, unit = PANELS[metric]
     for number, run in enumerate(runs):
         look = style(number)
-        steps, values = series(run.rows, metric, training=True)
+        steps, values = series(run.rows, metric, "train")
         panel.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.6)
-        steps, values = series(run.rows, metric, training=False)
-        panel.plot(steps, values, linewidth=1.6, markersize=4.5, markeredgecolor="white",
-                   markeredgewidth=0.6, **look)
+        for split, dashes in splits.items():
+            steps, values = series(run.rows, metric, split)
+            if steps:
+                panel.plot(steps, values, linewidth=1.6, linestyle=dashes, markersize=4.5,
+                           markeredgecolor="white", markeredgewidth=0.6, **look)
     panel.set_title(title, fontsize=10, fontweight="bold", loc="left", pad=6)
     panel.set_ylabel(unit, fontsize=8)
     panel.tick_params(labelsize=8)
@@ -198,23 +210,34 @@ def short_number(value: float, position: int | None = None) -> str:
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
-def add_legend(figure, runs):
-    """Name the colors of the runs and the two kinds of line, once for all panels."""
+def list_legend(runs: list[Curves]) -> list[tuple[str, dict]]:
+    """List the names of the legend, with the properties of their lines: the colors of the runs, and
+    once for all panels the kinds of line."""
+    entries = []
+    for number, run in enumerate(runs):
+        is_long = len(run.name) > LONGEST
+        name = f"…{run.name[-LONGEST:]}" if is_long else run.name
+        entries.append((name, {"linewidth": 1.6, **style(number)}))
+    entries.append(("thin: training", {"color": "0.35", "linewidth": 0.8}))
+    sets = evaluation_splits(runs)
+    named = [split for split in sets if "/" in split]
+    for split in named or ["eval"]:
+        name = split.partition("/")[2][:LONGEST]
+        title = f"held out: {name}" if name else "with markers: held out"
+        look = {"color": "0.35", "linewidth": 1.6, "marker": "o", "markersize": 4.5}
+        entries.append((title, look | {"linestyle": sets[split]}))
+    return entries
+
+
+def add_legend(figure, entries):
+    """Name the lines once for all panels."""
     from matplotlib.lines import Line2D
 
-    handles, names = [], []
-    for number, run in enumerate(runs):
-        handles.append(Line2D([], [], linewidth=1.6, **style(number)))
-        is_long = len(run.name) > LONGEST
-        names.append(f"…{run.name[-LONGEST:]}" if is_long else run.name)
-    handles.append(Line2D([], [], color="0.35", linewidth=0.8))
-    names.append("thin: training")
-    handles.append(Line2D([], [], color="0.35", linewidth=1.6, marker="o", markersize=4.5))
-    names.append("with markers: held out")
-    legend = figure.legend(handles, ["name"] * len(names), loc="upper left", ncols=COLUMNS,
+    handles = [Line2D([], [], **look) for _, look in entries]
+    legend = figure.legend(handles, ["name"] * len(entries), loc="upper left", ncols=COLUMNS,
                            bbox_to_anchor=(0.06, 1), fontsize=9, frameon=False)
     # matplotlib leaves out a label that begins with _, and reads formulas between dollar signs.
-    for text, name in zip(legend.get_texts(), names):
+    for text, (name, _) in zip(legend.get_texts(), entries):
         text.set_parse_math(False)
         text.set_text(name)
 

@@ -1,16 +1,18 @@
-"""What a model's code adds to text: noise in training, a router loss, parts that no text reaches.
+"""What a model's code adds to text: noise in training, router logits, parts that no text reaches.
 
 `turn_off_noise` makes a training forward that of the served model. `unreached_by_text` finds the
 parts that no text reaches, such as a vision tower, and `freeze` freezes them.
 """
 import contextlib
 import itertools
+import os
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from errors import reading
-from lora import NF4Linear
+from families import text_inputs
+from lora import NF4Linear, has_stacked_experts
 
 # --- Noise ----------------------------------------------------------------------------------------
 
@@ -23,6 +25,7 @@ def turn_off_noise(model):
     set to 0, because blocks have some too. verify.find_fault tries whether noise is left.
     """
     turn_off_dropout(model)
+    turn_off_router_logits(model)
     for module in model.modules():
         module.training = hasattr(module, "gradient_checkpointing")
     model.training = True
@@ -43,9 +46,28 @@ def turn_off_dropout(model):
     for config in nested_configs(model.config):
         for name, value in list(vars(config).items()):
             if "drop" in name and isinstance(value, float) and value:
-                model.changed_config.append((config, name, value))
-                setattr(config, name, 0.0)
+                change_config(model, config, name, 0.0)
     model.train()
+
+
+def turn_off_router_logits(model):
+    """Set output_router_logits to False in the config, and note in `asks_for_router_loss` whether
+    it was True.
+
+    With it, each forward of transformers computes the loss that balances the experts, also that of
+    a reference. experts.py asks for router logits where they are read.
+    """
+    model.asks_for_router_loss = False
+    for config in nested_configs(model.config):
+        if getattr(config, "output_router_logits", False):
+            model.asks_for_router_loss = True
+            change_config(model, config, "output_router_logits", False)
+
+
+def change_config(model, config, name, value):
+    """Set an entry of a config for training only."""
+    model.changed_config.append((config, name, getattr(config, name), value))
+    setattr(config, name, value)
 
 
 def nested_configs(config) -> list:
@@ -59,33 +81,15 @@ def nested_configs(config) -> list:
 
 @contextlib.contextmanager
 def original_config(model):
-    """Inside, the config has the values of the model's files, without `turn_off_dropout`."""
+    """Inside, the config has the values of the model's files, without those of `change_config`."""
     changed = getattr(model, "changed_config", [])
-    for config, name, value in changed:
-        setattr(config, name, value)
+    for config, name, original, _ in changed:
+        setattr(config, name, original)
     try:
         yield
     finally:
-        for config, name, _ in changed:
-            setattr(config, name, 0.0)
-
-
-# --- A router loss --------------------------------------------------------------------------------
-
-def router_loss_line(model) -> str:
-    """Return a line if the config asks for the loss that balances the experts, else "".
-
-    transformers adds this loss to the cross-entropy that it computes from labels, which preference
-    losses do not use.
-    """
-    for config in nested_configs(model.config):
-        if getattr(config, "output_router_logits", False):
-            names = [name for name in vars(config) if "aux_loss" in name or "z_loss" in name]
-            entries = [f"{name} {getattr(config, name)}" for name in sorted(names)]
-            entries.insert(0, "output_router_logits")
-            return (f"router loss: the model's config.json asks for it ({', '.join(entries)}), but "
-                    "it is not added here: the experts are not balanced during training")
-    return ""
+        for config, name, _, value in changed:
+            setattr(config, name, value)
 
 
 # --- Parts that text does not reach ---------------------------------------------------------------
@@ -109,18 +113,31 @@ def short_forward(model, used: set):
     """Run four tokens -> the logits' node of the autograd graph. `used` gets each called module."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(1, 5, device=device)[None] % model.get_input_embeddings().num_embeddings
-    advice = "; take config.json from the model that the weights belong to"
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda module, inputs: used.add(module)))
     try:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = text_inputs(model, ids) | {"attention_mask": torch.ones_like(ids)}
         what = f"{model.name_or_path}: cannot compute a text of four tokens"
-        with torch.enable_grad(), reading(what, advice):
+        with torch.enable_grad(), reading(what, forward_advice(model)):
             return model(**inputs, use_cache=False).logits.grad_fn
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def forward_advice(model) -> str:
+    """Return what to do about a model whose forward raises an error."""
+    if model.dtype == torch.float64 and has_stacked_experts(model):
+        return "; stacked experts have no float64 kernels, so choose another --dtype"
+    text_class = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    if text_class not in (None, type(model)):
+        name = model.name_or_path
+        return (f"; this version of transformers cannot use {type(model).__name__} on text. To "
+                "train its language model alone, save that in Python: transformers.AutoModelFor"
+                f"CausalLM.from_pretrained({name!r}).save_pretrained("
+                f"{os.path.basename(name) + '-text'!r}), then copy the tokenizer's files")
+    return "; take config.json from the model that the weights belong to"
 
 
 def graph_leaves(node) -> set[int]:
@@ -188,7 +205,7 @@ def freeze(model, parts: list[str]):
             parameter.requires_grad_(False)
 
 
-def frozen_line(model) -> str:
+def frozen_line(model, sees_images=False) -> str:
     """Return a line that says what `freeze` froze, or ""."""
     parts = getattr(model, "unreached", [])
     if not parts:
@@ -203,4 +220,7 @@ def frozen_line(model) -> str:
     shown = ", ".join(parts[:4])
     if len(parts) > 4:
         shown += f" and {len(parts) - 4} more"
+    if sees_images:
+        return (f"frozen, as only images reach them: {count:,} parameters of {shown}; "
+                "--train_vision trains them")
     return f"frozen, because text does not reach them: {count:,} parameters of {shown}"

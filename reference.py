@@ -39,6 +39,7 @@ from batches import (
 )
 from checkpoint import without_ties
 from dpo import concatenated_forward
+from encoder_decoder import logps_module
 from errors import UserError
 from files import json_digest, written_aside
 from loading import has_vocabulary, last_token, load_tokenizer, position_count
@@ -48,6 +49,7 @@ from lora import adapter_tensors, lora_layers, use_adapter
 from losses import needs_kl, needs_of
 from model import load_model
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
+from vision import processor_settings
 
 # --- The models -----------------------------------------------------------------------------------
 
@@ -81,9 +83,13 @@ def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
 
         def make(device):
             model = load_weights(args, args.ref_model or source, dtype, device, frozen)
-            return FastLogps(model).requires_grad_(False)
+            return logps_module(model).requires_grad_(False)
 
-        return build_on_ranks(make, ranks, args.parallel, dtype)
+        reference = build_on_ranks(make, ranks, args.parallel, dtype)
+        if reference.is_encoder_decoder != policy.is_encoder_decoder:
+            raise UserError(f"--ref_model {args.ref_model}: only one of it and the policy is an "
+                            "encoder-decoder; pass a reference of the policy's kind")
+        return reference
     name = "reference" if args.adapter and args.ref != "adapter_off" else None
 
     def reference(**inputs):
@@ -182,10 +188,13 @@ def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,
 NEUTRAL_ENTRIES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
-def settings_digest(policy: FastLogps, reference: Callable | None) -> str:
+def settings_digest(policy: FastLogps, reference: Callable | None, processor: Any = None) -> str:
     """Hash what the weights of `fingerprint` do not show: the config of their model, as the base of
-    its positions and its activation, and the rank and scale of a frozen adapter."""
+    its positions and its activation, the rank and scale of a frozen adapter, and the settings of
+    the processor of images."""
     settings = {}
+    if processor:
+        settings["images"] = processor_settings(processor)
     if isinstance(reference, torch.nn.Module):
         settings["reference"] = config_entries(reference.model.config)
     if lora_layers(policy):
@@ -366,11 +375,19 @@ def cache_reference(args: Namespace, reference: Callable, splits: dict, fixed: d
     return with_logps
 
 
+def mismatched_rows(args: Namespace, task: Task, rows: Any) -> Mismatched | None:
+    """Return the rows with the answers of other rows, or None if the loss does not need them."""
+    if not needs_kl(task.loss):
+        return None
+    apart = task.row_format.family == "encoder_decoder"  # answers with a max_length of their own
+    return Mismatched(rows, 2 * args.max_length if apart else args.max_length)
+
+
 def reference_table(args, reference, rows, name, tokenizer, task, ranks):
     """Compute (rows, K) log-probs of all rows, and for KTO one more column of `Mismatched`."""
     indices, parts = np.arange(len(rows)), [rows]
     if needs_kl(task.loss):
-        parts.append(Mismatched(rows, args.max_length))
+        parts.append(mismatched_rows(args, task, rows))
     columns = []
     for part in parts:
         columns.append(reference_logps(args, reference, part, indices, tokenizer, task, ranks,

@@ -389,16 +389,22 @@ GROUPS = {  # {heading: whether a loss is in this group}, the first that fits
 }
 
 
-def table() -> list[str]:
-    """Return the lines of a Markdown table of the losses for each group, from signatures and
-    docstrings."""
+def group_losses() -> dict[str, list[Callable]]:
+    """Return {heading of GROUPS: its losses}, in the order of the table."""
     groups = {"Pairs and a reference": []}  # this group first
     for name, function in LOSSES.items():
         if name == function.__name__:  # else an older name of the same loss
             heading = next(each for each, fits in GROUPS.items() if fits(function))
-            groups.setdefault(heading, []).append(table_row(function))
+            groups.setdefault(heading, []).append(function)
+    return groups
+
+
+def table() -> list[str]:
+    """Return the lines of a Markdown table of the losses for each group, from signatures and
+    docstrings."""
     lines = []
-    for heading, rows in groups.items():
+    for heading, functions in group_losses().items():
+        rows = [table_row(function) for function in functions]
         lines += [f"**{heading}**", "", "| loss | summary | paper | hyper-parameters |"]
         lines += ["|---|---|---|---|", *rows, ""]
     return lines[:-1]

@@ -1,20 +1,10 @@
 """Opens what a run left: its policy, its reference, its tokenizer and its flags.
 
-    name                      policy                          reference
-    the folder of a run       the model or adapter in it, or  that of the run, see reference.py
-                              its newest checkpoint
-    a folder of an adapter    the base that its file names,   the same model with the adapter off
-                              with the adapter
-    any other model           that model                      none
-    world                     the newest run in the world,    the world's reference policy
-                              or its reference policy
-
-Policy and reference are loaded by the functions of training, so that their log-probs are those of
-the run's evaluations.
+saved.py finds the parts. Policy and reference are loaded by the functions of training, so that
+their log-probs are those of the run's evaluations.
 """
 import contextlib
 import os
-import pathlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,36 +12,28 @@ from typing import Any, NamedTuple
 import torch
 
 import data
-import world
-from batches import autocast_options, collate, resolve_dtype
-from checkpoint import checkpoints, has_model, is_adapter, is_complete, read_state
-from dpo import concatenated_forward, train_sft
+from batches import autocast_options, resolve_dtype
+from checkpoint import is_adapter
 from errors import UserError
-from files import read_run_file
-from flags import build_parser, default_reference, naming_flags
+from families import family_of
+from flags import build_parser, default_reference, naming_flags, revision_of_base
 from generation import reference_model
 from loading import (
     check_vocabulary,
+    has_processor,
     load_adapter_tokenizer,
     load_tokenizer,
     position_count,
 )
 from logps import FastLogps
-from lora import read_adapter
 from losses import LOSSES, find, hyperparameters
 from parallel import Ranks
 from reference import check_reference, load_reference
-from train import load_policy
+from samples import measure_answers
+from saved import Saved, find_saved
+from train import load_policy, processor_opener
 
 ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-class Saved(NamedTuple):
-    """Where the parts of a run are."""
-    weights: str | None  # folder of the trained model or adapter; None: a model as it is
-    source: str  # the model that the run started from, or the base of the adapter
-    flags: dict  # of the run; {} for a model that train.py did not save
-    note: str = ""
 
 
 class Opened(NamedTuple):
@@ -64,62 +46,16 @@ class Opened(NamedTuple):
     hyper: dict
     dtype: str
     options: dict  # of the chat template
+    open_processor: Callable | None  # of the images: see train.processor_opener
     notes: list[str]
 
+    @property
+    def family(self) -> str:
+        return family_of(self.policy.model.config)
 
-# --- Where the parts are --------------------------------------------------------------------------
-
-def find_saved(name: str) -> Saved:
-    """Find the policy and the source of --model: see the table above."""
-    if name == "world":
-        return find_world_run()
-    folder = pathlib.Path(name)
-    flags = flags_of(folder)
-    if has_model(folder) or not flags:
-        return saved_in(folder, name, flags)
-    newest = [path for path in checkpoints(folder) if has_model(path)]
-    if not newest:
-        raise UserError(f"{name}: this run has not saved a model yet; wait for its first "
-                        "checkpoint (--save_every) or its end")
-    note = f"{name}: the run has not ended; the policy is that of {newest[-1].name}"
-    return saved_in(newest[-1], name, flags)._replace(note=note)
-
-
-def find_world_run() -> Saved:
-    """Find the newest run in the world, below runs/ of the current folder."""
-    home, newest = world.make(train_sft, torch.device("cpu")), {}
-    for path in home.parent.iterdir():
-        with contextlib.suppress(UserError):  # a folder of something else
-            if flags_of(path).get("model") == "world" and is_complete(path):
-                newest[path] = path.stat().st_mtime
-    if not newest:
-        note = "world: there is no finished run below runs/; this is the reference policy"
-        return Saved(None, str(home / "reference"), {"model": "world"}, note)
-    folder = max(newest, key=newest.get)
-    return saved_in(folder, str(folder), flags_of(folder))._replace(note=f"world: {folder}")
-
-
-def saved_in(folder: pathlib.Path, name: str, flags: dict) -> Saved:
-    """Find the source of the weights in this folder."""
-    if is_adapter(folder):
-        base = read_adapter(folder)[2] or ""
-        return Saved(str(folder), base, flags)
-    if not flags:
-        return Saved(None, name, {})
-    source = flags["model"]
-    if source == "world":
-        source = str(world.make(train_sft, torch.device("cpu")) / "reference")
-    return Saved(str(folder), source, flags)
-
-
-def flags_of(folder: pathlib.Path) -> dict:
-    """Return the flags of the run that wrote this folder, which may be a checkpoint, or {}."""
-    if not folder.is_dir():
-        return {}
-    flags = read_run_file(folder).get("flags", {})
-    if not flags and folder.name.startswith("checkpoint-"):
-        flags = read_state(folder).get("flags", {})
-    return flags
+    def context(self, prompt: list[int]) -> list[int]:
+        """Return the tokens before an answer of the decoder, of which the prompt may be apart."""
+        return [] if self.family == "encoder_decoder" else prompt
 
 
 # --- Loading them ---------------------------------------------------------------------------------
@@ -165,15 +101,26 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
         hyper={name: getattr(args, name) for name in hyperparameters(loss)},
         dtype=dtype,
         options=data.read_template_kwargs(args.template_kwargs),
+        open_processor=open_saved_processor(saved, args, tokenizer, policy),
         notes=[note for note in notes if note],
     )
+
+
+def open_saved_processor(saved: Saved, args: Namespace, tokenizer: Any,
+                         policy: torch.nn.Module) -> Callable | None:
+    """Return a function that loads the processor of a run's images, or None if it sees none."""
+    source = saved.source
+    if saved.weights is not None and has_processor(saved.weights):
+        source = saved.weights
+    return processor_opener(args, source, tokenizer, policy.model)
 
 
 def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:
     """Load the tokenizer of a run, with the chat template that it was trained with, or with that of
     a --chat_template given now."""
     if saved.weights is not None and is_adapter(saved.weights):
-        tokenizer = load_adapter_tokenizer(saved.weights, saved.source)
+        revision = args.revision if saved.source == args.model else None
+        tokenizer = load_adapter_tokenizer(saved.weights, saved.source, revision)
     else:
         tokenizer = load_tokenizer(saved.weights or saved.source)
     if args.chat_template:
@@ -185,6 +132,8 @@ def flags_to_load(saved: Saved, loss: Callable, changed: dict) -> Namespace:
     """Return the flags of the run, with the defaults of train.py for those that it did not have."""
     flags = vars(build_parser(LOSSES["sigmoid"]).parse_args([]))
     flags |= vars(build_parser(loss).parse_args([])) | {"model": saved.source}
+    if saved.weights is not None and not saved.flags and not os.path.isdir(saved.source):
+        flags["revision"] = revision_of_base(saved.weights)  # of an adapter made by PEFT
     flags |= saved.flags | changed
     flags |= {"parallel": "ddp", "compile": False, "gradient_checkpointing": False}
     # The tokenizer of the run has its --chat_template already.
@@ -245,22 +194,9 @@ def speaker(opened: Opened, side: str) -> Iterator[torch.nn.Module]:
             yield model
 
 
-@torch.no_grad()
 def answer_rewards(opened: Opened, beta: float, prompt: list[int],
                    answers: list[list[int]]) -> list[dict]:
-    """Compute the log-probs of answers to one prompt under policy and reference, as training does,
-    and their implicit rewards."""
-    row = {"id": [""], "prompt_ids": [prompt], "answer_ids": [answers]}
-    batch = collate(row, opened.tokenizer, ALONE.device)
-    with torch.autocast(**autocast_options(opened.dtype, ALONE.device)):
-        logps = concatenated_forward(opened.policy, batch)["logps"][0].tolist()
-        ref_logps = [None] * len(logps)
-        if opened.reference is not None:
-            ref_logps = concatenated_forward(opened.reference, batch)["logps"][0].tolist()
-    measured = []
-    for ids, logp, ref_logp in zip(answers, logps, ref_logps):
-        values = {"tokens": len(ids), "logp": logp}
-        if ref_logp is not None:
-            values |= {"ref_logp": ref_logp, "reward": beta * (logp - ref_logp)}
-        measured.append(values)
-    return measured
+    """Compute the log-probs and rewards of answers to one prompt: see samples.measure_answers."""
+    autocast = autocast_options(opened.dtype, ALONE.device)
+    return measure_answers(opened.policy, opened.reference, opened.tokenizer, autocast, beta,
+                           prompt, answers)

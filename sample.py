@@ -29,12 +29,12 @@ from typing import NamedTuple
 import torch
 
 import data
-import world
 from audit import load_scored_rows, score_file, write_lines
 from chat import Chat, figures, sampling, shown, writes_chat
 from generation import Answer, answer_text, check_prompt_room, encode_prompts, generate, stop_ids
 from ranges import real_number, whole_number
 from runs import Opened, answer_rewards, open_run, speaker
+from world import true_reward_of
 
 # --- Prompts --------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ def collect_prompts(args, opened: Opened) -> list[Prompt]:
         if not isinstance(text, str) and opened.tokenizer.chat_template is None:
             raise UserError(f"{name}: holds messages, and the model has no chat template; write "
                             "the prompt as text")
-    rows = encode_prompts(chats, opened.tokenizer, names, opened.options)
+    rows = encode_prompts(chats, opened.tokenizer, names, opened.options, opened.family)
     return [Prompt(name, ids, {}) for name, ids in zip(names, rows)]
 
 
@@ -112,6 +112,10 @@ def prompts_of_rows(args, opened: Opened) -> list[Prompt]:
     """Return the first --count rows of --dataset, read as training reads them."""
     rows, account = load_scored_rows(opened, args.dataset)
     print(data.describe(account), file=sys.stderr)
+    if "image_paths" in rows.column_names:
+        raise UserError(f"--dataset {args.dataset}: has images, and prompts with images are not "
+                        "answered here; --score scores the answers of the file, and transformers' "
+                        "generate answers with the model and AutoProcessor of --model")
     prompts = []
     for row in rows.select(range(min(args.count or len(rows), len(rows)))):
         names = data.answer_names(row)
@@ -149,7 +153,8 @@ def describe_prompt(opened: Opened, beta: float, prompt: Prompt,
         line[side] = {"text": answer.text, "ended": answer.ended}
         ids[side] = answer.ids
     for name, answer_ids in prompt.answers.items():
-        line[name] = {"text": answer_text(opened.tokenizer, prompt.ids, answer_ids, ends)}
+        context = opened.context(prompt.ids)
+        line[name] = {"text": answer_text(opened.tokenizer, context, answer_ids, ends)}
         ids[name] = answer_ids
     measured = answer_rewards(opened, beta, prompt.ids, list(ids.values()))
     for name, values in zip(ids, measured):
@@ -157,14 +162,6 @@ def describe_prompt(opened: Opened, beta: float, prompt: Prompt,
         if opened.args.model == "world":
             line[name]["true_reward"] = true_reward_of(text, line[name]["text"])
     return line
-
-
-def true_reward_of(prompt: str, answer: str) -> float | None:
-    """Return the true reward of an answer in the world, or None for one that is not three words."""
-    if prompt not in world.prompts() or answer not in world.answers():
-        return None
-    thing, number = world.prompts().index(prompt), world.answers().index(answer)
-    return world.true_reward()[thing, number].item()
 
 
 # --- Printed --------------------------------------------------------------------------------------

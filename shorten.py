@@ -24,7 +24,7 @@ LETTER = r"[^\W\d_]"
 TRIED = "aaabbeeennstTHZßéñдн中文한ア  \n\t.,!?'’\"-_/<>|()0123456789，。"
 # A token with a space behind a letter, in any way in which a vocabulary writes a space.
 CROSSING = re.compile(r"[^\W\d_▁Ġ][ ▁Ġ]")
-# Texts up to so many characters, and so many for each token of the limit, are not worth a cut.
+# Texts up to this many characters, and this many for each token of the limit, are not worth a cut.
 CHARACTERS, SLACK_CHARACTERS = 32, 10_000
 SLACK = 16  # tokens of the beginning of a text that depend on its being the beginning
 
@@ -33,10 +33,11 @@ def shorten_texts(texts: list, most: int, tokenizer: Any) -> list:
     """Shorten the strings of each RowText whose first and last `most` tokens are all that
     truncation keeps of its prompt and of its answers."""
     limit = CHARACTERS * most + SLACK_CHARACTERS
-    # The spans of a row with unscored turns count characters, so such a row stays as it is.
+    # The spans of a row with unscored turns count characters, so such a row stays as it is. The
+    # prompt of a row with images is never truncated.
     long = []
     for i, text in enumerate(texts):
-        if max(map(len, text.wholes)) > limit and not any(text.scored):
+        if max(map(len, text.wholes)) > limit and not any(text.scored) and not text.images:
             long.append(i)
     boundaries = find_boundaries(tokenizer) if long else None
     if boundaries is None:

@@ -534,13 +534,42 @@ def tables_of_dataset(rows, source):
         yield from rows.iter(batch_size=1024)
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, object]]:
-    """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
+def read_rows(source: Source) -> Iterator[tuple[str, object, str]]:
+    """Yield (where, row, folder): a row as a dict, its name in errors, drops and logs, and the
+    folder that paths in it are relative to."""
     files, _ = find_files(source)
     if not files:
         for number, row in dataset_rows(source):
-            yield f"{source.name}, row {number}", row
+            yield f"{source.name}, row {number}", row, source.name
     for path in files:
         name = printable(str(path))
         for number, row in READERS[path.suffix.lower()](path):
-            yield f"{name}, row {number}", row
+            yield f"{name}, row {number}", row, str(path.parent)
+
+
+# --- Several evaluation sets ----------------------------------------------------------------------
+
+EVAL_SET = re.compile(r"(\w[\w-]*)=(.*)", re.DOTALL)
+
+
+def evaluation_sets(spec: str) -> dict[str, str]:
+    """Return {split of metrics.jsonl: rows} of --eval_dataset.
+
+    "FILE" is {"eval": "FILE"}, and "a=FILE,b=FILE" {"eval/a": "FILE", "eval/b": "FILE"}. The rows
+    of a name may be a mixture, because a part without a name belongs to the set before it.
+    """
+    if os.path.exists(spec) or not EVAL_SET.fullmatch(spec.partition(",")[0]):
+        return {"eval": spec}
+    sets, split = {}, None
+    for part in spec.split(","):
+        match = EVAL_SET.fullmatch(part)
+        if match is None:
+            sets[split] += f",{part}"
+            continue
+        split = f"eval/{match[1]}"
+        if split in sets or not match[2]:
+            problem = "names two sets" if split in sets else "names no rows"
+            raise UserError(f"--eval_dataset {spec}: {match[1]} {problem}; write "
+                            "NAME=ROWS,NAME=ROWS with different names")
+        sets[split] = match[2]
+    return sets

@@ -1916,14 +1916,14 @@ def test_the_drawn_slope_is_the_derivative_of_the_drawn_loss(name):
     assert torch.allclose(between, (drawn[1:] + drawn[:-1]) / 2, atol=1e-3)
 
 
-# --- The README -----------------------------------------------------------------------------------
+# --- docs/losses.md -------------------------------------------------------------------------------
 
-README = (pathlib.Path(__file__).parent / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parent / "docs/losses.md").read_text()
 
 
-def test_the_readme_names_the_losses_of_each_kind():
+def test_docs_losses_names_the_losses_of_each_kind():
     def named(pattern):
-        return set(re.findall(r"`(\w+)`", re.search(pattern, README, re.DOTALL)[1]))
+        return set(re.findall(r"`(\w+)`", re.search(pattern, PAGE, re.DOTALL)[1]))
 
     def tagged(*tags, without=()):
         names = set()

@@ -1,7 +1,8 @@
 """Sends the rows of metrics.jsonl to TensorBoard and to Weights & Biases: `--report_to`.
 
 Both are optional packages. Each metric has its name in metrics.jsonl, behind the split: train/loss,
-eval/rewards/margins, world/share. The flags of the run are its config there.
+eval/rewards/margins, world/share. The flags of the run are its config there. The answers of
+--sample_every are texts in TensorBoard and a table in W&B, by the name samples.
 
 A resumed run sends the rows up to its checkpoint again, before its own. No step is there twice:
     tensorboard    the files are in tensorboard/ of the run's folder. The new file begins with a
@@ -13,10 +14,12 @@ So a tracker that --resume adds gets the whole run.
 """
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import secrets
+import textwrap
 from typing import Any
 
 from errors import UserError, reading
@@ -72,6 +75,11 @@ class TensorBoard:
             self.writer.add_scalar(tag(split, metric), value, step)
         self.writer.flush()
 
+    def samples(self, step: int, rows: list[dict]) -> None:
+        for number, row in enumerate(rows, 1):
+            self.writer.add_text(f"samples/{number}", as_markdown(row), step)
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -100,17 +108,57 @@ class WandB:
         named = {tag(split, metric): value for metric, value in values.items()}
         self.run.log(named | {"step": step}, step=step)
 
+    def samples(self, step: int, rows: list[dict]) -> None:
+        if step < self.first:
+            return
+        cells = [flatten(row) for row in rows]
+        columns = list(cells[0])
+        table = importlib.import_module("wandb").Table(
+            columns=columns, data=[[row[name] for name in columns] for row in cells])
+        self.run.log({"samples": table}, step=step)
+
     def close(self) -> None:
         self.run.finish()
 
 
-def open_trackers(text: str | None, folder: pathlib.Path, flags: dict, rows: list[dict]) -> list:
-    """Open the trackers of --report_to, and send them these rows of metrics.jsonl."""
+def flatten(row: dict) -> dict:
+    """{"id": ..., "policy": {"text": ...}} of samples.jsonl -> {"id": ..., "policy/text": ...}"""
+    cells = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            cells |= {f"{name}/{key}": each for key, each in value.items()}
+        else:
+            cells[name] = value
+    return cells
+
+
+def as_markdown(row: dict) -> str:
+    """Format a row of samples.jsonl. Text that is indented can hold no Markdown."""
+    parts = [f"prompt {row['id']}:", textwrap.indent(row["prompt"], "    ", lambda line: True)]
+    for side in ("policy", "reference"):
+        if side in row:
+            figures = {name: value for name, value in row[side].items() if name != "text"}
+            text = textwrap.indent(row[side]["text"], "    ", lambda line: True)
+            parts += [f"{side}: `{json.dumps(figures)}`", text]
+    return "\n\n".join(parts)
+
+
+def open_trackers(text: str | None, folder: pathlib.Path, flags: dict, rows: list[dict],
+                  samples: list[dict]) -> list:
+    """Open the trackers of --report_to, and send them these rows of metrics.jsonl and of
+    samples.jsonl, step by step, because W&B takes no row of an earlier step."""
     kinds = {"tensorboard": TensorBoard, "wandb": WandB}
     trackers = [kinds[name](folder, flags) for name in read_names(text or "none")]
-    for row in rows:
-        values = dict(row)
-        step, split = values.pop("step"), values.pop("split")
+    by_step = sorted(rows + samples, key=lambda row: row["step"])
+    # The split of a row of metrics; None for all samples of the step.
+    groups = itertools.groupby(by_step, key=lambda row: (row["step"], row.get("split")))
+    for (step, split), group in groups:
+        group = list(group)
         for tracker in trackers:
-            tracker.row(step, split, values)
+            if split is None:
+                tracker.samples(step, group)
+                continue
+            for row in group:
+                values = {name: row[name] for name in row if name not in ("step", "split")}
+                tracker.row(step, split, values)
     return trackers

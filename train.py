@@ -16,6 +16,8 @@ remaining exception is a bug and shows its traceback.
 """
 from errors import UserError, arguments, is_out_of_memory, report  # first, see errors.py
 import contextlib
+import functools
+import json
 import math
 import os
 import pathlib
@@ -28,7 +30,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -37,7 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 import packing
 import world
-from answers import Mismatched, group_means
+from answers import group_means
 from best import (
     BEST,
     Best,
@@ -51,6 +52,7 @@ from best import (
 )
 from batches import (
     Piece,
+    RowFormat,
     Task,
     autocast_options,
     collate,
@@ -62,35 +64,54 @@ from batches import (
     raise_not_finite,
     resolve_dtype,
     split_step,
+    with_router_loss,
 )
-from card import document_run, has_card
+from card import document_run, has_card, reopen_run
 from checkpoint import (
     FREE_ON_RESUME,
+    LENGTH,
+    METRICS_FILE,
+    checkpoints,
     claim,
     delete_old_checkpoints,
     explained_write_errors,
     how_to_continue,
     gather_tensors,
+    is_adapter,
     is_complete,
+    is_longer,
     load_checkpoint,
     newest_checkpoint,
     optimizer_tensors,
     plan_checkpoints,
+    reason_against_new_run,
     save_checkpoint,
+    saved_flags,
     tensor_bytes,
 )
 from dpo import preference_logps, train_sft
+from encoder_decoder import logps_module
+from experts import (
+    Routing,
+    RouterLoss,
+    asked_coefficient,
+    balance_loss,
+    experts_per_token,
+    find_no_router_loss,
+)
+from families import family_of
 from files import (
     delete_if_abandoned,
     free_name,
     json_digest,
     missing_folders,
+    write_text,
     written_aside,
 )
-from flags import evaluation_sets, parse_args, read_variants
+from flags import parse_args, read_variants, split_model
 from hub import push
-from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
-from log import Log, introduce
+from loading import check_vocabulary, load_adapter_tokenizer, load_processor, load_tokenizer
+from log import Log, introduce, metric_lines
 from logps import FastLogps
 from lora import (
     LoraSettings,
@@ -105,7 +126,7 @@ from lora import (
 )
 from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
-from optimizers import MOMENTS, make_optimizer, make_schedule
+from optimizers import MOMENTS, make_optimizer, make_schedule, start_moments
 from parallel import (
     Ranks,
     barrier,
@@ -121,6 +142,7 @@ from parallel import (
     whole,
     wrap,
 )
+from plots import CURVES_FILE
 from reach import freeze, is_below, unreached_by_text
 from reference import (
     cache_reference,
@@ -130,10 +152,20 @@ from reference import (
     fingerprint,
     load_reference,
     load_weights,
+    mismatched_rows,
     move_reference,
     moving_tensors,
     settings_digest,
 )
+from rehearsal import (
+    NoUpdate,
+    describe_plan,
+    describe_size,
+    report_plan,
+    time_steps,
+)
+from saved import find_saved, trained_state
+from sources import evaluation_sets
 from streams import output_is_closed, script_signals_and_streams
 from verify import can_drop_mask, can_pack, find_fault
 
@@ -153,19 +185,21 @@ def make_world(ranks: Ranks) -> pathlib.Path:
 
 # --- Rows -----------------------------------------------------------------------------------------
 
-def load_rows(args, loss, tokenizer, home, ranks):
+def load_rows(args, loss, tokenizer, home, family, ranks, open_processor=None):
     """-> training rows, and held-out rows (maybe none) of each evaluation set, as token ids.
 
-    Rank 0 tokenizes, then the others read its cache.
+    Rank 0 tokenizes, then the others read its cache. open_processor: see `processor_opener`.
     """
-    limits, shape, options = data.read_flags(args)
+    limits, shape, options = data.read_flags(args, family)
+    shape = shape._replace(images=open_processor is not None)
     specs = name_sources(args, loss, home)
     if ranks.rank > 0:
         barrier(ranks)
     loaded = {}
     for split, spec in specs.items():
         loaded[split] = data.load_tokens(
-            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options)
+            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options,
+            open_processor)
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
@@ -174,6 +208,10 @@ def load_rows(args, loss, tokenizer, home, ranks):
     for split, (part, _) in loaded.items():
         check_weights(args, loss, f"{flag_of(split)} {specs[split]}", part)
     held_out = {split: part for split, (part, _) in loaded.items()}
+    if args.eval_only:  # there are no training rows
+        if ranks.rank == 0:
+            describe_splits(loaded)
+        return next(iter(held_out.values())), held_out
     rows = held_out.pop("train")
     if not held_out:
         rows, held_out["eval"] = data.hold_out(rows, args.eval_share)
@@ -183,12 +221,23 @@ def load_rows(args, loss, tokenizer, home, ranks):
     if kind_of(loss) == "labels":
         data.check_labels(f"--dataset {specs['train']}, without the held-out rows", rows)
     if ranks.rank == 0:
-        for split, (_, account) in loaded.items():
-            name = split.partition("/")[2]
-            print(f"{flag_of(split)} {name + ': ' if name else ''}{data.describe(account)}")
-        print(data.describe_statistics(data.statistics(rows, all_prompts(held_out))))
-        print(data.show(rows, tokenizer, most=300))
+        describe_splits(loaded)
+        print(data.describe_statistics(data.statistics(rows, data.all_prompts(held_out))))
+        image_id = open_processor().image_token_id if with_images(rows) else None
+        print(data.show(rows, tokenizer, most=300, image_id=image_id))
     return rows, held_out
+
+
+def with_images(*parts):
+    """-> whether rows have images."""
+    return any("image_paths" in rows.column_names for rows in parts)
+
+
+def describe_splits(loaded):
+    """Print which rows of {split: (rows, account)} are kept, and why others are not."""
+    for split, (_, account) in loaded.items():
+        name = split.partition("/")[2]
+        print(f"{flag_of(split)} {name + ': ' if name else ''}{data.describe(account)}")
 
 
 def name_sources(args, loss, home):
@@ -201,18 +250,14 @@ def name_sources(args, loss, home):
     if args.eval_dataset:
         sources.pop("eval", None)
         sources |= evaluation_sets(args.eval_dataset)
+    if args.eval_only:
+        del sources["train"]
     return sources
 
 
 def flag_of(split):
     """-> the flag that the rows of a split come from."""
     return "--dataset" if split == "train" else "--eval_dataset"
-
-
-def all_prompts(held_out):
-    """-> the hashes of the prompts of all evaluation sets, as rows."""
-    return datasets.concatenate_datasets(
-        [rows.select_columns(["prompt_key"]) for rows in held_out.values()])
 
 
 def check_weights(args, loss, where, rows):
@@ -237,13 +282,14 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
 
     With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
     for it. `newest` is the checkpoint to resume from, or None. `unreached` names the parts of the
-    model that text does not reach, which are frozen; None: a short forward finds them.
+    model that text does not reach, which are frozen; None: a short forward finds them. With
+    --train_vision nothing is frozen.
     """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
     if unreached is None:
         unreached = []
-        if device.type != "meta":
+        if device.type != "meta" and not args.train_vision:
             with torch.autocast(**autocast_options(dtype, device)):
                 unreached = unreached_by_text(model)
     if adapted and (newest or args.adapter):
@@ -263,10 +309,10 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return FastLogps(model)
+    return logps_module(model)
 
 
-def choose_attention(args, models, rows, dtype, ranks):
+def choose_attention(args, models, rows, dtype, ranks, processor=None):
     """Resolve --attention -> "packed" or "padded", whether padded rows need their mask, and a line
     that says which and why.
 
@@ -274,12 +320,16 @@ def choose_attention(args, models, rows, dtype, ranks):
     """
     line = "attention: padded rows"
     if args.attention != "padded":
-        reason = reason_to_pad(args, models, rows, dtype, ranks)
+        reason = "rows with images are not packed"
+        if not processor:
+            reason = reason_to_pad(args, models, rows, dtype, ranks)
         if reason is None:
             return "packed", True, "attention: packed rows"
         if args.attention == "packed":
             raise UserError(f"--attention packed: {reason}")
         line += f"; {reason}"
+    if processor:  # some models compute the positions of images from the mask
+        return "padded", True, line
     reasons = [try_rows(can_drop_mask, module, dtype, ranks) for module in models]
     masked = any(reasons)
     if not masked:
@@ -290,6 +340,8 @@ def choose_attention(args, models, rows, dtype, ranks):
 
 def reason_to_pad(args, models, rows, dtype, ranks):
     """None if rows can be packed and, with --attention auto, gain from it."""
+    if models[0].is_encoder_decoder:
+        return can_pack(models[0])
     tokens = data.column(rows, "tokens")
     hidden = models[0].model.get_input_embeddings().embedding_dim
     if args.attention == "auto" and not packing.is_faster(tokens, hidden):
@@ -398,10 +450,18 @@ class Step(NamedTuple):
     state: dict  # numbers of the whole step that a loss may take: mean_chosen_length, start_state
 
 
-def pair_losses(task, policy, reference, batch, state):
+class WholeStep(NamedTuple):
+    """Numbers of all rows of a step, from its first pass."""
+    logp_grads: dict | None  # dL/dlogp of a loss that compares pairs: see batches.logp_gradients
+    metrics: dict | None  # of this loss
+    expert_counts: torch.Tensor | None  # (E,) of a router loss: see experts.py
+
+
+def pair_losses(task, policy, reference, batch, state, **more):
     """-> losses (B,) with a graph, {metric: (B,)} without."""
     with torch.autocast(**task.autocast):
-        tensors = preference_logps(policy, reference, batch, task.loss, **task.options)
+        options = task.options | more
+        tensors = preference_logps(policy, reference, batch, task.loss, **options)
         return task.preference_loss(tensors | state, task.loss, task.hyper, task.score)
 
 
@@ -412,30 +472,26 @@ def train_step(task: Task, policy: torch.nn.Module, reference: Callable | None,
 
     A row of another kind than a pair is treated alike: see answers.py.
 
-    batches    yields this rank's micro-batches, all of them twice for a loss that compares pairs
+    batches    yields this rank's micro-batches, all of them `task.passes` times
     stopping   whether this rank caught a signal. The metric "stop" is above 0 if any rank did
 
     The CPU waits for the GPU only once, where it reads the metrics.
     """
-    # A loss that compares pairs needs all of them at once, but only their log-probs. Pass 1
-    # computes dL/dlogp for all pairs, without a graph. Pass 2 back-propagates it by micro-batches.
-    logp_grads, all_metrics = None, None
-    if task.compares_pairs:
-        logp_grads, all_metrics = first_pass(task, policy, reference, batches, step, ranks)
+    # Some losses need numbers of the whole step: pass 1 computes these without a graph, and pass 2
+    # back-propagates by micro-batches.
+    whole_step = None
+    if task.passes == 2:
+        whole_step = first_pass(task, policy, reference, batches, step, ranks)
 
-    # Forward and backward, one micro-batch at a time; pass 2 of a loss that compares pairs.
+    # Forward and backward, one micro-batch at a time.
     totals = {"stop": torch.full((), float(stopping), dtype=torch.float64, device=ranks.device)}
     seen = []  # ids and metrics of each micro-batch, for the error about a loss that is not finite
     # zip asks for a piece first, so it ends before it takes a batch of the next step.
     for piece, batch in zip(step.pieces, batches):
         if ranks.size > 1:
             sync_gradients(policy, on=piece is step.pieces[-1])
-        if task.compares_pairs:
-            # dL/dlogp already contains the reference, so this forward does not need one. The
-            # gradient of this sum is that of the loss; its value is not the loss.
-            out = pair_logps(task, policy, None, batch, reference_free=True)
-            losses = sum(logp_grads[name][piece.pairs] * out[name] for name in logp_grads)  # (B,)
-            metrics = {name: every[piece.pairs] for name, every in all_metrics.items()}
+        if task.passes == 2:
+            losses, metrics = second_pass(task, policy, reference, batch, step, piece, whole_step)
         else:
             losses, metrics = pair_losses(task, policy, reference, batch, step.state)
         # The mean over the pairs of all ranks. DDP and FSDP average gradients, so times ranks.size.
@@ -465,14 +521,53 @@ def mismatched_kl(task, model, reference, batches, pieces, count, ranks):
 
 
 def first_pass(task, policy, reference, batches, step, ranks):
-    """-> dL/dlogp of all pairs of the step, and their metrics: see batches.logp_gradients."""
+    """Run the forwards of a step without a graph -> WholeStep.
+
+    A loss that compares pairs needs all of them at once, but only their log-probs. A router loss
+    needs to know how often each expert is chosen.
+    """
     model = unwrap(policy)
+    options = {} if task.compares_pairs else {"reference_free": True}
 
-    def logps(batch):
-        return pair_logps(task, model, reference, batch)
+    def numbers(batch):
+        if task.router_loss is None:
+            return pair_logps(task, model, reference, batch)
+        routing = Routing()
+        tensors = pair_logps(task, model, reference, batch, routing=routing, **options)
+        counts = routing.counts(task.router_loss.top_k, len(batch["id"]))
+        return tensors | {"expert_counts": counts}
 
-    tensors = of_all_pairs(logps, batches, step.pieces, step.count, ranks)
-    return logp_gradients(task, tensors | step.state)
+    tensors = of_all_pairs(numbers, batches, step.pieces, step.count, ranks)
+    logp_grads, metrics, counts = None, None, None
+    if task.router_loss:
+        counts = tensors.pop("expert_counts").sum(0)  # (E,)
+    if task.compares_pairs:
+        logp_grads, metrics = logp_gradients(task, tensors | step.state)
+    return WholeStep(logp_grads, metrics, counts)
+
+
+def second_pass(task, policy, reference, batch, step, piece, whole_step):
+    """-> losses (B,) of a micro-batch with a graph, {metric: (B,)} without. The gradient of the
+    losses is that of this micro-batch's part of the whole step's loss."""
+    routing = Routing() if task.router_loss else None
+    options = {"routing": routing} if task.router_loss else {}
+    if task.compares_pairs:
+        # dL/dlogp already contains the reference, so this forward does not need one. The sum has
+        # the gradient of the loss, but not its value.
+        out = pair_logps(task, policy, None, batch, reference_free=True, **options)
+        losses = 0
+        for name, gradients in whole_step.logp_grads.items():
+            losses = losses + gradients[piece.pairs] * out[name]  # (B,)
+        metrics = {name: every[piece.pairs] for name, every in whole_step.metrics.items()}
+    else:
+        losses, metrics = pair_losses(task, policy, reference, batch, step.state, **options)
+    if task.router_loss:
+        coefficient, top_k = task.router_loss
+        # Each pair gets the same part of the router loss, so that the mean over the step has all.
+        part = balance_loss(routing, top_k, whole_step.expert_counts) * step.count / len(losses)
+        losses = losses + coefficient * part
+        metrics = metrics | {"aux_loss": part.detach().expand(len(losses))}
+    return losses, metrics
 
 
 def clip_gradients(policy, max_norm, ranks):
@@ -537,11 +632,6 @@ def evaluate(args, task, model, reference, rows, state, tokenizer, ranks):
     return group_means(dict(zip(metrics, means)))
 
 
-def mismatched_rows(args, task, rows):
-    """-> the rows with the answers of other rows, or None if the loss does not need them."""
-    return Mismatched(rows, args.max_length) if needs_kl(task.loss) else None
-
-
 def passes(rows, window, pieces, mismatched=None, repeats=1):
     """Yield (rows, indices) of the micro-batches of a step: of the mismatched answers, if there are
     such, then of the rows, `repeats` times."""
@@ -563,7 +653,7 @@ def training_batches(args, task, rows, start, steps, tokenizer, ranks):
         for number in range(start + 1, steps + 1):
             window = row_window(args, number, len(rows))
             pieces = split_step(args, len(window), tokens[window], ranks)
-            yield from passes(rows, window, pieces, others, 2 if task.compares_pairs else 1)
+            yield from passes(rows, window, pieces, others, task.passes)
 
     return load_batches(selections(), tokenizer, task.row_format, task.device)
 
@@ -605,6 +695,11 @@ def make_free_folder(base):
             continue
 
 
+def default_folder(args):
+    """-> the folder of a run without --output_dir, which a number may follow."""
+    return pathlib.Path("runs") / re.sub("[:,]", "+", args.loss)
+
+
 def choose_folder(args, ranks):
     """--output_dir, or the first free folder below runs/ -> the folder, and a list of the folders
     that are, or will be, made for it."""
@@ -613,7 +708,7 @@ def choose_folder(args, ranks):
         return folder, missing_folders(folder)
     chosen = None
     if ranks.rank == 0:
-        chosen = make_free_folder(pathlib.Path("runs") / re.sub("[:,]", "+", args.loss))
+        chosen = make_free_folder(default_folder(args))
     return broadcast(chosen, ranks)
 
 
@@ -634,6 +729,7 @@ class Run(NamedTuple):
     home: pathlib.Path | None  # of the embedded world
     source: str  # of the model
     tokenizer: Any
+    preprocessor: Any  # the processor of images with its tokenizer, or the tokenizer: to save
     model: torch.nn.Module  # the policy without DDP's wrapper: to evaluate and to save
     policy: torch.nn.Module  # the same in DDP's wrapper, if there is one: to train
     reference: Callable | None
@@ -652,14 +748,20 @@ class Run(NamedTuple):
     fixed: dict  # hashes of what must be the same when the run is resumed
     flags: dict  # with the values that were resolved: output_dir, attention, warmup_steps
     keep: int  # how many checkpoints are kept
+    sampler: Any  # samples.Sampler, with --sample_every
 
 
-def load_trained_tokenizer(args, source):
+def load_trained_tokenizer(args, source, trained=None):
     """-> the tokenizer of the rows, and a list of lines about its chat template.
 
-    A second stage by --adapter gets the template that the adapter was trained behind.
+    A second stage by --adapter gets the template that the adapter was trained behind. The run
+    whose weights are in the folder `trained` has its own.
     """
     lines = []
+    if trained and not is_adapter(trained):
+        source = trained
+    elif trained:
+        args = Namespace(**vars(args) | {"adapter": trained})
     tokenizer = load_tokenizer(source, args.revision)
     if args.adapter:
         base_template = tokenizer.chat_template
@@ -682,12 +784,47 @@ def tokenizer_digest(tokenizer) -> str:
     return json_digest({"words": words, "special": special, "chat": tokenizer.chat_template})
 
 
+def processor_opener(args, source, tokenizer, model):
+    """-> a function that loads the processor of the images, when it is first called; None for a
+    model that sees no images."""
+    if family_of(model.config) != "vision":
+        if args.train_vision:
+            raise UserError(f"--train_vision: {args.model} sees no images; leave the flag out")
+        return None
+    keeps_template = bool(args.chat_template or args.adapter)
+    return functools.cache(
+        functools.partial(load_processor, source, tokenizer, args.revision, keeps_template))
+
+
+def settle_images(args, open_processor, model, reference, parts):
+    """-> the processor of the images of the rows, or None if no row has any. `parts` are the
+    training rows and those of all evaluation sets."""
+    if not with_images(*parts):
+        if args.train_vision:
+            raise UserError(f"--train_vision: no row of --dataset {args.dataset} has an image; "
+                            "leave the flag out")
+        return None
+    processor = open_processor()
+    check_vocabulary(f"--model {args.model}", model.model, processor.tokenizer)
+    if isinstance(reference, FastLogps):
+        kind, other = model.model.config.model_type, reference.model.config.model_type
+        if other != kind:
+            raise UserError(f"--ref_model {args.ref_model}: is a {other} model, and the rows have "
+                            f"images for a {kind} model; pass a reference of this kind")
+    without = sum(data.count_without_images(rows) for rows in parts)
+    if args.parallel == "fsdp" and without:
+        raise UserError(f"--parallel fsdp: {without} rows have no image, and all ranks must run "
+                        "the vision tower in the same forwards; use ddp")
+    return processor
+
+
 def load_models(args, home, newest, ranks):
     """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
     function, in the same dtype."""
     dtype = resolve_dtype(args.dtype, ranks.device)
     source = str(home / "reference") if args.model == "world" else args.model
-    tokenizer, lines = load_trained_tokenizer(args, source)
+    trained = newest if args.eval_only else None
+    tokenizer, lines = load_trained_tokenizer(args, source, trained)
 
     def make_policy(device, unreached=None):
         return load_policy(args, source, newest, dtype, device, unreached)
@@ -698,7 +835,7 @@ def load_models(args, home, newest, ranks):
     reference = load_reference(args, model, source, dtype, ranks)
     if reference is not None and args.ref_model:
         lines.append(check_reference(args, reference.model, tokenizer))
-    if args.adapter:
+    if args.adapter and not trained:
         lines.append(describe_base(args.adapter, source))
     for line in lines:
         if line and ranks.rank == 0:
@@ -706,17 +843,36 @@ def load_models(args, home, newest, ranks):
     return source, tokenizer, model, reference, dtype
 
 
-def settle_attention(args, model, reference, rows, dtype, ranks):
+def trial_of_image(rows, processor, ranks):
+    """-> find_fault on the shortest row with an image: some models read the tokens behind an image
+    in both directions."""
+    keys = rows["image_keys"] if with_images(rows) else []
+    seeing = [i for i, row_keys in enumerate(keys) if row_keys]
+    if not seeing:  # only held-out rows have images
+        return find_fault
+    row = rows[[min(seeing, key=rows["prompt_length"].__getitem__)]]
+    row["answer_ids"] = [row["answer_ids"][0][:1]]
+    batch = collate(row, processor.tokenizer, ranks.device, RowFormat(processor=processor))
+    inputs = {name: value for name, value in batch["inputs"].items()
+              if name not in ("labels", "targets")}
+    return functools.partial(find_fault, inputs=inputs, start=len(row["prompt_ids"][0]))
+
+
+def settle_attention(args, model, reference, rows, dtype, ranks, processor=None):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
     names = [f"--model {args.model}"]
     if reference is not None and args.ref_model:  # any other reference is the same model
         names.append(f"--ref_model {args.ref_model}")
+    trials = [find_fault]
+    if processor:
+        trials.append(trial_of_image(rows, processor, ranks))
     for name, module in zip(names, modules):
-        reason = try_rows(find_fault, module, dtype, ranks)
-        if reason is not None:
-            raise UserError(f"{name}: {reason}")
-    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
+        for trial in trials:
+            reason = try_rows(trial, module, dtype, ranks)
+            if reason is not None:
+                raise UserError(f"{name}: {reason}")
+    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks, processor)
     if ranks.rank == 0:
         print(line)
     if args.compile:  # policy and reference, so that they round alike
@@ -725,17 +881,64 @@ def settle_attention(args, model, reference, rows, dtype, ranks):
     return attention, masked
 
 
+def settle_router_loss(args, task, model, ranks) -> Task:
+    """The task, with the router loss of --router_aux_loss_coef or of the model's config, if any."""
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = asked_coefficient(model.model)
+    if not coefficient or args.eval_only:
+        return task
+    reason = try_rows(find_no_router_loss, model, task.dtype, ranks)
+    if reason is not None and args.router_aux_loss_coef:
+        raise UserError(f"--router_aux_loss_coef {coefficient:g}: {reason}")
+    line = (f"router loss: {coefficient:g} x aux_loss, which balances the experts, is added to the "
+            "loss of a step; it costs a second forward")
+    if reason is not None:
+        line = f"router loss: the model's config.json asks for it, but it is not added: {reason}"
+    if ranks.rank == 0:
+        print(line)
+    if reason is not None:
+        return task
+    return with_router_loss(task, RouterLoss(coefficient, experts_per_token(model.model)))
+
+
 def print_changed_flags(args, saved):
     """Say which flags a resumed run changes."""
-    for name in sorted(FREE_ON_RESUME - {"resume", "output_dir"}):
+    for name in sorted(FREE_ON_RESUME.union(LENGTH) - {"resume", "output_dir"}):
         value = getattr(args, name)
-        if value != saved[name]:
-            print(f"--{name} {value}: it was {saved[name]} when the checkpoint was written")
+        if value != saved[name] and value is not None:
+            before = "not given" if saved[name] is None else saved[name]
+            print(f"--{name} {value}: it was {before} when the checkpoint was written")
+
+
+def step_count(epochs, max_steps, rows, batch_size):
+    """-> the steps of a run with these flags."""
+    return max_steps or epochs * math.ceil(rows / batch_size)
+
+
+def check_length(args, steps, rows, best):
+    """Raise if the flags of a resumed run make it shorter, or longer beyond an --early_stop at
+    which it has ended."""
+    saved = saved_flags(args.output_dir)
+    before = step_count(saved["epochs"], saved["max_steps"], rows, args.batch_size)
+    name = "max_steps" if args.max_steps else "epochs"
+    flag = f"--{name} {getattr(args, name)}"
+    if steps < before:
+        raise UserError(f"{flag}: the run in {args.output_dir} has {before} steps, and this gives "
+                        f"{steps}; a resumed run may only become longer")
+    if steps > before and has_lost_patience(args, best):
+        raise UserError(f"{flag}: the run in {args.output_dir} was ended by --early_stop "
+                        f"{args.early_stop}; give a higher --early_stop too")
+
+
+def has_lost_patience(args, best):
+    """-> whether --early_stop ends the run."""
+    return bool(args.early_stop) and best.waited >= args.early_stop
 
 
 def count_steps(args, rows, ranks):
     """-> the steps of the run, and those of its warm-up. A warm-up longer than the run is said."""
-    steps = args.max_steps or args.epochs * math.ceil(rows / args.batch_size)
+    steps = step_count(args.epochs, args.max_steps, rows, args.batch_size)
     warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup >= steps and ranks.rank == 0:
         highest = args.lr * steps / (warmup + 1)
@@ -744,27 +947,48 @@ def count_steps(args, rows, ranks):
     return steps, warmup
 
 
-def prepare(args, loss, hyper, home, folder, ranks) -> Run:
-    """Everything before the first step, in the order in which the parts need each other."""
-    newest, saved = newest_checkpoint(folder, ranks) if args.resume else (None, {})
-    if newest and ranks.rank == 0:
-        print_changed_flags(args, saved["flags"])
-    source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
-    weights = fingerprint(model, reference, dtype, ranks)
-    settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)
+def hash_rows(args, rows, held_out):
+    """-> hashes of the training rows and the held-out rows.
 
-    rows, held_out = load_rows(args, loss, tokenizer, home, ranks)
-    # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
-    # are from another file, which the error about them names.
+    With --eval_dataset the held-out rows are from another file, which the error about them names.
+    """
     rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
     if not args.eval_dataset:
         rows_digest += f"+{held_out_digest}"
-    fixed = {
-        "tokenizer": tokenizer_hash,
-        "weights": weights,
-        "settings": settings,
-        "rows": rows_digest,
-        "held_out": held_out_digest,
+    return {"rows": rows_digest, "held_out": held_out_digest}
+
+
+def make_sampler(args, task, model, reference, splits, tokenizer, home, ranks):
+    """-> a samples.Sampler, or None without --sample_every."""
+    if not args.sample_prompts:
+        return None
+    if task.row_format.processor:
+        raise UserError("--sample_every: prompts with images are not answered during a run; leave "
+                        "the flag out")
+    from samples import Sampler  # other runs do not read the file
+    return Sampler(args, task, model, reference, splits, tokenizer, home is not None, ranks)
+
+
+def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
+    """Everything before the first step, in the order in which the parts need each other.
+
+    `trained` is the folder of the weights of --eval_only, or None.
+    """
+    newest, saved = newest_checkpoint(folder, ranks) if args.resume else (trained, {})
+    if saved and ranks.rank == 0:
+        print_changed_flags(args, saved["flags"])
+    source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
+
+    family = family_of(model.model.config)
+    open_processor = processor_opener(args, source, tokenizer, model.model)
+    rows, held_out = load_rows(
+        args, loss, tokenizer, home, family, ranks, open_processor)
+    parts = [rows, *held_out.values()]
+    processor = settle_images(args, open_processor, model, reference, parts)
+    fixed = hash_rows(args, rows, held_out) | {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "weights": fingerprint(model, reference, dtype, ranks),
+        "settings": settings_digest(model, reference, processor),
         "world": world.enumeration_digest(home) if home else None,
     }
     steps, warmup = count_steps(args, len(rows), ranks)
@@ -772,22 +996,26 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
     optimizer = make_optimizer(model, args, ranks.device)
+    if args.train_vision:
+        start_moments(optimizer)
     scheduler = make_schedule(optimizer, args, warmup, steps)
     start, state, best = 0, start_state(loss), Best()
-    if newest:
+    if saved:
         tensors = optimizer_tensors(model, optimizer, moving_tensors(args, model, reference))
         start, state = load_checkpoint(newest, saved, fixed, tensors, optimizer, scheduler, ranks)
         best = Best(**saved["best"])
+    if args.resume:
+        check_length(args, steps, len(rows), best)
     size = checkpoint_bytes(args, model, reference)
-    keep, plan = plan_checkpoints(folder, size, start, steps, args.save_every,
-                                  args.keep_checkpoints, ranks)
+    keep, plan = plan_checkpoints(args, folder, size, start, steps, ranks)
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
-    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
+    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks, processor)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(rows, *held_out.values()))
-    task = with_spread(task)
-    if args.ref == "cache":
+                     masked, most_answers(*parts), family, processor)
+    task = settle_router_loss(args, with_spread(task), model, ranks)
+    sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
+    if args.ref == "cache" and not args.dry_run:
         splits = {"train": rows} | held_out
         held_out = cache_reference(args, reference, splits, fixed, tokenizer, task, ranks)
         rows = held_out.pop("train")
@@ -798,9 +1026,10 @@ def prepare(args, loss, hyper, home, folder, ranks) -> Run:
     }
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
-    return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
-               state, fixed, flags, keep)
+    policy = wrap(model, ranks, args.train_vision)
+    return Run(folder, home, source, tokenizer, processor or tokenizer, model, policy, reference,
+               rows, tokens, first_lengths, held_out, task, optimizer, scheduler, newest, start,
+               steps, best, state, fixed, flags, keep, sampler)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -817,6 +1046,23 @@ def check_first_rows(args, run, ranks) -> str:
     batch = collate(run.rows[first], run.tokenizer, ranks.device, run.task.row_format)
     value = check_start(run.task, run.model, run.reference, batch, args.ref == "cache")
     return f"step-0 check: the loss is {value:.4f}, as it must be where policy = reference"
+
+
+def begin_best(args, run, ranks):
+    """Check --keep_best, and give a resumed run the best weights of its checkpoint."""
+    if not args.keep_best:
+        return
+    check_metric(args, run, ranks)
+    if args.resume and ranks.rank == 0:
+        restore_best(run.folder, run.newest)
+
+
+def steps_left(args, run):
+    """-> the numbers of the steps to train: none if a kill came between the last checkpoint of
+    --save_last and the model."""
+    if has_lost_patience(args, run.best):
+        return range(0)
+    return range(run.start + 1, run.steps + 1)
 
 
 def check_metric(args, run, ranks):
@@ -865,11 +1111,17 @@ def keep_if_best(args, run, log, number, splits, best, ranks) -> tuple[Best, boo
     best = broadcast(judge(best, args.keep_best, splits, number), ranks)
     if best.step == number:
         save_best(run, ranks)
-    patient = not args.early_stop or best.waited < args.early_stop
+    patient = not has_lost_patience(args, best)
     if not patient and number < run.steps:
         log.say(f"--early_stop {args.early_stop}: no better {args.keep_best} since step "
                 f"{best.step}; stopped after step {number} of {run.steps}")
     return best, not patient
+
+
+def record(run):
+    """-> what the files of a model say about the run: its flags, and the numbers that its loss
+    carries from step to step, if it has such."""
+    return {"flags": run.flags} | ({"loss_state": run.state} if run.state else {})
 
 
 def save_best(run, ranks):
@@ -879,7 +1131,7 @@ def save_best(run, ranks):
         if ranks.rank == 0:
             temporary = stack.enter_context(written_aside(run.folder / BEST))
             temporary.mkdir()
-        save(run.model.model, run.tokenizer, temporary, run.source, ranks, flags=run.flags)
+        save(run.model.model, run.preprocessor, temporary, run.source, ranks, **record(run))
         if ranks.rank == 0:
             list_best(temporary)
             remove_best(run.folder)
@@ -889,7 +1141,7 @@ def save_best(run, ranks):
 def write_checkpoint(args, run, number, loss_state, best, ranks):
     """Save everything that the next step depends on."""
     def save_model_in(folder):
-        save(run.model.model, run.tokenizer, folder, run.source, ranks)
+        save(run.model.model, run.preprocessor, folder, run.source, ranks)
         if best.step and ranks.rank == 0:
             copy_best(run.folder, folder)
 
@@ -944,6 +1196,13 @@ def most_answers(*splits):
     return max(int(data.column(rows, "answers").max()) for rows in splits if len(rows))
 
 
+def check_processes(args, ranks):
+    """Raise if --parallel needs more processes."""
+    if args.parallel == "fsdp" and ranks.size == 1:
+        raise UserError("--parallel fsdp: one process alone has nothing to share; "
+                        "start several with torchrun")
+
+
 def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.Path,
                  home: pathlib.Path | None, ranks: Ranks) -> bool:
     """Train with the flags of `parse_args`. Returns whether a signal ended it early.
@@ -952,27 +1211,22 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
     that is not in the world.
     """
     say = print if ranks.rank == 0 else lambda text: None
-    if args.parallel == "fsdp" and ranks.size == 1:
-        raise UserError("--parallel fsdp: one process alone has nothing to share; "
-                        "start several with torchrun")
     use_deterministic_kernels(args.deterministic)
     run = prepare(args, loss, hyper, home, folder, ranks)
     line = check_first_rows(args, run, ranks)
     if line:
         say(line)
 
-    if args.keep_best:
-        check_metric(args, run, ranks)
-        if args.resume and ranks.rank == 0:
-            restore_best(folder, run.newest)
-
-    state, steps, best = run.state, run.steps, run.best
+    begin_best(args, run, ranks)
+    if args.resume and ranks.rank == 0:
+        reopen_run(folder)
+    state, steps, best, splits = run.state, run.steps, run.best, {}
     batches = training_batches(args, run.task, run.rows, run.start, steps, run.tokenizer, ranks)
     with (explained_write_errors(folder, ranks), caught_signals(ranks) as stopped,
           contextlib.closing(batches)):
         log = Log(folder, run.flags, run.newest, run.start, steps, ranks)
         since, count = time.perf_counter(), 0
-        for number in range(run.start + 1, steps + 1):
+        for number in steps_left(args, run):
             values, state, tokens = advance(args, run, number, batches, state,
                                             bool(stopped), ranks)
 
@@ -989,10 +1243,13 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
             pause = time.perf_counter()
             if last or args.eval_every and number % args.eval_every == 0:
                 splits = evaluate_and_log(args, run, log, number, state, ranks)
-                best, ended = keep_if_best(args, run, log, number, splits, best, ranks)
+                best, ended = keep_if_best(args, run._replace(state=state), log, number, splits,
+                                           best, ranks)
                 last = last or ended
+            if run.sampler and run.sampler.is_due(number, last):
+                run.sampler.sample(number, log)
             due = args.save_every and number % args.save_every == 0
-            if not last and (stopping or due):
+            if args.save_last if last else stopping or due:
                 write_checkpoint(args, run, number, state, best, ranks)
             if not last and stopping:
                 log.close()
@@ -1004,7 +1261,7 @@ def train_policy(args: Namespace, loss: Callable, hyper: dict, folder: pathlib.P
                 break
 
         log.close()
-        say(save_final(run, best, splits, ranks))
+        say(save_final(run._replace(state=state), best, splits, ranks))
     return False
 
 
@@ -1014,22 +1271,99 @@ def save_final(run, best, splits, ranks) -> str:
         if ranks.rank == 0:
             adopt_best(run.folder, run.flags, best)
     else:
-        save(run.model.model, run.tokenizer, run.folder, run.source, ranks, flags=run.flags)
+        save(run.model.model, run.preprocessor, run.folder, run.source, ranks, **record(run))
     if ranks.rank == 0:  # a kill may have come before this
         delete_old_checkpoints(run.folder, run.keep)
         document_run(run.folder)
+    text = f"saved in {run.folder}"
     if best.step:
-        return (f"saved in {run.folder}: the weights of step {best.step}, with "
-                f"{run.flags['keep_best']} {best.value:.4g}")
-    return f"saved in {run.folder}" + (world.sum_up(splits["world"]) if run.home else "")
+        text += (f": the weights of step {best.step}, with {run.flags['keep_best']} "
+                 f"{best.value:.4g}")
+    if (run.folder / CURVES_FILE).exists():
+        text += f"; curves: {run.folder / CURVES_FILE}"
+    if "world" in splits and not best.step:
+        text += world.sum_up(splits["world"])
+    return text
+
+
+def rehearse(args, loss, hyper, ranks):
+    """--dry_run: do all that comes before the first update, and print what the run would be."""
+    folder = pathlib.Path(args.output_dir or free_name(default_folder(args)))
+    reason = reason_against_new_run(folder) if folder.is_dir() else None
+    if reason is not None:
+        raise UserError(f"--output_dir {folder}{reason}")
+    use_deterministic_kernels(args.deterministic)
+    home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+    run = prepare(args, loss, hyper, home, folder, ranks)
+    line = check_first_rows(args, run, ranks)
+    begin_best(args, run, ranks)
+    still = run._replace(optimizer=NoUpdate(run.model), scheduler=NoUpdate(run.model), home=None)
+
+    def train_steps():
+        last = min(2, run.steps)
+        batches = training_batches(args, run.task, run.rows, 0, last, run.tokenizer, ranks)
+        with contextlib.closing(batches):
+            for number in range(1, last + 1):
+                yield advance(args, still, number, batches, run.state, False, ranks)[2]
+
+    def evaluate_some(held_out):
+        all_evaluations(args, still._replace(held_out=held_out), run.state, ranks)
+
+    measured = time_steps(train_steps, evaluate_some, run.held_out, ranks)
+    sizes = [checkpoint_bytes(args, run.model, run.reference),
+             tensor_bytes(saved_tensors(run.model.model).values())]
+    if ranks.rank == 0:
+        lines = describe_plan(args, run, run.flags["warmup_steps"], measured)
+        report_plan([line] * bool(line) + lines + describe_size(args, run, *sizes, measured))
+
+
+def evaluate_trained(args, loss, hyper, name, ranks):
+    """--eval_only: print all metrics of the run or model of this name, and write them with
+    --output_dir."""
+    saved = find_saved(name)
+    step, state = trained_state(saved)
+    if args.output_dir:
+        folder = pathlib.Path(args.output_dir)
+        claimed = claim(folder, False, ranks, missing_folders(folder))
+    else:
+        folder, claimed = None, contextlib.nullcontext()
+    use_deterministic_kernels(args.deterministic)
+    with claimed:
+        home = make_world(ranks) if "world" in (args.model, args.dataset) else None
+        run = prepare(args, loss, hyper, home, folder, ranks, saved.weights)
+        state = {name: state.get(name, value) for name, value in run.state.items()}
+        splits = all_evaluations(args, run, state, ranks)
+        if ranks.rank > 0:
+            return
+        if saved.note:
+            print(saved.note)
+        if saved.flags.get("sync_ref_every"):
+            print("the reference of this run moved; here it is the one that it started from")
+        print(metric_lines(splits))
+        if folder:
+            rows = [{"step": step, "split": split, **splits[split]} for split in splits]
+            write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(argv: list[str], ranks: Ranks) -> bool:
     """Read the flags, claim the folder, make the world if they name it, and train. Returns what
     train_policy does."""
     args, loss, hyper = parse_args(argv, __doc__)
+    check_processes(args, ranks)
+    if args.eval_only:
+        evaluate_trained(args, loss, hyper, split_model(argv)[0], ranks)
+        return False
+    if args.dry_run:
+        rehearse(args, loss, hyper, ranks)
+        return False
     folder, made = choose_folder(args, ranks)
-    if args.resume and is_complete(folder):
+    longer = args.resume and is_longer(vars(args), saved_flags(args.output_dir))
+    complete = args.resume and is_complete(folder)
+    if complete and longer and not checkpoints(folder):
+        raise UserError(f"--output_dir {folder}: this run has ended and has no checkpoint left to "
+                        "continue from; only a run with --save_last, or with a checkpoint of "
+                        "--save_every, can be made longer")
+    if complete and not longer:
         finish_complete_run(folder, ranks)
     else:
         # The folder comes first: a run that may not write there has not spent an hour on its

@@ -55,8 +55,8 @@ COMMON = {
     "dtype": "float32",
 }
 SFT = COMMON | {"lr": 3e-3, "epochs": 4}  # of the reference policy
-# The defaults of train.py in the world.
-FLAGS = COMMON | {"lr": 2e-3, "epochs": 2, "beta": BETA, "eval_every": 64}
+# The defaults of train.py in the world. At its end, policy and reference answer three prompts.
+FLAGS = COMMON | {"lr": 2e-3, "epochs": 2, "beta": BETA, "eval_every": 64, "sample_every": 0}
 # Other defaults for single losses: some losses average over the 4 tokens of an answer, and in some
 # beta does not scale the log-ratio but sets its target.
 OWN_FLAGS = {
@@ -142,6 +142,13 @@ def true_reward() -> torch.Tensor:
         reward = reward + taste.sign() * goes_with[first, second]  # (X, A)
     centered = reward - reward.mean(-1, keepdim=True)
     return STD * centered / reward.std(-1, keepdim=True)
+
+
+def true_reward_of(prompt: str, answer: str) -> float | None:
+    """Return the true reward of an answer, or None for one that is not three words."""
+    if prompt not in prompts() or answer not in answers():
+        return None
+    return true_reward()[prompts().index(prompt), answers().index(answer)].item()
 
 
 def chain_logps() -> torch.Tensor:

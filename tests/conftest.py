@@ -176,6 +176,35 @@ def run_by_torchrun(flags, ranks):
                           capture_output=True, timeout=300)
 
 
+def one_of_each(cases, kind_of_case):
+    """Parameters of a test: the first case of each kind, and the others marked slow."""
+    seen, others = set(), []
+    for case in cases:
+        kind = kind_of_case(case)
+        if kind in seen:
+            others.append(case)
+        seen.add(kind)
+    return marked_slow(cases, others)
+
+
+def marked_slow(cases, slow):
+    """Parameters of a test, those in `slow` with the mark of this name."""
+    parameters = []
+    for case in cases:
+        marks = [pytest.mark.slow] if case in slow else []
+        parameters.append(pytest.param(case, marks=marks, id=case))
+    return parameters
+
+
+def selected(request, name):
+    """The values of the parameter `name` in the tests of this module that are going to run."""
+    values = set()
+    for item in request.session.items:
+        if item.path == request.path and hasattr(item, "callspec"):
+            values.add(item.callspec.params.get(name))
+    return values
+
+
 @pytest.fixture
 def fit(folder, pairs, tmp_path):
     """Run train.main in this process on the tiny model and rows -> output folder, its metrics."""
@@ -202,8 +231,9 @@ def wait_for_checkpoint(process, out):
 def unfinished(out):
     """Delete the final model from the folder, as if the run had ended after its last checkpoint."""
     flags = checkpoint.saved_flags(out)
+    kept = ("metrics.jsonl", "samples.jsonl", ".lock", files.LIST)
     for path in out.iterdir():
-        if path.is_file() and path.name not in ("metrics.jsonl", ".lock", files.LIST):
+        if path.is_file() and path.name not in kept:
             path.unlink()
     checkpoint.write_flags(out, flags)
     return out

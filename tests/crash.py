@@ -48,7 +48,7 @@ FLAGS = {
     "output_dir": "out",
 }
 # Files with times or flags in them, which differ between a resumed run and an uninterrupted one.
-NOT_COMPARED = {"config.json", "metrics.jsonl", "state.json"}
+NOT_COMPARED = {"config.json", "metrics.jsonl", "state.json", "curves.png", "README.md"}
 START = "---- train.py"  # in the log, before each process
 SECONDS = 120  # after which a run counts as hung
 

@@ -109,7 +109,7 @@ def test_each_row_is_the_partner_of_one_row_and_as_many_as_possible_have_another
     found, keys = partners(keyed(keys)), np.array(keys)
     assert sorted(found) == list(range(len(keys)))
     most = np.bincount(keys).max()
-    # Of a prompt with most of the rows, only so many can have the answer of another prompt.
+    # Of a prompt with most of the rows, only a part can have the answer of another prompt.
     alike = max(0, 2 * most - len(keys))
     assert (keys[found] == keys).sum() == alike
 

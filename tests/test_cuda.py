@@ -11,7 +11,15 @@ import sys
 import gpu
 import pytest
 import torch
-from conftest import ROOT, differences, make_rows, read_metrics, write_jsonl
+from conftest import (
+    ROOT,
+    differences,
+    make_rows,
+    marked_slow,
+    read_metrics,
+    selected,
+    write_jsonl,
+)
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -104,6 +112,18 @@ def list_cases() -> dict:
 CASES = list_cases()
 PACKED = [name for name in CASES if "packed" in CASES[name]]
 HALF_PACKED = [name for name in PACKED if "float32" not in name]
+# One layout of rows is enough for what does not depend on it, and one model of those that attend
+# alike. These cases run by `pytest -m slow`.
+SLOW = {
+    "lora padded", "nf4 padded", "cache padded", "wpo padded", "ld packed", "sft padded",
+    "aot packed", "labels padded", "lists padded", "orpo packed", "kto packed", "recomputed packed",
+    "dora qwen2 packed", "nf4 gpt2 packed", "mistral float32 packed", "lora float32 packed",
+}
+for model in ("qwen2", "gpt2"):
+    SLOW |= {f"full {model} packed", f"full {model} padded"}
+IN_FOUR = [f"{name} {attention}" for attention in ("packed", "padded") for name in COUNTED]
+SLOW_IN_FOUR = set(IN_FOUR) - {"full packed", "aot padded"}
+SLOW |= {f"{name} in four" for name in SLOW_IN_FOUR}
 
 
 class Run:
@@ -127,8 +147,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(tokenizer, tmp_path_factory) -> dict:
-    """{name: Run} of every case, and of the one that is repeated on the CPU."""
+def runs(tokenizer, tmp_path_factory, request) -> dict:
+    """{name: Run} of the cases, and of the one that is repeated on the CPU. With a slow test among
+    those that are going to run, of every case."""
+    every = not SLOW.isdisjoint(selected(request, "name"))
     if shutil.which("g++") is None:
         pytest.skip("the pretended GPU needs g++")
     home = tmp_path_factory.mktemp("cuda")
@@ -147,6 +169,8 @@ def runs(tokenizer, tmp_path_factory) -> dict:
     common += "--max_length 64 --eval_share 0.1 --lr 1e-3"
     cases = []
     for name, flags in CASES.items():
+        if name in SLOW and not every:
+            continue
         folder = "interrupted" if name == "resumed" else name
         # of a flag that is given twice the last one counts
         flags = [*common.split(), *flags.split(), "--output_dir", folder]
@@ -227,18 +251,18 @@ def test_the_pretended_gpu_notes_what_waits_and_what_mixes():
 
 # --- Correctness ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked_slow(CASES, SLOW))
 def test_every_way_to_train_runs_to_its_end(runs, name):
     assert runs[name].error is None, runs[name].explain([])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked_slow(CASES, SLOW))
 def test_no_operator_mixes_tensors_of_the_cpu_and_the_gpu(runs, name):
     found = runs[name].find("mixed devices")
     assert not found, runs[name].explain(found)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked_slow(CASES, SLOW))
 def test_no_matrix_product_and_no_attention_mixes_dtypes(runs, name):
     found = runs[name].find("mixed dtypes")
     assert not found, runs[name].explain(found)
@@ -251,7 +275,8 @@ def test_in_float32_the_pretended_gpu_trains_as_the_cpu_does(runs):
     assert not differences(gpu, cpu, 1e-4, absolute=1e-6)
 
 
-@pytest.mark.parametrize("name", ["full", "full qwen2", "full qwen3", "full mistral", "full gpt2"])
+@pytest.mark.parametrize("name", marked_slow(
+    ["full", "full qwen2", "full qwen3", "full mistral", "full gpt2"], ["full qwen2", "full gpt2"]))
 def test_the_one_call_attention_of_packed_rows_trains_as_padded_rows_do(runs, name):
     """Up to bfloat16's rounding of log-probs, here of about 50 nats: 3 decimal digits."""
     packed = read_metrics(runs[f"{name} packed"].folder)
@@ -263,7 +288,7 @@ def test_the_one_call_attention_of_packed_rows_trains_as_padded_rows_do(runs, na
 
 # --- Attention ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", HALF_PACKED)
+@pytest.mark.parametrize("name", marked_slow(HALF_PACKED, SLOW))
 def test_packed_rows_in_bfloat16_take_the_one_call_attention_in_every_layer(runs, name):
     run = runs[name]
     slow = run.find("sdpa", updates=range(1, STEPS + 1))
@@ -280,14 +305,14 @@ def test_a_micro_batch_is_one_attention_call_per_layer_for_policy_and_reference_
         assert run.count("flash", updates=[1]) == 2 * LAYERS * micro_batches, run.explain(calls)
 
 
-@pytest.mark.parametrize("name", HALF_PACKED)
+@pytest.mark.parametrize("name", marked_slow(HALF_PACKED, SLOW))
 def test_the_attention_kernel_takes_its_inputs(runs, name):
     """One half-precision dtype, (tokens, heads, size) with contiguous sizes, ends that fit."""
     found = runs[name].find("kernel")
     assert not found, runs[name].explain(found)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", marked_slow(PACKED, SLOW))
 def test_no_masked_attention_of_packed_rows_leaves_grouped_heads_to_sdpa(runs, name):
     """SDPA with a mask and enable_gqa has no fused kernel: it holds all scores in memory."""
     found = [event for event in runs[name].find("sdpa", updates=range(1, STEPS + 1))
@@ -295,7 +320,7 @@ def test_no_masked_attention_of_packed_rows_leaves_grouped_heads_to_sdpa(runs, n
     assert not found, runs[name].explain(found)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", marked_slow(PACKED, SLOW))
 def test_packed_rows_keep_no_attention_mask_on_the_gpu(runs, name):
     """Neither from layer to layer where no gradient is taken, nor from step to step."""
     found = runs[name].find("mask", updates=range(1, STEPS + 1))
@@ -308,17 +333,17 @@ def test_packed_rows_keep_no_attention_mask_on_the_gpu(runs, name):
 STEP = [1]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "resumed"])
+@pytest.mark.parametrize(
+    "name", marked_slow([name for name in CASES if name != "resumed"], SLOW))
 def test_the_cpu_waits_for_the_gpu_at_most_twice_a_step(runs, name):
     found = runs[name].find("sync", "blocking copy", updates=STEP)
     count = runs[name].count("sync", "blocking copy", updates=STEP)
     assert count <= SYNCS_PER_STEP, runs[name].explain(found)
 
 
-@pytest.mark.parametrize("attention", ["packed", "padded"])
-@pytest.mark.parametrize("name", COUNTED)
-def test_more_micro_batches_do_not_wait_more_often(runs, name, attention):
-    two, four = runs[f"{name} {attention}"], runs[f"{name} {attention} in four"]
+@pytest.mark.parametrize("name", marked_slow(IN_FOUR, SLOW_IN_FOUR))
+def test_more_micro_batches_do_not_wait_more_often(runs, name):
+    two, four = runs[name], runs[f"{name} in four"]
     found = four.find("sync", "blocking copy", updates=STEP)
     counts = [run.count("sync", "blocking copy", updates=STEP) for run in (two, four)]
     assert counts[0] == counts[1], four.explain(found)

@@ -1207,6 +1207,24 @@ def test_the_json_report_counts_the_prompts_that_train_and_eval_share(folder, tm
     assert other["dropped"]["empty answer"]["count"] == 1
 
 
+def test_the_report_of_several_evaluation_sets_names_each_and_counts_the_prompts_of_all(
+        folder, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows(9))
+    near = write_jsonl(tmp_path / "b.jsonl", make_rows(9)[:2])
+    far = write_jsonl(tmp_path / "c.jsonl", make_rows(9)[1:4])
+    sets = f"near={near},far={far}"
+    result = run_report(path, "--model", folder, "--eval_dataset", sets, "--json")
+    reports = json.loads(result.stdout)
+    assert [report["split"] for report in reports] == ["train", "eval/near", "eval/far"]
+    assert [report["kept"] for report in reports] == [9, 2, 3]
+    assert reports[0]["prompts_in_both"] == 4
+    result = run_report(path, "--model", folder, "--eval_dataset", sets)
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(path)
+    assert any(line.startswith(f"near: {near}") for line in lines)
+    assert any(line.startswith(f"far: {far}") for line in lines)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

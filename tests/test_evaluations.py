@@ -1,12 +1,19 @@
 """Evaluations: several held-out sets, the best weights, and a run that stops early."""
+import importlib.util
 import json
+import pathlib
 import shutil
+import sys
+import types
 
 import pytest
 from conftest import (
+    TINY_RUN,
     differences,
     make_rows,
+    read_metrics,
     resume,
+    run_training,
     unfinished,
     weight_differences,
     weights,
@@ -153,6 +160,81 @@ def test_a_killed_run_ends_like_a_whole_one_from_each_of_its_checkpoints(
 
 def interrupt(*arguments):
     raise KeyboardInterrupt
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """Stands for TensorBoard -> {folder: {step: {name: value}}}, as it would show them."""
+    shown = {}
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.history = shown.setdefault(pathlib.Path(folder).parent.name, {})
+            for step in [step for step in self.history if step >= purge_step]:
+                del self.history[step]
+
+        def add_scalar(self, name, value, step):
+            values = self.history.setdefault(step, {})
+            assert name not in values, "twice"
+            values[name] = value
+
+        def add_text(self, *arguments):
+            pass
+
+        flush = close = add_text
+
+    package = types.ModuleType("tensorboard")
+    package.__spec__ = importlib.util.spec_from_loader("tensorboard", None)
+    writers = types.ModuleType("torch.utils.tensorboard")
+    writers.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "tensorboard", package)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
+    return shown
+
+
+def without_speed(history):
+    return {step: {name: value for name, value in values.items() if "tokens_per" not in name}
+            for step, values in history.items()}
+
+
+@pytest.mark.parametrize("last", [5, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_run_with_two_sets_the_best_weights_and_a_tracker_that_is_killed_ends_like_a_whole_one(
+        fit, sets, tensorboard, monkeypatch, last):
+    given = RISING | {"eval_share": None, "keep_best": "eval/far/loss", "report_to": "tensorboard",
+                      "eval_dataset": f"near={sets['near']},far={sets['far']}"}
+    whole, metrics = fit(**given, out="whole")
+    evaluate = train.evaluate_and_log
+
+    def evaluate_and_die(args, run, log, number, *others):
+        splits = evaluate(args, run, log, number, *others)
+        if number == last:
+            raise KeyboardInterrupt
+        return splits
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate_and_log", evaluate_and_die)
+        fit(**given)
+    out = whole.with_name("out")
+    resume(out)
+    assert not differences(whole, out) and best_record(whole) == best_record(out)
+    logged = [(row["step"], row["split"]) for row in read_metrics(out)]
+    assert len(logged) == len(set(logged)) == 3 * 8
+    assert without_speed(tensorboard["out"]) == without_speed(tensorboard["whole"])
+    for row in metrics:
+        assert tensorboard["whole"][row["step"]][f"{row['split']}/loss"] == row["loss"]
+
+
+def test_two_processes_keep_the_best_weights_of_rmsprop_under_fsdp_as_one_does(
+        fit, folder, pairs, sets, tmp_path):
+    given = RISING | {"lr": 0.1, "optimizer": "rmsprop", "dtype": "float64", "eval_share": None,
+                      "eval_dataset": f"near={sets['near']},far={sets['far']}",
+                      "keep_best": "eval/far/rewards/accuracies", "early_stop": 4}
+    alone, _ = fit(**given, out="alone")
+    two = {"model": folder, "dataset": pairs, "output_dir": tmp_path / "two", "parallel": "fsdp"}
+    ended = run_training(TINY_RUN | given | two, ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    assert not differences(alone, tmp_path / "two", 1e-7)
+    assert best_record(alone)["step"] == best_record(tmp_path / "two")["step"] < 8
 
 
 def best_record(out):

@@ -48,6 +48,8 @@ CHANGES = {
     "eval_share": ({}, 0.3),
     "output_dir": ({}, "ELSEWHERE"),
     "resume": ({}, True),
+    "eval_only": ({}, True),
+    "dry_run": ({}, True),
     "adapter": ({}, "ADAPTER"),
     "lora_rank": ({}, 2),
     "lora_alpha": (LORA, 1),
@@ -56,7 +58,9 @@ CHANGES = {
     "rslora": (LORA, True),
     "dora": (LORA, True),
     "quantize": (LORA, "nf4"),
+    "train_vision": ({}, True),
     "gradient_checkpointing": ({}, True),
+    "router_aux_loss_coef": ({}, 0.1),
     "ref": ({}, "cache"),
     "ref_model": ({}, "OTHER"),
     "ref_batch_size": ({"ref": "cache"}, 1),
@@ -104,7 +108,11 @@ CHANGES = {
     "keep_best": ({"eval_every": 1, "lr": 3.0}, "eval/loss"),
     "early_stop": ({"eval_every": 1, "lr": 3.0, "keep_best": "eval/loss", "epochs": 3}, 1),
     "save_every": ({}, 1),
+    "save_last": ({}, True),
     "keep_checkpoints": ({"save_every": 1}, 1),
+    "sample_every": ({}, 0),
+    "sample_prompts": ({"sample_every": 0, "sample_tokens": 2}, 1),
+    "sample_tokens": ({"sample_every": 0, "sample_prompts": 1}, 2),
     "report_to": ({}, "tensorboard"),
     "push_to_hub": ({}, "me/mine"),
     "reference_free": ({}, True),
@@ -116,12 +124,15 @@ CHANGES = {
 }
 REFUSED = {
     "resume": "--output_dir out does not exist",
+    "eval_only": "--batch_size: is not read with --eval_only; leave it out",
     "parallel": "one process alone has nothing to share",
     "revision": "is not a model of the Hub and has no revisions",
     "layout": "--layout kto needs the fields prompt, completion, label",
     "strict": "chosen equals rejected",
     "ignore_columns": "no row has an unread column",
+    "router_aux_loss_coef": "is a dense model",
     "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
+    "train_vision": "sees no images",
 }
 if importlib.util.find_spec("tensorboard") is None:
     REFUSED["report_to"] = "pip install tensorboard"

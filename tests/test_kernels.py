@@ -16,6 +16,7 @@ from conftest import (
 
 import flags
 import model as models
+import runs
 import train
 from errors import UserError
 
@@ -129,6 +130,21 @@ def test_an_adapter_names_the_revision_of_its_base_and_a_second_stage_reads_it(t
     assert json.loads((two / "run.json").read_text())["flags"]["revision"] == "v2"
     with pytest.raises(UserError, match="base"):
         train_on_hub("three", adapter=one, revision="main")
+
+
+@pytest.mark.parametrize("left", [["run.json"], []], ids=["of a run", "of PEFT"])
+def test_an_adapter_without_a_tokenizer_is_opened_with_that_of_its_bases_revision(
+        hub, train_on_hub, left):
+    out = train_on_hub("out", model=NAME, revision="v2", lora_rank=2)
+    for path in out.iterdir():
+        if path.is_file() and not path.name.startswith("adapter") and path.name not in left:
+            path.unlink()
+    template = hub[1]["v2"] / "chat_template.jinja"
+    template.write_text("of v2")
+    try:
+        assert runs.open_run(str(out)).tokenizer.chat_template == "of v2"
+    finally:
+        template.unlink()
 
 
 def test_a_revision_that_does_not_exist_is_one_line(train_on_hub):

@@ -1,4 +1,4 @@
-"""What a model's code adds to a training forward: noise, a router loss, parts without text.
+"""What a model's code adds to a training forward: noise, and parts without text.
 
 `load_model` turns noise off, `find_fault` names what is left, and what text does not reach is
 frozen and gets no adapter.
@@ -137,30 +137,6 @@ def test_the_size_of_micro_batches_changes_nothing_on_a_model_with_jitter(
     _, one = fit(**flags, micro_batch_size=2, out="one")
     _, two = fit(**flags, micro_batch_size=8, out="two")
     assert not differences(one, two, 1e-4)
-
-
-# --- The router loss ------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name, options", [
-    ("Mixtral", EXPERTS),
-    ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
-])
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_line_says_that_the_router_loss_of_the_config_is_not_added(name, options, asked):
-    config = getattr(transformers, f"{name}Config")(
-        **SIZES | options, output_router_logits=asked, router_aux_loss_coef=0.25)
-    with torch.device("meta"):
-        line = reach.router_loss_line(AutoModelForCausalLM.from_config(config))
-    assert bool(line) == asked
-    assert not asked or "output_router_logits" in line and "router_aux_loss_coef 0.25" in line
-
-
-def test_a_run_prints_the_line_about_the_router_loss(fit, tokenizer, tmp_path, capsys):
-    model = noisy_model("Mixtral", len(tokenizer))
-    model.config.output_router_logits = True
-    models.save_model(model, tokenizer, tmp_path / "m")
-    fit(model=tmp_path / "m", max_steps=1)
-    assert "router loss: the model's config.json asks for it" in capsys.readouterr().out
 
 
 # --- What text does not reach ---------------------------------------------------------------------

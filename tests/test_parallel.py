@@ -21,7 +21,10 @@ from conftest import (
     TINY_RUN,
     differences,
     make_rows,
+    marked_slow,
+    one_of_each,
     read_metrics,
+    selected,
     tiny_model,
     to_arguments,
     write_jsonl,
@@ -37,7 +40,14 @@ import packing
 import parallel
 import train
 from checkpoint import saved_flags, write_flags
-from losses import LOSSES, find, hyperparameters, kind_of, needs_reference
+from losses import (
+    LOSSES,
+    find,
+    hyperparameters,
+    kind_of,
+    needs_reference,
+    tensor_arguments,
+)
 
 SUMS = ["sigmoid:0.8,bco_pair:0.2,sft:1", "aot,sft"]
 # Name: micro_batch_size. The two steps have 8 and 3 pairs.
@@ -146,10 +156,20 @@ def torchrun(cases, out):
 
 
 @pytest.fixture(scope="module")
-def two_processes(world):
-    """Every loss on two processes with DDP, in micro-batches of 2 pairs."""
-    cases = {loss: flags_of(world, loss, micro_batch_size=2) for loss in [*LOSSES, *SUMS]}
+def two_processes(world, request):
+    """The losses on two processes with DDP, in micro-batches of 2 pairs."""
+    cases = {}
+    for loss in [*LOSSES, *SUMS]:
+        if loss in selected(request, "loss"):
+            cases[loss] = flags_of(world, loss, micro_batch_size=2)
     return torchrun(cases, world / "ddp"), world / "ddp"
+
+
+def what_is_split(loss):
+    """What the trainer reads of a loss: losses with the same arguments, tags and state are split
+    into micro-batches by the same code."""
+    function = find(loss)
+    return (*tensor_arguments(function), *sorted(function.tags), bool(function.update))
 
 
 def copy_until_step_2(whole, half):
@@ -187,7 +207,7 @@ def same_runs(left, right, tolerance=1e-9):
     assert not differences(left, right, tolerance)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, *SUMS])
+@pytest.mark.parametrize("loss", one_of_each([*LOSSES, *SUMS], what_is_split))
 def test_micro_batches_and_two_processes_give_the_gradients_and_metrics_of_the_whole_batch(
         loss, world, two_processes, tmp_path):
     gradients = {}
@@ -226,6 +246,11 @@ SHARDED |= {
     "sigmoid, a cached reference": ("sigmoid", {"ref": "cache"}),
     "sigmoid, tied embeddings": ("sigmoid", {}),
 }
+# What these add to the others is covered by the tests of one process.
+SLOW = {
+    "simpo, full", "simpo, LoRA", "sft, LoRA", "aot, full, checkpointing",
+    "sigmoid, LoRA, checkpointing", "simper, full", "beta_dpo, full", "npo, full",
+}
 LONG = {
     "lr": 1e-2, "epochs": 3, "save_every": 2, "eval_every": 2, "keep_checkpoints": 9,
     "micro_batch_size": 2,
@@ -255,24 +280,25 @@ def optimizer_of(case):
 
 
 @pytest.fixture(scope="module")
-def shards(world, tokenizer):
+def shards(world, tokenizer, request):
     """Gradients of some losses under FSDP2 and DDP, and {case: flags} for one process."""
     models.save_model(tiny_model("gpt2", tokenizer), tokenizer, world / "gpt2")
     one_process, two_processes = {}, {}
     for case, (loss, more) in SHARDED.items():
+        if case in SLOW and case not in selected(request, "case"):
+            continue
         flags = flags_of(world, loss, micro_batch_size=2, **more)
         if "tied embeddings" in case:
             flags["model"] = str(world / "gpt2")
         one_process[case] = flags
         two_processes[f"fsdp, {case}"] = flags | {"parallel": "fsdp"}
+        if "LoRA" in case or "checkpointing" in case:
+            two_processes[f"ddp, {case}"] = flags
     for case, (loss, more) in MOVING.items():
         flags = flags_of(world, loss, **LONG, **more)
         one_process[case] = flags
         two_processes[f"fsdp, {case}"] = flags | {"parallel": "fsdp"}
         two_processes[f"resumed, {case}"] = {"resume": True}
-    for case in SHARDED:
-        if "LoRA" in case or "checkpointing" in case:
-            two_processes[f"ddp, {case}"] = one_process[case]
     return torchrun(two_processes, world / "fsdp"), one_process
 
 
@@ -380,7 +406,7 @@ def test_a_run_whose_check_of_packed_rows_fails_is_bit_identical_to_one_with_pad
     assert any(not torch.equal(value, start[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("case", SHARDED)
+@pytest.mark.parametrize("case", marked_slow(SHARDED, SLOW))
 def test_sharded_and_replicated_weights_give_the_gradients_and_metrics_of_one_process(
         case, world, shards, tmp_path):
     gradients, flags = shards

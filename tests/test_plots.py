@@ -20,6 +20,7 @@ import trackers
 from errors import UserError
 
 STEPS = {"max_steps": 6, "save_every": 2, "eval_every": 2}
+SAMPLED = {"sample_every": 3, "sample_prompts": 2, "sample_tokens": 3, "eval_share": 0.3}
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
                                       reason="matplotlib draws")
 
@@ -136,11 +137,37 @@ def test_a_run_of_any_name_is_in_the_legend(name, tmp_path):
 
 
 @needs_matplotlib
+def test_each_evaluation_set_has_a_line_of_its_own_and_its_name_in_the_legend():
+    rows = make_rows()
+    for row in make_rows(loss=0.5):
+        if row["split"] == "eval":
+            rows.append(row | {"split": "eval/far", "loss": 0.25})
+            rows.append(row | {"split": "eval/near"})
+    rows = [row for row in rows if row["split"] != "eval"]
+    figure = plots.draw_curves([plots.Curves("run", rows)])
+    lines = figure.axes[0].lines[1:]
+    assert [list(line.get_ydata()) for line in lines] == [[0.25] * 2, [0.5] * 2]
+    assert len({line.get_linestyle() for line in lines}) == 2
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "run", "thin: training", "held out: far", "held out: near"]
+    shown = [line.get_linestyle() for line in legend.get_lines()[2:]]
+    assert shown == [line.get_linestyle() for line in lines]
+
+
+@needs_matplotlib
+def test_the_learning_rate_is_labeled_with_no_optimizer_in_particular():
+    figure = plots.draw_curves([plots.Curves("run", make_rows())])
+    panel, = [panel for panel in figure.axes if panel.get_title(loc="left") == "learning rate"]
+    assert panel.get_ylabel() == "of the optimizer"
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "much"])
 def test_a_value_that_is_no_number_leaves_a_gap(value, tmp_path):
     rows = make_rows()
     rows[1]["loss"] = value
-    steps, values = plots.series(rows, "loss", training=True)
+    steps, values = plots.series(rows, "loss", "train")
     assert steps == [1, 2, 3, 4] and math.isnan(values[1]) and values[0] == 1
     plots.draw_curves([plots.Curves("run", rows)]).savefig(tmp_path / "a.png")
 
@@ -272,6 +299,7 @@ def wandb(monkeypatch):
         return FakeRun(module.runs.setdefault(options["id"], {}))
 
     module.init, module.login, module.Settings = init, lambda: True, dict
+    module.Table = lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data]
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -333,6 +361,37 @@ def test_a_tracker_that_a_resumed_run_adds_gets_the_whole_run(fit, wandb):
     assert without_times(history) == by_step(read_metrics(out))
 
 
+def test_the_answers_of_each_sampled_step_are_a_table_also_after_a_kill(fit, wandb, monkeypatch):
+    """Killed after step 4; step 3 was sampled before, between two rows of metrics."""
+    forked.hide_matplotlib(monkeypatch.setitem)
+    whole, _ = fit(report_to="wandb", log_every=2, out="whole", **STEPS, **SAMPLED)
+    killed, _ = fit(report_to="wandb", log_every=2, out="killed", **STEPS, **SAMPLED)
+    identity = (killed / "wandb" / "id.txt").read_text()
+    del wandb.runs[identity][6]
+    resume(unfinished(killed))
+    uninterrupted, resumed = wandb.runs.values()
+    assert without_times(resumed) == without_times(uninterrupted)
+    assert sorted(uninterrupted) == [2, 3, 4, 6]
+    for step in (3, 6):
+        table = uninterrupted[step]["samples"]
+        rows = [row for row in read_samples(whole) if row["step"] == step]
+        assert len(table) == len(rows) == 2
+        for cells, row in zip(table, rows):
+            assert cells["prompt"] == row["prompt"] and cells["step"] == step
+            assert cells["policy/text"] == row["policy"]["text"]
+            assert cells["reference/reward"] == row["reference"]["reward"]
+
+
+def test_an_answer_is_shown_as_it_is_and_not_as_markdown():
+    row = {"id": "a", "prompt": "one\n\n# two", "policy": {"text": "```\n", "reward": 1.5}}
+    assert trackers.as_markdown(row) == (
+        'prompt a:\n\n    one\n    \n    # two\n\npolicy: `{"reward": 1.5}`\n\n    ```\n')
+
+
+def read_samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
 def test_a_resumed_run_may_report_to_nothing(fit, wandb):
     out, _ = fit(report_to="wandb", **STEPS)
     resume(unfinished(out), "--report_to=none")
@@ -376,11 +435,28 @@ def scalars(folder):
     return history
 
 
+def shown_samples(folder):
+    """{number of the prompt: [(step, text)]} as TensorBoard shows them."""
+    # What reads the files for the web page; the class above drops no text that is sent again.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    shown = {}
+    for number in (1, 2):
+        shown[number] = []
+        for event in events.Tensors(f"samples/{number}/text_summary"):
+            text = event.tensor_proto.string_val[0].decode("utf-8")
+            shown[number].append((event.step, text))
+    return shown
+
+
 def test_tensorboard_shows_a_killed_and_resumed_run_like_an_uninterrupted_one(fit):
     pytest.importorskip("tensorboard")
-    whole, rows = fit(report_to="tensorboard", out="whole", **STEPS)
-    killed, _ = fit(report_to="tensorboard", out="killed", **STEPS)
+    whole, rows = fit(report_to="tensorboard", out="whole", **STEPS, **SAMPLED)
+    killed, _ = fit(report_to="tensorboard", out="killed", **STEPS, **SAMPLED)
     resume(unfinished(killed))
+    assert shown_samples(killed / "tensorboard") == shown_samples(whole / "tensorboard")
+    assert shown_samples(whole / "tensorboard")[2] == [
+        (row["step"], trackers.as_markdown(row)) for row in read_samples(whole)[1::2]]
     shown = without_times(scalars(whole / "tensorboard"))
     assert without_times(scalars(killed / "tensorboard")) == shown
     for step, values in by_step(rows).items():
@@ -415,7 +491,7 @@ def test_wandb_offline_has_the_rows_of_a_resumed_run_in_its_newest_folder(fit, m
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    out, _ = fit(report_to="wandb", **STEPS)
+    out, _ = fit(report_to="wandb", **STEPS, **SAMPLED)
     resume(unfinished(out))
     logs = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(logs) == 2 and len({path.name for path in logs}) == 1
@@ -423,7 +499,16 @@ def test_wandb_offline_has_the_rows_of_a_resumed_run_in_its_newest_folder(fit, m
         history = {}
         for step, values in wandb_history(path).items():
             history[step] = {name: value for name, value in values.items() if name[0] != "_"}
+        # The parts of the entry about a table.
+        parts = [name for name in history[6] if name.startswith("samples/")]
+        tables = {}
+        for step in (3, 6):
+            tables[step] = {name: history[step].pop(name) for name in parts}
         assert without_times(history) == by_step(read_metrics(out))
+        table = json.loads((path.parent / "files" / tables[6]["samples/path"]).read_text())
+        cells = [dict(zip(table["columns"], row)) for row in table["data"]]
+        expected = [row for row in read_samples(out) if row["step"] == 6]
+        assert [row["policy/text"] for row in cells] == [row["policy"]["text"] for row in expected]
 
 
 def test_the_readme_of_this_project_names_the_two_commands():

@@ -10,7 +10,6 @@ import sys
 import time
 import types
 
-import forked
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,6 @@ from conftest import (
     ROOT,
     make_rows,
     make_tokenizer,
-    run_training,
     tiny_model,
     unfinished,
     write_jsonl,
@@ -269,65 +267,12 @@ def test_accuracy_is_printed_by_length_and_by_decile_and_a_tie_is_not_accurate()
 
 # --- The world ------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def trained_world(tmp_path_factory):
-    """The working directory of a short run in the world."""
-    cwd = tmp_path_factory.mktemp("world")
-    done = run_training({"max_steps": 128, "eval_every": 0}, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd
-
-
-def run_sample(*arguments, cwd=None):
-    return forked.run("sample.py", *arguments, cwd=cwd)
-
-
-def test_in_the_world_the_audit_finds_the_labels_that_are_flipped(trained_world):
-    """A label is flipped where the chosen answer has the lower true reward: 19 of 100 labels. After
-    all 512 steps the precision of the first 200 was 1.00, and that of as many as are flipped, which
-    is the recall too, 0.86. This run has 128 steps."""
-    done = run_sample("--score", "world", "--out", "scores.jsonl", cwd=trained_world)
-    assert done.returncode == 0, done.stderr
-    home = next(trained_world.glob("runs/world-*"))
-    rows = read_lines(home / "eval.jsonl")
-    flipped = []
-    for row in rows:
-        chosen, rejected = (
-            sample.true_reward_of(row["prompt"], row[side]) for side in ("chosen", "rejected"))
-        flipped.append(chosen < rejected)
-    flipped = np.array(flipped)
-    assert 0.15 < flipped.mean() < 0.22
-    lines = read_lines(trained_world / "scores.jsonl")
-    order = np.argsort([line["audit_rank"] for line in lines])
-    top = flipped[order[:200]]
-    assert top.mean() >= 0.8  # precision of the 200 that are the most surely flipped
-    assert flipped[order[:flipped.sum()]].mean() >= 0.6  # there, precision equals recall
-    right = np.array([line["label_is_right"] for line in lines])
-    assert right[order[0]] == right.min() < 0.2
-    first = [line for line in done.stdout.splitlines() if re.match(r" +1\. ", line)][0]
-    assert lines[order[0]]["id"] in first
-
-
-def test_in_the_world_an_answer_has_its_true_reward_and_the_newest_run_answers(trained_world):
-    done = run_sample("--prompt", "the sea is", cwd=trained_world)
-    assert done.returncode == 0 and "world: runs/sigmoid" in done.stderr
-    assert "-- policy" in done.stdout and done.stdout.count("true reward") == 2
-    assert "[--prompt] the sea is" in done.stdout
-
-
-def test_without_a_run_the_reference_policy_of_the_world_answers(trained_world, tmp_path):
-    home = next(trained_world.glob("runs/world-*"))
-    shutil.copytree(home, tmp_path / "runs" / home.name)
-    done = run_sample("--prompt", "the sea is", cwd=tmp_path)
-    assert "this is the reference policy" in done.stderr and "-- reference" not in done.stdout
-
-
 def test_the_true_reward_is_that_of_the_world_and_a_malformed_answer_has_none():
     thing, number = 3, 77
     expected = world.true_reward()[thing, number].item()
-    assert sample.true_reward_of(world.prompts()[thing], world.answers()[number]) == expected
-    assert sample.true_reward_of(world.prompts()[thing], " cold dark") is None
-    assert sample.true_reward_of("a cat is", world.answers()[number]) is None
+    assert world.true_reward_of(world.prompts()[thing], world.answers()[number]) == expected
+    assert world.true_reward_of(world.prompts()[thing], " cold dark") is None
+    assert world.true_reward_of("a cat is", world.answers()[number]) is None
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -465,6 +410,16 @@ class Terminal:
     def send(self, text):
         os.write(self.master, text.encode())
 
+    def interrupt_until(self, shown, times=20):
+        """Press Ctrl-C until this is shown. Python does not notice one that comes after it wrote
+        the prompt of input() and before it waits for a key, so one may not be enough."""
+        for _ in range(times):
+            os.killpg(self.process.pid, signal.SIGINT)
+            if select.select([self.master], [], [], 3)[0]:
+                assert shown in self.wait_for("\npolicy> ")
+                return
+        raise AssertionError(f"no {shown!r} after {times} times Ctrl-C")
+
     def finish(self):
         code = self.process.wait(30)
         os.close(self.master)
@@ -513,8 +468,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chat_folder):
     stopped = terminal.wait_for("\npolicy> ")
     count = int(re.search(r"\((\d+) tokens", stopped)[1])
     assert 0 < count < 50_000
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    assert "/quit or Ctrl-D leaves" in terminal.wait_for("\npolicy> ")
+    terminal.interrupt_until("(/quit or Ctrl-D leaves)")
     terminal.send("\x04")
     assert terminal.finish() == 0
     assert "Traceback" not in terminal.text

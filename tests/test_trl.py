@@ -9,14 +9,15 @@ from unittest.mock import MagicMock
 import datasets
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, make_rows, write_jsonl
 from steps import make_batch, preference_step
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import dpo
 from logps import FastLogps
 from losses import LOSSES, find, hyperparameters, orpo, sigmoid, simpo
+from model import save_model
 
 trl = pytest.importorskip("trl", minversion="1.0")
 
@@ -214,3 +215,33 @@ def test_token_ids_equal_trl_except_that_trl_moves_the_common_start_of_two_answe
             assert prompt + answer == trl_prompt + trl_answer
     begin_alike = sum(chosen[0] == rejected[0] for chosen, rejected in rows["answer_ids"])
     assert differing == (0 if "prompt" in texts.column_names else begin_alike)
+
+
+# --- A mixture of experts -------------------------------------------------------------------------
+
+def test_two_steps_on_a_mixture_of_experts_have_the_router_loss_and_total_loss_of_trl(
+        fit, tokenizer, tmp_path):
+    """TRL's loss includes the router loss times its coefficient; the loss here is that of the
+    pairs. The second step is after an update, so that policy and reference differ."""
+    from test_experts import EXPERTS, build
+    save_model(build("Mixtral", len(tokenizer), **EXPERTS), tokenizer, tmp_path / "m")
+    rows = make_rows(8)
+    _, ours = fit(
+        model=tmp_path / "m", dataset=write_jsonl(tmp_path / "eight.jsonl", rows), eval_share=0,
+        batch_size=8, micro_batch_size=8, max_steps=2, lr=1e-3, lr_schedule="constant",
+        warmup_steps=0, attention="padded", router_aux_loss_coef=0.5, beta=0.1, shuffle="false")
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=2, per_device_train_batch_size=8,
+        learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, report_to="none",
+        router_aux_loss_coef=0.5, beta=0.1, max_length=64, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, save_strategy="no")
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32),
+        args=settings, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows))
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "aux_loss" in row]
+    assert len(ours) == len(theirs) == 2
+    for our_row, their_row in zip(ours, theirs):
+        total = our_row["loss"] + 0.5 * our_row["aux_loss"]
+        assert our_row["aux_loss"] == pytest.approx(their_row["aux_loss"], abs=1e-4)
+        assert total == pytest.approx(their_row["loss"], abs=1e-4)
