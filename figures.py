@@ -27,15 +27,15 @@ PAGE = pathlib.Path(__file__).parent / "docs" / "figures.md"
 NO_RUNS = Experiment(lambda: [], lambda settings: {})
 
 
-class Picture(NamedTuple):
-    """A picture file and its part of the page."""
+class Section(NamedTuple):
+    """A picture, and its section of the page."""
     title: str
     see: str  # what to see, in a few sentences
     draw: Callable[[list[dict]], Any]
     table: Callable[[list[dict]], tuple[str, list[list[str]]]]
 
 
-FRONTIER = Picture(
+FRONTIER = Section(
     "The frontier", """
 A dot is a run (three seeds for each β), a line joins the means, and the gray line is the exact
 optimum of eq. 3 of the DPO paper: no policy can have a higher expected true reward at its KL. The
@@ -43,7 +43,7 @@ margin losses follow the frontier, and β decides where on it a run stops. `kto_
 stay visibly below it. `simpo` has no reference, so a large β does not bring it back to KL 0. At a
 small β all losses fall short: 60 steps and 65,536 noisy labels don't fix large rewards.
 """, pictures.draw_frontier, pictures.table_frontier)
-THEOREM = Picture(
+THEOREM = Section(
     "The theorem", """
 A dot is one of 512 answers to one of 8 prompts. Eq. 5 of the DPO paper says that the optimal policy
 for a reward has this reward as β log π/π_ref, up to a constant per prompt, which is subtracted
@@ -51,7 +51,7 @@ here. Before training all implicit rewards are 0. After DPO they are the true re
 never seen: it saw which of two answers won. The slope is slightly below 1, as rewards that are
 estimated from few comparisons are pulled towards 0 by early stopping.
 """, pictures.draw_theorem, pictures.table_theorem)
-BOTH_FALL = Picture(
+BOTH_FALL = Section(
     "Both fall", """
 Mean change of log π over the training pairs. EOS is scored here. If both answers of the pairs are
 samples of π_ref, the mean change of all of them is E_ref[log π/π_ref] = −KL(π_ref‖π), the dotted
@@ -63,21 +63,22 @@ probability leaves the well-formed answers, mostly because they no longer end. (
 EOS on this page the mass stays near 1 at β = 1.) `sigmoid,sft`, `dpop` and `nca_pair` tie the
 probability down. `apo_zero` keeps the mass and still ends with lower chosen answers.
 """, pictures.draw_both_fall, pictures.table_both_fall)
-CAUSES = Picture(
+CAUSES = Section(
     "Both fall: three causes", """
 **1. The chosen answer is only relatively good.** At the start, the gradient of the expected loss by
 log π(y) is β/2 times (how often y is rejected − how often y is chosen). All pairs are a middling
 and a bad answer (blue). With pairs in which a good answer beats a middling one (dashed), the same
-middling answers are pushed down by the pairs that they lose. They fall even without these pairs,
-because good answers, which look like them, rise more. **2. The answers share much.** A small step
-along ∇w − ∇l changes w by the step times ‖∇w‖² − ⟨∇w, ∇l⟩. Each dot is a pair trained alone, from
-the reference, by 20 plain gradient steps: the more words the answers share, the larger ⟨∇w, ∇l⟩,
-and the less the chosen answer rises. Beyond a ratio of 1 it falls. That is rare here: an answer of
-three words can't share more than two. **3. The policy can't tell them apart.** A policy of few
-dimensions has a small margin, so both answers move together: see the change of the chosen answer
-for each nat of margin. In nats, the chosen answer does not fall more than in a large policy.
+middling answers are pushed down by the pairs that they lose. They fall even without these pairs:
+the policy has not learned that they are the best there is, because good answers, which look like
+them, rise more. **2. The answers share much.** A small step along ∇w − ∇l changes w by the step
+times ‖∇w‖² − ⟨∇w, ∇l⟩. A dot is a pair trained alone, from the reference, by 20 plain gradient
+steps. The more words the answers share, the larger ⟨∇w, ∇l⟩, and the less the chosen answer rises.
+Near a ratio of 1 it falls, and only pairs that share two of three words come there. **3. The policy
+can't tell them apart.** A policy of few dimensions can't fit the rewards, gets a small margin, and
+moves both answers together: for each nat of margin the chosen answer falls further in policies of
+2, 4 and 8 dimensions than in one of 64. The seeds differ much.
 """, pictures.draw_causes, pictures.table_causes)
-JUDGE = Picture(
+JUDGE = Section(
     "Judge or writer?", """
 Accuracy on held-out pairs reads the sign of the margin, the expected true reward how far
 probability has moved. Left: `sigmoid` with β 1 and β 4 end with the same accuracy, near that of the
@@ -87,30 +88,30 @@ least, a tenth of its probability. Trained on them, a policy judges such pairs a
 and pairs of the reference worse, and it writes nearly as well. Accuracy does not say which policy
 writes better.
 """, pictures.draw_judge, pictures.table_judge)
-OVERFITTING = Picture(
+OVERFITTING = Section(
     "Overfitting", """
 64 pairs, no answer in two of them, the better one always chosen. The margin of `sigmoid` has no
 end, and a small β lets it grow faster. `ipo` brings every pair to its target (dotted), 1/(2β) for
 each of 4 tokens. Both are as the papers say. The growth does no harm here: with β = 0.25 the true
 reward, which is mostly that of other answers, is higher with `sigmoid` than with `ipo`.
 """, pictures.draw_overfitting, pictures.table_overfitting)
-NOISE = Picture("Noise", """
+NOISE = Section("Noise", """
 A share of the labels is flipped. Each loss has its best β of a sweep, by the share of the
 achievable; `cdpo` (`sigmoid` with label smoothing) and `robust` are told the true share.
 """, pictures.draw_noise, pictures.table_noise)
-LENGTH = Picture("Length", """
+LENGTH = Section("Length", """
 Answers of one to four words. The true reward has nothing to do with length, but in the labels each
 word counts as 0.8 of reward. The longer the answers get at equal KL, the less true reward:
 `sigmoid` learns the accident. `rdpo` is told the 0.8 and does best. `ld_dpo` (LD-DPO, `sigmoid`
 with `--ld_alpha 0.5`) and the two losses of averages, `sigmoid_norm` and `simpo`, are between them.
 """, pictures.draw_length, pictures.table_length)
-START = Picture("Start", """
+START = Section("Start", """
 The derivative of `discopop` at z = 0, where the policy is the reference, pushes against the chosen
 answer. A pair that is trained alone falls into the minimum at z = −0.12, and stays there with the
 wrong order. With `sigmoid` it leaves the picture at the top. In a run on all pairs other pairs
 carry it over the maximum: see `discopop` in [world.md](world.md).
 """, pictures.draw_start, pictures.table_start)
-MISSPECIFIED = Picture("Misspecified", """
+MISSPECIFIED = Section("Misspecified", """
 192 policies with one parameter, log π = log π_ref + θ φ(y) − log Z, where φ says whether the answer
 has a certain word at a certain position. No θ gives the true reward. Both minima are computed
 exactly, not trained: θ of the expected DPO loss, and the best θ, which maximizes E[r] − β KL. With
@@ -118,14 +119,14 @@ pairs of the reference DPO's θ gains in nearly all policies, though less than t
 from 16 answers to each prompt, a quarter of the policies end worse than the reference. So DPO may
 prefer the worse answers, as arXiv:2510.20413 says, and it depends on which pairs are frequent.
 """, pictures.draw_misspecified, pictures.table_misspecified)
-EVERY_LOSS = Picture("Every loss", """
+EVERY_LOSS = Section("Every loss", """
 Value and pushes of each loss of pairs against the margin, at β = 1 (other hyper-parameters at their
 defaults). The policy starts with log-prob −4 for both answers, of one token, and half of the margin
 is a rise of the chosen answer, half a fall of the rejected one. Losses that compare the pairs of a
 batch are left out. Where blue and dashed lines agree, the loss is a function of the margin.
 """, pictures.draw_every_loss, pictures.table_every_loss)
 
-# Name of a command: its pictures, {file: picture}.
+# Name of a command: its pictures, {file: section}.
 CATALOG = {
     "frontier": {"frontier": FRONTIER},
     "theorem": {"theorem": THEOREM},
@@ -160,7 +161,7 @@ def make_runs(names: list[str], folder: pathlib.Path):
 def rows_of(name: str, folder: pathlib.Path = results.FOLDER) -> list[dict]:
     """The rows of all runs of a picture, in the order of the plan."""
     plan = EXPERIMENTS.get(name, NO_RUNS).plan()
-    return results.tidy(name, plan, folder) if plan else []
+    return results.ordered_results(name, plan, folder) if plan else []
 
 
 # --- Pictures and the page ------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def draw_shared(panel, rows):
         group = with_settings(rows, cause="shared", shared=shared)
         points = numbers_of(group, "pairs").flatten(0, 1)  # (pairs, 3)
         overlaps, chosen, _ = points.T
-        panel.plot(overlaps, chosen, **dots(number), label=f"{shared} words shared")
+        panel.plot(overlaps, chosen, **dots(number), label=f"{shared} of 3 words shared")
     zero_line(panel)
     panel.legend(fontsize=7, frameon=False, handletextpad=0.1, loc="lower left")
     name_axes(panel, "2  much shared", "⟨∇w, ∇l⟩ / ‖∇w‖²", "change of log π(chosen) [nats]")

@@ -135,7 +135,7 @@ def append(name: str, settings: dict, run: Callable, result: dict, folder=FOLDER
         file.write(json.dumps(row) + "\n")
 
 
-def tidy(name: str, plan: list[dict], folder=FOLDER) -> list[dict]:
+def ordered_results(name: str, plan: list[dict], folder=FOLDER) -> list[dict]:
     """Keep the last row of each settings of the plan, in its order, and return them."""
     latest = {key(row["settings"]): row for row in read_results(name, folder)}
     absent = [settings for settings in plan if key(settings) not in latest]

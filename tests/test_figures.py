@@ -162,7 +162,7 @@ def test_an_interrupted_command_continues_where_it_was(tmp_path):
     for settings in results.missing("name", plan, run, tmp_path):
         results.append("name", settings, run, run(settings), tmp_path)
     assert runs == [0, 1, 2]
-    rows = results.tidy("name", plan[::-1], tmp_path)
+    rows = results.ordered_results("name", plan[::-1], tmp_path)
     assert [row["result"]["value"] for row in rows] == [2, 1, 0]
     assert len((tmp_path / "name.jsonl").read_text().splitlines()) == 3
 
