@@ -130,9 +130,9 @@ def pairs(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def no_curves(request):
     """Without matplotlib, a run writes no curves, which would take longer than a tiny run itself.
-    test_plots.py and test_card.py, which are about curves, have matplotlib."""
+    test_plots.py, test_card.py and test_figures.py, which are about pictures, have matplotlib."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ not in ("test_plots", "test_card"):
+        if request.module.__name__ not in ("test_plots", "test_card", "test_figures"):
             forked.hide_matplotlib(patch.setitem)
         yield
 

@@ -108,6 +108,15 @@ ALLOWED_IMPORTS["bench"] = {
     "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
 }
 
+ALLOWED_IMPORTS |= {
+    "tree": {"world"},
+    "grounds": {"dpo", "losses", "model", "optimizers", "tree", "world"},
+    "experiments": {"grounds", "losses", "tree", "world"},
+    "results": {"errors", "files", "losses"},
+    "pictures": {"errors", "experiments", "losses", "plots", "registry", "world"},
+    "figures": {"errors", "experiments", "files", "log", "pictures", "results"},
+}
+
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}
 
 # File: its syntax tree.
