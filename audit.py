@@ -31,7 +31,7 @@ from files import written_aside
 from flags import read_variants
 from losses import kind_of, needs_of, needs_reference, sides_of
 from runs import ALONE, Opened
-from train import most_answers, settle_attention
+from train import most_answers, settle_attention, with_images
 
 SHOWN = 10  # pairs of the audit that are printed
 
@@ -68,7 +68,9 @@ def load_scored_rows(opened: Opened, spec: str) -> tuple[Dataset, dict]:
         _, held_out = world.row_files(needs.kind)
         spec = str(world.folder() / held_out)
     limits, shape, options = data.read_flags(args, opened.family)
-    return data.load_tokens(spec, opened.tokenizer, needs, limits, shape, args.strict, options)
+    shape = shape._replace(images=opened.open_processor is not None)
+    return data.load_tokens(spec, opened.tokenizer, needs, limits, shape, args.strict, options,
+                            opened.open_processor)
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -78,10 +80,11 @@ def score_rows(opened: Opened, rows: Dataset) -> Scores:
     args, loss, reference = opened.args, opened.loss, opened.reference
     if args.reference_free or not needs_reference(loss):
         reference = None
-    attention, masked = settle_attention(args, opened.policy, reference, rows, opened.dtype, ALONE)
+    processor = opened.open_processor() if with_images(rows) else None
+    attention, masked = settle_attention(args, opened.policy, reference, rows, opened.dtype, ALONE,
+                                         processor)
     task = make_task(loss, opened.hyper, read_variants(args), opened.dtype, ALONE.device,
-                     attention == "packed", masked, most_answers(rows),
-                     opened.family)
+                     attention == "packed", masked, most_answers(rows), opened.family, processor)
 
     def compute(batch):
         return logp_tables(task, opened.policy, reference, batch)

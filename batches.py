@@ -26,6 +26,7 @@ import torch
 
 import data
 import packing
+import vision
 from answers import answer_tensors, answers_loss
 from dpo import concatenated_inputs, preference_logps, preference_loss
 from encoder_decoder import collate_rows
@@ -72,6 +73,7 @@ class RowFormat(NamedTuple):
     full_logits: bool = True  # padded rows with few logits may have them computed in full
     most_answers: int = 0  # K, the same in all batches; 0: of the row that has most
     family: str = "decoder"  # of the model, see families.py
+    processor: Any = None  # of the images of the rows, see vision.py
 
 
 def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
@@ -92,6 +94,8 @@ def collate_on_cpu(rows: dict, tokenizer: Any, row_format: RowFormat) -> dict:
         predictors = torch.arange(inputs["labels"].numel()).view_as(inputs["labels"])
     else:
         inputs = concatenated_inputs(data.pad_rows(rows, pad))
+    if row_format.processor and "image_paths" in rows:
+        vision.add_images(inputs, rows, row_format.processor, batch["places"])
     if not row_format.masked:
         inputs["attention_mask"] = packing.no_mask()
     logits = inputs["labels"].numel() * len(tokenizer)
@@ -182,8 +186,8 @@ class Task(NamedTuple):
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
               packed: bool = False, masked: bool = True, most_answers: int = 0,
-              family: str = "decoder") -> Task:
-    """The Task of a loss with its variants."""
+               family: str = "decoder", processor: Any = None) -> Task:
+    """The Task of a loss with its variants. family, processor: see RowFormat."""
     options = {"reference_free": variants.reference_free}
     loss_and_metrics = preference_loss
     if kind_of(loss) != "pairs":
@@ -198,7 +202,8 @@ def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, devic
     # rounds logits to bf16, and FastLogps computes them in fp32.
     rounded = dtype == "bfloat16" and device.type == "cuda"
     full_logits = not variants.wpo and not rounded
-    row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers, family)
+    row_format = RowFormat(packed, masked, variants.weigh, full_logits, most_answers, family,
+                           processor)
     return Task(
         loss=loss,
         hyper=hyper,

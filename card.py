@@ -24,7 +24,7 @@ from files import (
     write_text,
 )
 from flags import build_parser
-from loading import load_family
+from loading import has_processor, load_family
 from losses import LOSSES, find, hyperparameters, kind_of
 from plots import CURVES_FILE, PANELS, read_metrics, write_curves
 
@@ -223,16 +223,23 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """,
 }
+PRINT["vision"] = PRINT["decoder"]
 QUANTIZED = """
 
 The adapter was trained on the base in 4 bits. To load the base so, pass
 `quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`."""
+
+IMAGES = """
+
+For a prompt with images, load `AutoProcessor` in place of `AutoTokenizer`."""
 
 
 def loading_code(folder: pathlib.Path, flags: dict) -> str:
     """Return the code that loads the model and lets it answer, and what there is to know."""
     name = json.dumps(flags["push_to_hub"] or str(folder))
     family = load_family(str(folder))
+    if has_processor(str(folder)):  # an adapter does not name the family of its base
+        family = "vision"
     auto_class = AUTO_CLASSES[family].__name__
     code = LOAD_MODEL.format(name=name, auto_class=auto_class)
     if is_adapter(folder):
@@ -241,6 +248,8 @@ def loading_code(folder: pathlib.Path, flags: dict) -> str:
     has_template = (folder / "chat_template.jinja").exists()
     code += CHAT if has_template else PLAIN
     note = QUANTIZED if flags["quantize"] else ""
+    if family == "vision":
+        note += IMAGES
     return f"```python\n{code}{GENERATE}{PRINT[family]}```{note}"
 
 

@@ -611,14 +611,15 @@ class OwnFiles(FileSystem):
         return self.paths
 
 
-# The inputs that must not change before a run is resumed.
+# The inputs that must not change before a run is resumed. The tokenizer is the first one: if it
+# changed, the tokens of the rows changed too.
 CHANGED = {
+    "tokenizer": "the tokenizer of the model or its chat template",
     "rows": "the rows of --dataset, their order or their tokens",
     "held_out": "the rows of --eval_dataset or their tokens",
     "weights": "the weights of the reference, or of the model below the adapter,",
     "settings": "config.json or adapter_config.json of the reference, or of the model below the "
                 "adapter,",
-    "tokenizer": "the tokenizer of the model or its chat template",
     "world": "the files of the embedded world",
 }
 
@@ -632,9 +633,9 @@ def load_checkpoint(folder: pathlib.Path, state: dict, fixed: dict, tensors: dic
     must equal the saved hashes. Only JSON and safetensors are read, so that loading a checkpoint
     runs no code from its files.
     """
-    for name, digest in fixed.items():
-        if state[name] != digest:
-            raise UserError(f"--resume: {CHANGED[name]} changed since the run began; restore the "
+    for name, what in CHANGED.items():
+        if name in fixed and state[name] != fixed[name]:
+            raise UserError(f"--resume: {what} changed since the run began; restore the "
                             "files, or start a new run in another --output_dir")
     reader = HuggingFaceStorageReader(str(folder / "optimizer"))
     reader.fs = OwnFiles([str(folder / name) for name in state["files"]

@@ -70,7 +70,7 @@ def read_message(message, field, row):
     is_text = isinstance(content, str) or (content is None and "tool_calls" in kept)
     if isinstance(content, list) and content:
         is_text = True
-        check_parts(content, field, row.where)
+        check_parts(content, field, row)
     if not isinstance(role, str) or not is_text:
         raise UserError(f"{row.where}: the field '{field}' holds the message "
                         f"{beginning(message, 80)}; a message has a role and a content, both text")
@@ -105,14 +105,16 @@ def read_calls(content, row):
     return [{"type": "function", "function": call} for call in calls]
 
 
-def check_parts(parts, field, where):
-    """Raise unless every part of a content is text."""
+def check_parts(parts, field, row):
+    """Raise unless every part of a content is text, or an image for a model that sees images."""
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "image" and row.images:
+            continue
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{where}: the field '{field}' holds a message with a part of the type "
-                            f"{beginning(kind)}; only parts of type text are read, so leave out "
-                            "the row")
+            raise UserError(f"{row.where}: the field '{field}' holds a message with a part of the "
+                            f"type {beginning(kind)}; only parts of type text are read, so leave "
+                            "out the row")
 
 
 def is_message(value) -> bool:

@@ -62,6 +62,7 @@ import torch
 import conversations
 import fields
 import formats
+import images
 import layouts
 import loading
 import selection
@@ -69,9 +70,16 @@ import shorten
 import sources
 import templates
 import unread
+import vision
 import written
 from layouts import LAYOUTS, Shape, examples, find_layout, known_names
-from loading import load_family, load_tokenizer, text_with_tokens
+from loading import (
+    has_processor,
+    load_family,
+    load_processor,
+    load_tokenizer,
+    text_with_tokens,
+)
 from ranges import whole_number
 from registry import Needs, needs_of
 from shorten import shorten_texts
@@ -90,8 +98,8 @@ IGNORE = torch.nn.CrossEntropyLoss().ignore_index
 # A part of every cache key: token ids that other code made are not reused.
 CODE = [pathlib.Path(__file__)]
 CODE += [pathlib.Path(file.__file__) for file in (
-    conversations, fields, formats, layouts, loading, selection, shorten, sources, templates,
-    unread, written)]
+    conversations, fields, formats, images, layouts, loading, selection, shorten, sources,
+    templates, unread, vision, written)]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()
 
 
@@ -270,7 +278,7 @@ def read_apart(text):
     return text._replace(wholes=[whole[start:] for whole in text.wholes], scored=scored)
 
 
-def tokenize_row(text, prompt, wholes, edges, ends, limits, offsets):
+def tokenize_row(text, prompt, wholes, edges, ends, limits, offsets, seen=None):
     """Tokenize one row. Returns its columns.
 
     text     RowText
@@ -279,6 +287,7 @@ def tokenize_row(text, prompt, wholes, edges, ends, limits, offsets):
     edges    the ids to put around them
     ends     the ids to put after each answer, [EOS] or []
     offsets  for each answer the characters of the tokens of its whole, if only a part is scored
+    seen     a vision.SeenPrompt of the prompt, if it has images
     """
     front, back = edges.front, edges.back
     if limits.family == "encoder_decoder":
@@ -290,6 +299,10 @@ def tokenize_row(text, prompt, wholes, edges, ends, limits, offsets):
         is_merged = start < len(prompt)
         # Add no second BOS where the text has its own.
         whole_prompt = wholes[0][:start]
+        if seen:
+            whole_prompt = vision.prompt_with_images(seen, prompt, start)
+        if whole_prompt is None:
+            text, whole_prompt = text._replace(problem=vision.MERGED), []
         if wholes[0][:len(front)] != front:
             whole_prompt = front + whole_prompt
     answers = [whole[start:] for whole in wholes]
@@ -351,20 +364,15 @@ def text_of_row(batch, i, tokenizer, special, options):
     if batch["chat"][i]:
         messages = [json.loads(answer) for answer in answers]
         own_options = json.loads(batch["options"][i] or "{}")
-        return templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
+        text = templates.text_of_messages(json.loads(prompt), messages, tokenizer, special,
                                           batch["id"][i], own_options | options)
-    return templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
+    else:
+        text = templates.text_of_texts(prompt, answers, batch["has_own_prompt"][i], special)
+    return text._replace(images=len(batch["image_paths"][i]))
 
 
-def tokenize(batch, tokenizer, needs, limits, options):
-    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function.
-
-    needs, limits   Needs and Limits, which `datasets` passes as tuples
-    options         of the chat template, from --template_kwargs
-    """
-    needs, limits = Needs(*needs), Limits(*limits)
-    edges = read_edges(tokenizer, limits.family)
-    special = templates.read_special_tokens(tokenizer)
+def texts_of_batch(batch, tokenizer, special, limits, options):
+    """Turn all rows of a batch of `examples` into RowText."""
     count = len(batch["id"])
     def text_of(i):
         return text_of_row(batch, i, tokenizer, special, options)
@@ -376,7 +384,20 @@ def tokenize(batch, tokenizer, needs, limits, options):
     texts = shorten_texts(texts, limits.max_length, tokenizer)
     if limits.family == "encoder_decoder":
         texts = [read_apart(text) for text in texts]
-    texts = templates.refuse_unwritable(texts, tokenizer)
+    return templates.refuse_unwritable(texts, tokenizer)
+
+
+def tokenize(batch, tokenizer, needs, limits, options, processor=None):
+    """Tokenize a batch {column: list} of rows of `examples`. Dataset.map runs this function.
+
+    needs, limits   Needs and Limits, which `datasets` passes as tuples
+    options         of the chat template, from --template_kwargs
+    processor       of the images, or None if no row has any
+    """
+    needs, limits = Needs(*needs), Limits(*limits)
+    edges = read_edges(tokenizer, limits.family)
+    special = templates.read_special_tokens(tokenizer)
+    texts = texts_of_batch(batch, tokenizer, special, limits, options)
 
     # One call for the prompts and one for the wholes: a call encodes its texts in parallel.
     prompt_ids = encode(tokenizer, [text.prompt for text in texts])
@@ -384,7 +405,7 @@ def tokenize(batch, tokenizer, needs, limits, options):
     whole_ids = iter(encode(tokenizer, list(wholes_of_all)))
 
     # Token ids -> rows.
-    rows = []
+    rows, prompts_seen = [], see_prompts(batch, texts, processor)
     for i, text in enumerate(texts):
         is_chat = batch["chat"][i]
         wholes = list(itertools.islice(whole_ids, len(text.wholes)))
@@ -397,11 +418,15 @@ def tokenize(batch, tokenizer, needs, limits, options):
             own = edges._replace(front=front, back=[])
             end_ids = [[] if whole.endswith(special.texts) else edges.end for whole in text.wholes]
         offsets = offsets_of(text, tokenizer)
-        row = tokenize_row(text, prompt_ids[i], wholes, own, end_ids, limits, offsets)
+        seen = prompts_seen[i]
+        row = tokenize_row(text, prompt_ids[i], wholes, own, end_ids, limits, offsets, seen)
+        if processor:
+            row |= image_columns(batch, i, text, seen)
+            row["problem"] = row["problem"] or vision.find_image_problem(row, seen, processor)
         repeats = all(answer.startswith(text.prompt) for answer in text.answers)
         row["repeats"] = repeats and not is_chat and bool(text.prompt.strip())
         row["unclosed"] = any(leaves_thinking_open(text, answer) for answer in text.answers)
-        row["prompt_key"] = hash_prompt(batch["prompt"][i])
+        row["prompt_key"] = hash_prompt(batch["prompt"][i] + str(seen.keys if seen else ""))
         # Problems that the layout found, and scores that contradict the preference.
         row["problem"] = batch["problem"][i] or row["problem"]
         if needs.ordered_scores and not row["problem"]:
@@ -418,6 +443,29 @@ def tokenize(batch, tokenizer, needs, limits, options):
     for name in rows[0]:
         columns[name] = [row[name] for row in rows]
     return columns
+
+
+def see_prompts(batch, texts, processor):
+    """Return the vision.SeenPrompt of each row with images that may be trained on, else None."""
+    seen = []
+    for i, text in enumerate(texts):
+        pictures = vision.pictures_of(batch, i)
+        is_usable = pictures and not text.problem and not batch["problem"][i]
+        prompt = None
+        if is_usable:
+            prompt = vision.see_prompt(processor, text.prompt, pictures, batch["id"][i])
+        seen.append(prompt)
+    return seen
+
+
+def image_columns(batch, i, text, seen):
+    """Return the columns of the images of a row, and the text that its processor reads."""
+    return {
+        "image_paths": batch["image_paths"][i],
+        "image_bytes": batch["image_bytes"][i],
+        "image_keys": seen.keys if seen else [],
+        "image_text": text.prompt if seen else "",
+    }
 
 
 def encode(tokenizer, strings):
@@ -465,7 +513,7 @@ ANY_LENGTH, ANY_LAYOUT = Limits(), Shape()
 
 
 def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_LAYOUT,
-                strict=False, options=None) -> tuple[datasets.Dataset, dict]:
+                strict=False, options=None, open_processor=None) -> tuple[datasets.Dataset, dict]:
     """Load a --dataset. Returns the rows of token ids that can be trained on, and an account of all
     rows, which `describe` formats.
 
@@ -473,6 +521,7 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
     shape       the layout of the files, and what to make of it
     strict      a row that would be dropped is an error
     options     keyword arguments of the chat template
+    open_processor  is called if a row has images, which is an error unless shape.images
 
     The columns of a row:
 
@@ -485,12 +534,15 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
         prompt_length, answers, tokens  of the prompt; K; of the prompt and all answers
         first_length, last_length       scored tokens of the first and of the last answer
         prompt_key                      a hash of the prompt, 0 <= key < 2**56
+        image_paths, image_bytes        the images of the prompt, if any row has images; image_text
+        image_keys, image_text          is its text, and image_keys are hashes of the images
     """
     mixture, parts = parse_sources(spec), []
     account = {"data": spec, "rows": 0, "dropped": {}, "noted": {}, "messages": False,
                "unread": {}, "not_read": {}, "layouts": {}}
-    for source in mixture:
-        text = load_text(source, needs, shape)
+    texts = [load_text(source, needs, shape) for source in mixture]
+    processor = open_processor() if any(map(has_images, texts)) else None
+    for source, text in zip(mixture, texts):
         account["layouts"][source.name] = find_layout(source, needs, shape)
         count_unread(text, account["unread"])
         files, not_read = find_files(source)
@@ -501,10 +553,11 @@ def load_tokens(spec: str, tokenizer, needs=PAIRS, limits=ANY_LENGTH, shape=ANY_
         with reading_cache(CACHE_ERRORS):
             rows = text.map(
                 tokenize, batched=True, remove_columns=text.column_names, desc="tokenizing",
-                new_fingerprint=cache_name(text, tokenizer, needs, limits, options),
-                features=token_features(needs),
+                new_fingerprint=cache_name(text, tokenizer, needs, limits, options, processor),
+                features=token_features(needs, processor),
+                batch_size=100 if processor else 1000,  # rows may hold images
                 fn_kwargs={"tokenizer": tokenizer, "needs": needs, "limits": limits,
-                           "options": options or {}})
+                           "options": options or {}, "processor": processor})
         check_whole(rows)
         account["messages"] = account["messages"] or bool(text[0]["chat"])
         usable = select_usable(rows, account, strict, limits.overlong)
@@ -538,12 +591,37 @@ def without_defaults(rows):
     return rows
 
 
-def cache_name(text, tokenizer, needs, limits, options):
+def has_images(text):
+    """Return whether a row of `examples` has an image."""
+    counts = pyarrow.compute.list_value_length(text.data.column("image_paths"))
+    return (pyarrow.compute.max(counts).as_py() or 0) > 0
+
+
+def count_without_images(rows):
+    """Return how many rows have no image."""
+    if "image_paths" not in rows.column_names:
+        return len(rows)
+    return len(rows) - sum(1 for paths in rows["image_paths"] if paths)
+
+
+def image_states(text, processor):
+    """Return the settings of a processor, and the state of all files of images."""
+    if processor is None:
+        return []
+    states = [vision.processor_settings(processor)]
+    for path in sorted(set(itertools.chain(*text["image_paths"]))):
+        if os.path.isfile(path):
+            states.append(file_state(pathlib.Path(path)))
+    return states
+
+
+def cache_name(text, tokenizer, needs, limits, options, processor):
     """Return a cache name of the token ids, which changes with everything they depend on."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     return datasets.fingerprint.Hasher.hash([
         text._fingerprint, backend, tokenizer.chat_template, tokenizer.special_tokens_map, needs,
-        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False)])
+        limits, options, SOURCE, getattr(tokenizer, "split_special_tokens", False),
+        *image_states(text, processor)])
 
 
 # Columns that mark rows for the report, and the words of the report.
@@ -557,7 +635,11 @@ NOTES = {
 }
 
 
-def token_features(needs):
+# Columns of images, without their hashes.
+IMAGES = ("image_paths", "image_bytes", "image_text")
+
+
+def token_features(needs, processor):
     """Return the types of the columns, which a first batch of empty prompts does not show."""
     ids = datasets.Sequence(datasets.Value("int64"))
     types = {
@@ -573,6 +655,13 @@ def token_features(needs):
         types["scores"] = datasets.Sequence(datasets.Value("float64"))
     if needs.kind == "labels":
         types["desirable"] = datasets.Value("bool")
+    if processor:
+        types |= {
+            "image_paths": datasets.Sequence(datasets.Value("string")),
+            "image_bytes": datasets.Sequence(datasets.Value("large_binary")),
+            "image_keys": ids,
+            "image_text": datasets.Value("string"),
+        }
     types |= dict.fromkeys(NOTES, datasets.Value("bool"))
     numbers = ("prompt_length", "first_length", "last_length", "answers", "tokens", "prompt_key")
     types |= dict.fromkeys(numbers, datasets.Value("int64"))
@@ -654,7 +743,7 @@ def digest(rows: datasets.Dataset) -> str:
     ten times slower.
     """
     names = [name for name, kind in rows.features.items()
-             if getattr(kind, "dtype", None) != "string"]
+             if getattr(kind, "dtype", None) != "string" and name not in IMAGES]
     hashes = [np.zeros(0, np.uint64)]
     for batch in rows.data.table.select(sorted(names)).to_batches(max_chunksize=10_000):
         hashes.append(np.zeros(len(batch), np.uint64))
@@ -823,17 +912,19 @@ def describe_statistics(numbers: dict) -> str:
     return "\n".join(lines)
 
 
-def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None) -> str:
+def show(rows: datasets.Dataset, tokenizer, count=2, most: int | None = None,
+         image_id: int | None = None) -> str:
     """Format the first rows as the model sees them: the prompt, then in brackets the scored tokens,
     separated by bars.
 
     most    the largest number of characters to show: the end of a prompt, the beginning and the end
             of an answer
+    image_id  the token of an image, many of which are shown as [image: 12 tokens]
     """
     lines = []
     for i in range(min(count, len(rows))):
         row = rows[i]
-        prompt = tokenizer.decode(row["prompt_ids"])
+        prompt = vision.decode_prompt(row["prompt_ids"], tokenizer, image_id)
         mark = ""
         if most and len(prompt) > most:
             prompt, mark = prompt[-most:], "… "
@@ -1113,6 +1204,15 @@ def load_report_tokenizer(args):
     return tokenizer
 
 
+def report_processor(args, tokenizer):
+    """A function that loads the processor of a model that sees images, once; else None."""
+    if not has_processor(args.model):
+        return None
+    keeps_template = bool(args.chat_template)
+    return functools.cache(
+        lambda: load_processor(args.model, tokenizer, keeps_template=keeps_template))
+
+
 def main(argv):
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1129,6 +1229,8 @@ def main(argv):
     limits, shape, options = read_flags(args, load_family(args.model))
     needs = needs_of_loss(args.loss)
     tokenizer = load_report_tokenizer(args)
+    open_processor = report_processor(args, tokenizer)
+    shape = shape._replace(images=open_processor is not None)
 
     # The data sets, as training would load them.
     specs = {"train": args.dataset}
@@ -1137,7 +1239,7 @@ def main(argv):
     held_out, accounts = {}, []
     for split, spec in specs.items():
         held_out[split], account = load_tokens(
-            spec, tokenizer, needs, limits, shape, args.strict, options)
+            spec, tokenizer, needs, limits, shape, args.strict, options, open_processor)
         accounts.append(account)
     rows = held_out.pop("train")
     check_template(args, accounts)
@@ -1156,7 +1258,9 @@ def main(argv):
         name = split.partition("/")[2]
         print(f"{name + ': ' if name else ''}{describe(account)}")
         print(describe_statistics(part))
-    print("\nAs the model sees them, scored tokens in brackets:\n" + show(rows, tokenizer))
+    image_id = open_processor().image_token_id if "image_paths" in rows.column_names else None
+    shown = show(rows, tokenizer, image_id=image_id)
+    print(f"\nAs the model sees them, scored tokens in brackets:\n{shown}")
 
 
 if __name__ == "__main__":

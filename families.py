@@ -3,14 +3,22 @@
     decoder           prompt and answer are one text, as in Llama: dpo.SequenceLogps
     encoder_decoder   the encoder reads the prompt, the decoder writes the answer, as in T5:
                       encoder_decoder.py
+    vision            a decoder whose prompt may have images, as in LLaVA: vision.py. Without images
+                      it is computed as a decoder
 """
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
 
 from errors import UserError
 
 AUTO_CLASSES = {
     "decoder": AutoModelForCausalLM,
     "encoder_decoder": AutoModelForSeq2SeqLM,
+    "vision": AutoModelForImageTextToText,
 }
 
 
@@ -18,7 +26,19 @@ def family_of(config: PretrainedConfig) -> str:
     """Return the family of a model of this config."""
     if getattr(config, "is_encoder_decoder", False):
         return "encoder_decoder"
-    return "decoder"
+    return "vision" if sees_images(config) else "decoder"
+
+
+def sees_images(config: PretrainedConfig) -> bool:
+    """Return whether the files of this config hold a model with a vision tower. Some configs have a
+    second class, for texts alone: then the config names the class of its files."""
+    if getattr(config, "vision_config", None) is None:
+        return False
+    with_images = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    for_text = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if with_images is None or for_text in (None, with_images):
+        return with_images is not None
+    return with_images.__name__ in (getattr(config, "architectures", None) or ())
 
 
 SEQ_2_SEQ = "SEQ_2_SEQ_LM"

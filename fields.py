@@ -27,8 +27,10 @@ JSON_OR_CSV = re.compile(r"\.(jsonl|json|csv), row \d+$", re.IGNORECASE)
 class Fields:
     """The columns of one row under our names, after --columns."""
 
-    def __init__(self, row: object, where: str, columns: tuple = (), ignored: tuple = ()):
+    def __init__(self, row: object, where: str, columns: tuple = (), ignored: tuple = (),
+                 images: bool = False):
         self.where = where
+        self.images = images  # whether the model sees them
         self.ignored = ignored
         self.theirs = dict(columns)  # our name: the file's name
         self.of_file = row if isinstance(row, dict) else {}

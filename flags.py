@@ -235,6 +235,9 @@ def add_policy_flags(add, loss):
     add("--dora", action="store_true",
         help="train the norms of the weights separately from their directions")
     add("--quantize", choices=("nf4",), help="store the frozen weights in 4 bits (QLoRA)")
+    add("--train_vision", action="store_true",
+        help="train the vision tower and the layers between it and the language model too, which "
+             "are frozen without this flag; with --lora_rank, adapt them")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward: less memory, more time")
     add("--router_aux_loss_coef", type=real_number(">= 0"),

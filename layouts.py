@@ -26,6 +26,7 @@ from conversations import TURN, beginning, split_row
 from errors import UserError, nearest, printable
 from fields import Fields, quote_names, without_nulls
 from formats import BOTH, HAVE_VERDICTS, LAYOUTS, SCORES, Form, trl_forms
+from images import COLUMNS, place_pictures, read_pictures
 from registry import Needs
 from selection import Shape, choose_answers
 from sources import Source, kind_of_split, read_rows
@@ -34,7 +35,7 @@ from unread import list_unread, texts_of
 
 def known_names() -> tuple:
     """List the names that --columns may give to a column."""
-    names = dict.fromkeys(("prompt", *BOTH, *SCORES, "id", "weight", "tools"))
+    names = dict.fromkeys(("prompt", *BOTH, *SCORES, "id", "weight", "tools", *COLUMNS))
     for forms in LAYOUTS.values():
         for form in forms:
             names |= dict.fromkeys(form.fields + form.more)
@@ -131,8 +132,8 @@ def nearest_layout(values):
 
 def find_layout(source: Source, needs: Needs, shape: Shape) -> str:
     """Return the name of the layout of the first row of a source."""
-    for where, row in read_rows(Source(*source)):
-        fields = Fields(row, where, shape.columns, shape.ignored)
+    for where, row, _ in read_rows(Source(*source)):
+        fields = Fields(row, where, shape.columns, shape.ignored, shape.images)
         return choose_form(fields, Needs(*needs), shape.layout)[0]
     raise UserError(f"{source[0]}: there is no row in it")
 
@@ -158,13 +159,14 @@ def layouts_that_read(name: str, row: Fields) -> str:
 
 def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterator[dict]:
     """Yield the examples of every row: {id, chat, has_own_prompt, prompt, answers, ranks, scores,
-    labels, weight, options, notes, problem, unread}.
+    labels, weight, options, image_paths, image_bytes, notes, problem, unread}.
 
     chat            whether prompt and answers are JSON of messages instead of text
     has_own_prompt  whether the prompt is a field of the row, or is searched inside the answers
     answers         best first, if their order is known; ranks, scores: one for each
     labels          for a loss of labels: one bool
     options         JSON of what the chat template gets with the messages
+    image_paths     of the images of the prompt, "" where image_bytes has the image itself
     notes           reasons for the report; problem: why the row has to be dropped
     unread          a JSON list of the columns and message keys that are not read
     cache_key       unused here; `datasets` hashes it with the other arguments
@@ -172,8 +174,8 @@ def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterato
     source, needs, shape = Source(*source), Needs(*needs), Shape(*shape)
     layout = form = file_is_chat = None
     splits = set()
-    for where, row_of_file in read_rows(source):
-        row = Fields(row_of_file, where, shape.columns, shape.ignored)
+    for where, row_of_file, folder in read_rows(source):
+        row = Fields(row_of_file, where, shape.columns, shape.ignored, shape.images)
         # Every row of a file must have the layout of the first.
         if form is None:
             layout, form = choose_form(row, needs, shape.layout)
@@ -184,6 +186,9 @@ def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterato
         names = known.names or [f"answer {i + 1}" for i in range(len(known.answers))]
         prompt, answers = split_row(known.prompt, dict(zip(names, known.answers)), where)
         is_chat = not isinstance(prompt, str)
+        pictures = read_pictures(row, folder) if shape.images else []
+        if shape.images and is_chat:
+            prompt, pictures = place_pictures(prompt, answers, pictures, row, folder)
         if file_is_chat not in (None, is_chat):
             kind, earlier = ("a list of messages", "text") if is_chat else ("text", "messages")
             raise UserError(f"{where}: the row is {kind}, but earlier rows are {earlier}; write "
@@ -196,6 +201,8 @@ def examples(source: Source, needs: Needs, shape: Shape, **cache_key) -> Iterato
             "prompt": json.dumps(prompt) if is_chat else prompt,
             "weight": weight_of(row),
             "options": read_options(row, known, is_chat),
+            "image_paths": [picture.path for picture in pictures],
+            "image_bytes": [picture.content for picture in pictures],
         }
         common["unread"] = json.dumps(unread_of(row, known, layout))
         check_one_split(row, splits)
@@ -211,7 +218,7 @@ def example_features() -> datasets.Features:
     types |= {"chat": "bool", "has_own_prompt": "bool", "weight": "float64"}
     features = {name: datasets.Value(kind) for name, kind in types.items()}
     lists = {"answers": "string", "ranks": "int64", "scores": "float64", "labels": "bool",
-             "notes": "string"}
+             "notes": "string", "image_paths": "string", "image_bytes": "large_binary"}
     for name, kind in lists.items():
         features[name] = datasets.Sequence(datasets.Value(kind))
     return datasets.Features(features)

@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import shutil
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -36,17 +38,20 @@ from files import read_json
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Small files that a class reads, and that are checked before. transformers ignores some of these
 # where they are damaged, and names none.
 JSON_FILES = {
     AutoConfig: ("config.json",),
     AutoTokenizer: ("config.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json"),
+    AutoProcessor: PROCESSOR_FILES,
 } | dict.fromkeys(AUTO_CLASSES.values(), ("generation_config.json",))
 # What each class reads, for its error.
 PARTS_OF_FOLDER = {
     AutoConfig: "config.json",
     AutoTokenizer: "tokenizer.json or another file of the tokenizer",
+    AutoProcessor: "processor_config.json or preprocessor_config.json",
 } | dict.fromkeys(AUTO_CLASSES.values(), "the weights and config.json")
 TAKE_CONFIG = "; take config.json from the model that the weights belong to"
 COPY_FILE = "; copy it from the model again"
@@ -204,6 +209,48 @@ def load_adapter_tokenizer(adapter: str, base: str, revision: str | None = None)
     return tokenizer
 
 
+def has_processor(name: str, revision: str | None = None) -> bool:
+    """Return whether a folder or a model of the Hub has a processor of images."""
+    return any(find_file(name, file, revision) for file in PROCESSOR_FILES)
+
+
+def copy_processor(name: str, folder: str) -> None:
+    """Copy the files of the processor of images, if there are any and the folder has none."""
+    for file in PROCESSOR_FILES:
+        path = find_file(name, file, None)
+        if path and not os.path.exists(os.path.join(folder, file)):
+            shutil.copy(path, folder)
+
+
+def load_processor(name: str, tokenizer: Any, revision: str | None = None,
+                   keeps_template: bool = False) -> Any:
+    """Load what turns the images of a model into numbers, and give it this tokenizer.
+
+    keeps_template    the tokenizer has the chat template of a flag or an adapter. Else both get
+                      that of the processor, which writes the places of images
+    """
+    if not has_processor(name, revision):
+        raise UserError(f"{name}: has no processor, neither {' nor '.join(PROCESSOR_FILES)}, which "
+                        "says how an image becomes numbers; copy the processor's files from the "
+                        "model")
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError(f"{name}: its processor needs Pillow, which reads images and is not "
+                        "installed: pip install pillow")
+    options = {"revision": revision} if revision else {}
+    processor = load_pretrained(AutoProcessor, name, **options)
+    token = getattr(processor, "image_token", None)
+    if getattr(processor, "image_processor", None) is None or token is None:
+        raise UserError(f"{name}: its processor is a {type(processor).__name__}, which reads no "
+                        "images into prompts; copy the processor's files from the model")
+    if tokenizer.convert_tokens_to_ids(token) != processor.image_token_id:
+        raise UserError(f"{name}: its processor writes an image as {token}, which is no token of "
+                        "the tokenizer; copy the files of both from the model")
+    if not (keeps_template and tokenizer.chat_template):
+        tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    return processor
+
+
 def position_count(model) -> float:
     """Return how many tokens a model can read, infinite if its config does not say."""
     config, counts = model.config.get_text_config(), []
@@ -307,10 +354,15 @@ def find_shard(name, index, shard, revision):
 
 
 def find_weights(name, file, revision):
-    """Return the path of a file of the model, or None."""
+    """Return the path of a file of weights, or None."""
     if pathlib.PurePath(file).name != file:
         raise UserError(f"{name}: its files name {file}; a weight file must be in the model's "
                         "folder, named without a slash")
+    return find_file(name, file, revision)
+
+
+def find_file(name, file, revision):
+    """Return the path of a file of the model, or None."""
     optional = {"_raise_exceptions_for_missing_entries": False,
                 "_raise_exceptions_for_connection_errors": False}
     with reading(f"{name}: {file} cannot be read"):

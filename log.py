@@ -143,7 +143,8 @@ def introduce(args: Namespace, task: Task, model: FastLogps, reference: Callable
     if adapted:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in adapted})
         print(f"adapter on {len(adapted)} layers: {', '.join(kinds)}")
-    for line in (frozen_line(model.model), crowded_line(ranks)):
+    frozen = frozen_line(model.model, task.row_format.processor is not None)
+    for line in (frozen, crowded_line(ranks)):
         if line:
             print(line)
     print(memory_line(model, reference, MOMENTS[args.optimizer]))

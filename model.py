@@ -28,6 +28,7 @@ from loading import (
     check_loaded,
     check_sizes,
     check_vocabulary,
+    copy_processor,
     last_token,
     load_adapter_tokenizer,
     load_config,
@@ -242,6 +243,8 @@ def merge_command(args):
 
     merge(model)
     save_model(model, tokenizer, args.out)
+    for source in (args.adapter, base):  # one of them may have the processor of images
+        copy_processor(source, args.out)
     merged = load_model(args.out)
     logits = merged(**text_inputs(merged, ids)).logits
     difference = (logits - adapted).abs().max()

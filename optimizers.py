@@ -40,6 +40,20 @@ def make_optimizer(model: torch.nn.Module, args: Namespace,
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.adam_eps, fused=fused)
 
 
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its moments before the first step, zeros as torch would. A vision tower
+    has no gradient in a step without images, and a checkpoint has the moments of all parameters."""
+    names = ("exp_avg", "exp_avg_sq")
+    if isinstance(optimizer, torch.optim.RMSprop):
+        names = ("square_avg",)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group.get("fused") else "cpu"
+            state = {"step": torch.zeros((), device=device)}
+            state |= {name: torch.zeros_like(parameter) for name in names}
+            optimizer.state[parameter] = state
+
+
 def split_by_decay(model: torch.nn.Module) -> tuple[list, list]:
     """Split the trainable parameters into those with weight decay and the others, which are biases
     and the weights of norms, as in transformers' Trainer."""

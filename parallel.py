@@ -287,13 +287,14 @@ def shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
+def wrap(module: torch.nn.Module, ranks: Ranks, some_unused=False) -> torch.nn.Module:
     """Wrap a module in DDP, which averages gradients over the ranks in backward. FSDP averages them
-    without a wrapper."""
+    without a wrapper. some_unused: a forward may leave out a part of the trained weights."""
     if ranks.size == 1 or isinstance(module, FSDPModule):
         return module
     # Without device_ids: DDP would copy the labels to the GPU.
-    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DDP(module, gradient_as_bucket_view=True, broadcast_buffers=False,
+               find_unused_parameters=some_unused)
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

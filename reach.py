@@ -205,7 +205,7 @@ def freeze(model, parts: list[str]):
             parameter.requires_grad_(False)
 
 
-def frozen_line(model) -> str:
+def frozen_line(model, sees_images=False) -> str:
     """Return a line that says what `freeze` froze, or ""."""
     parts = getattr(model, "unreached", [])
     if not parts:
@@ -220,4 +220,7 @@ def frozen_line(model) -> str:
     shown = ", ".join(parts[:4])
     if len(parts) > 4:
         shown += f" and {len(parts) - 4} more"
+    if sees_images:
+        return (f"frozen, as only images reach them: {count:,} parameters of {shown}; "
+                "--train_vision trains them")
     return f"frozen, because text does not reach them: {count:,} parameters of {shown}"

@@ -49,6 +49,7 @@ from lora import adapter_tensors, lora_layers, use_adapter
 from losses import needs_kl, needs_of
 from model import load_model
 from parallel import Ranks, barrier, broadcast, build_on_ranks, whole
+from vision import processor_settings
 
 # --- The models -----------------------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ def load_reference(args: Namespace, policy: FastLogps, source: str, dtype: str,
             return logps_module(model).requires_grad_(False)
 
         reference = build_on_ranks(make, ranks, args.parallel, dtype)
-        if reference.is_encoder_decoder != policy.is_encoder_decoder:
+        if args.ref_model and reference.is_encoder_decoder != policy.is_encoder_decoder:
             raise UserError(f"--ref_model {args.ref_model}: only one of it and the policy is an "
                             "encoder-decoder; pass a reference of the policy's kind")
         return reference
@@ -187,10 +188,13 @@ def fingerprint(policy: FastLogps, reference: Callable | None, dtype: str,
 NEUTRAL_ENTRIES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
-def settings_digest(policy: FastLogps, reference: Callable | None) -> str:
+def settings_digest(policy: FastLogps, reference: Callable | None, processor: Any = None) -> str:
     """Hash what the weights of `fingerprint` do not show: the config of their model, as the base of
-    its positions and its activation, and the rank and scale of a frozen adapter."""
+    its positions and its activation, the rank and scale of a frozen adapter, and the settings of
+    the processor of images."""
     settings = {}
+    if processor:
+        settings["images"] = processor_settings(processor)
     if isinstance(reference, torch.nn.Module):
         settings["reference"] = config_entries(reference.model.config)
     if lora_layers(policy):

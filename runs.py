@@ -20,6 +20,7 @@ from flags import build_parser, default_reference, naming_flags, revision_of_bas
 from generation import reference_model
 from loading import (
     check_vocabulary,
+    has_processor,
     load_adapter_tokenizer,
     load_tokenizer,
     position_count,
@@ -30,7 +31,7 @@ from parallel import Ranks
 from reference import check_reference, load_reference
 from samples import measure_answers
 from saved import Saved, find_saved
-from train import load_policy
+from train import load_policy, processor_opener
 
 ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -45,6 +46,7 @@ class Opened(NamedTuple):
     hyper: dict
     dtype: str
     options: dict  # of the chat template
+    open_processor: Callable | None  # of the images: see train.processor_opener
     notes: list[str]
 
     @property
@@ -99,8 +101,18 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
         hyper={name: getattr(args, name) for name in hyperparameters(loss)},
         dtype=dtype,
         options=data.read_template_kwargs(args.template_kwargs),
+        open_processor=open_saved_processor(saved, args, tokenizer, policy),
         notes=[note for note in notes if note],
     )
+
+
+def open_saved_processor(saved: Saved, args: Namespace, tokenizer: Any,
+                         policy: torch.nn.Module) -> Callable | None:
+    """Return a function that loads the processor of a run's images, or None if it sees none."""
+    source = saved.source
+    if saved.weights is not None and has_processor(saved.weights):
+        source = saved.weights
+    return processor_opener(args, source, tokenizer, policy.model)
 
 
 def load_saved_tokenizer(saved: Saved, args: Namespace) -> Any:

@@ -112,6 +112,10 @@ def prompts_of_rows(args, opened: Opened) -> list[Prompt]:
     """Return the first --count rows of --dataset, read as training reads them."""
     rows, account = load_scored_rows(opened, args.dataset)
     print(data.describe(account), file=sys.stderr)
+    if "image_paths" in rows.column_names:
+        raise UserError(f"--dataset {args.dataset}: has images, and prompts with images are not "
+                        "answered here; --score scores the answers of the file, and transformers' "
+                        "generate answers with the model and AutoProcessor of --model")
     prompts = []
     for row in rows.select(range(min(args.count or len(rows), len(rows)))):
         names = data.answer_names(row)

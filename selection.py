@@ -21,12 +21,13 @@ TIED_PAIRS = "tied pairs left out"
 
 class Shape(NamedTuple):
     """What the user asks of the data: the flags --layout, --pairs, --unpair, --columns and
-    --ignore_columns."""
+    --ignore_columns; and whether the model sees images."""
     layout: str = "auto"
     pairs: str | None = None
     unpair: bool = False
     columns: tuple = ()  # pairs (our name, the file's name)
     ignored: tuple = ()
+    images: bool = False
 
 
 class Row(NamedTuple):

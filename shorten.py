@@ -33,10 +33,11 @@ def shorten_texts(texts: list, most: int, tokenizer: Any) -> list:
     """Shorten the strings of each RowText whose first and last `most` tokens are all that
     truncation keeps of its prompt and of its answers."""
     limit = CHARACTERS * most + SLACK_CHARACTERS
-    # The spans of a row with unscored turns count characters, so such a row stays as it is.
+    # The spans of a row with unscored turns count characters, so such a row stays as it is. The
+    # prompt of a row with images is never truncated.
     long = []
     for i, text in enumerate(texts):
-        if max(map(len, text.wholes)) > limit and not any(text.scored):
+        if max(map(len, text.wholes)) > limit and not any(text.scored) and not text.images:
             long.append(i)
     boundaries = find_boundaries(tokenizer) if long else None
     if boundaries is None:

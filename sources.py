@@ -534,16 +534,17 @@ def tables_of_dataset(rows, source):
         yield from rows.iter(batch_size=1024)
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, object]]:
-    """Yield (where, row): a row as a dict, and its name in errors, drops and logs."""
+def read_rows(source: Source) -> Iterator[tuple[str, object, str]]:
+    """Yield (where, row, folder): a row as a dict, its name in errors, drops and logs, and the
+    folder that paths in it are relative to."""
     files, _ = find_files(source)
     if not files:
         for number, row in dataset_rows(source):
-            yield f"{source.name}, row {number}", row
+            yield f"{source.name}, row {number}", row, source.name
     for path in files:
         name = printable(str(path))
         for number, row in READERS[path.suffix.lower()](path):
-            yield f"{name}, row {number}", row
+            yield f"{name}, row {number}", row, str(path.parent)
 
 
 # --- Several evaluation sets ----------------------------------------------------------------------

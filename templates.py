@@ -71,6 +71,7 @@ class RowText(NamedTuple):
     # For each answer the scored characters of its whole, [(start, stop), ...], or () where all of
     # the whole behind the prompt is scored.
     scored: tuple | list = ()
+    images: int = 0  # number of images in the prompt
 
 
 class SpecialTokens(NamedTuple):
@@ -206,8 +207,8 @@ def text_of_messages(prompt: list, answers: list, tokenizer, special: SpecialTok
     write = functools.partial(render, tokenizer=tokenizer, where=where, options=options)
     tools = list_strings(options.get("tools"))
     tried, dropped, failure = [], None, None
-    for is_flat, other_arguments in ((False, False), (True, False), (False, True), (True, True)):
-        change = functools.partial(rewrite, is_flat=is_flat, other_arguments=other_arguments)
+    for form, other_arguments in FORMS:
+        change = functools.partial(rewrite, form=form, other_arguments=other_arguments)
         row = [list(map(change, messages)) for messages in (prompt, *answers)]
         if row in tried:
             continue
@@ -236,6 +237,11 @@ def join_words(messages):
 
 
 # --- What the template gets -----------------------------------------------------------------------
+
+# The forms of a message in the order in which they are tried: of its content, and whether the
+# arguments of its tool calls change, see `rewrite`.
+FORMS = (("as it is", False), ("text", False), ("as it is", True), ("text", True),
+         ("parts", False), ("parts", True))
 
 def check_options(options, tokenizer, where):
     """Raise a UserError for an argument of the template that the trainer sets."""
@@ -270,7 +276,7 @@ def read_keys(message, where):
     reasoning = next((kept[key] for key in REASONING_KEYS if key in kept), None)
     if reasoning is not None:
         kept = {"thinking": reasoning} | kept | {"reasoning_content": reasoning}
-    # Parts of other types, such as images, cannot be trained on.
+    # images.py has read the images of a prompt. Parts of other types cannot be trained on.
     content = kept.get("content", "")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, (str, list)) or not all(map(is_text_part, parts)):
@@ -281,6 +287,8 @@ def read_keys(message, where):
 
 
 def is_text_part(part):
+    if part == {"type": "image"}:
+        return True
     if not isinstance(part, dict) or part.get("type", "text") != "text":
         return False
     return isinstance(part.get("text"), str)
@@ -295,16 +303,21 @@ def check_calls(calls, where):
                             '{"type": "function", "function": {"name": TEXT, "arguments": ...}}')
 
 
-def rewrite(message, is_flat, other_arguments):
+def rewrite(message, form, other_arguments):
     """Return a message in another form that templates expect.
 
-    is_flat            for templates that add a content to other text: one text instead of a list
-                       of parts or of nothing
+    form               of the content. "text": one text instead of a list of parts or of nothing,
+                       for templates that add a content to other text; "parts": a list of parts
+                       instead of one text, for templates that look for images in it
     other_arguments    the arguments of tool calls as an object instead of as the JSON of one,
                        as vLLM passes them, or the other way round
     """
-    if is_flat:
+    content = message.get("content")
+    has_images = isinstance(content, list) and {"type": "image"} in content
+    if form == "text" and not has_images:
         message = message | {"content": content_text(message)}
+    if form == "parts" and isinstance(content, str) and content:
+        message = message | {"content": [{"type": "text", "text": content}]}
     if other_arguments and message.get("tool_calls"):
         calls = list(map(change_arguments, message["tool_calls"]))
         message = message | {"tool_calls": calls}

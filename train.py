@@ -16,6 +16,7 @@ remaining exception is a bug and shows its traceback.
 """
 from errors import UserError, arguments, is_out_of_memory, report  # first, see errors.py
 import contextlib
+import functools
 import json
 import math
 import os
@@ -51,6 +52,7 @@ from best import (
 )
 from batches import (
     Piece,
+    RowFormat,
     Task,
     autocast_options,
     collate,
@@ -108,7 +110,7 @@ from files import (
 )
 from flags import parse_args, read_variants, split_model
 from hub import push
-from loading import check_vocabulary, load_adapter_tokenizer, load_tokenizer
+from loading import check_vocabulary, load_adapter_tokenizer, load_processor, load_tokenizer
 from log import Log, introduce, metric_lines
 from logps import FastLogps
 from lora import (
@@ -124,7 +126,7 @@ from lora import (
 )
 from losses import kind_of, needs_kl, needs_of, start_state
 from model import compile_blocks, save_model
-from optimizers import MOMENTS, make_optimizer, make_schedule
+from optimizers import MOMENTS, make_optimizer, make_schedule, start_moments
 from parallel import (
     Ranks,
     barrier,
@@ -183,19 +185,21 @@ def make_world(ranks: Ranks) -> pathlib.Path:
 
 # --- Rows -----------------------------------------------------------------------------------------
 
-def load_rows(args, loss, tokenizer, home, family, ranks):
+def load_rows(args, loss, tokenizer, home, family, ranks, open_processor=None):
     """-> training rows, and held-out rows (maybe none) of each evaluation set, as token ids.
 
-    Rank 0 tokenizes, then the others read its cache.
+    Rank 0 tokenizes, then the others read its cache. open_processor: see `processor_opener`.
     """
     limits, shape, options = data.read_flags(args, family)
+    shape = shape._replace(images=open_processor is not None)
     specs = name_sources(args, loss, home)
     if ranks.rank > 0:
         barrier(ranks)
     loaded = {}
     for split, spec in specs.items():
         loaded[split] = data.load_tokens(
-            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options)
+            str(spec), tokenizer, needs_of(loss), limits, shape, args.strict, options,
+            open_processor)
     if ranks.rank == 0:
         barrier(ranks)
     accounts = [account for _, account in loaded.values()]
@@ -219,8 +223,14 @@ def load_rows(args, loss, tokenizer, home, family, ranks):
     if ranks.rank == 0:
         describe_splits(loaded)
         print(data.describe_statistics(data.statistics(rows, data.all_prompts(held_out))))
-        print(data.show(rows, tokenizer, most=300))
+        image_id = open_processor().image_token_id if with_images(rows) else None
+        print(data.show(rows, tokenizer, most=300, image_id=image_id))
     return rows, held_out
+
+
+def with_images(*parts):
+    """-> whether rows have images."""
+    return any("image_paths" in rows.column_names for rows in parts)
 
 
 def describe_splits(loaded):
@@ -272,13 +282,14 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
 
     With --adapter, a second, frozen copy of the adapter is loaded as the reference where --ref asks
     for it. `newest` is the checkpoint to resume from, or None. `unreached` names the parts of the
-    model that text does not reach, which are frozen; None: a short forward finds them.
+    model that text does not reach, which are frozen; None: a short forward finds them. With
+    --train_vision nothing is frozen.
     """
     adapted = args.adapter or args.lora_rank
     model = load_weights(args, source if adapted else newest or source, dtype, device)
     if unreached is None:
         unreached = []
-        if device.type != "meta":
+        if device.type != "meta" and not args.train_vision:
             with torch.autocast(**autocast_options(dtype, device)):
                 unreached = unreached_by_text(model)
     if adapted and (newest or args.adapter):
@@ -301,7 +312,7 @@ def load_policy(args, source, newest, dtype: str, device, unreached=None):
     return logps_module(model)
 
 
-def choose_attention(args, models, rows, dtype, ranks):
+def choose_attention(args, models, rows, dtype, ranks, processor=None):
     """Resolve --attention -> "packed" or "padded", whether padded rows need their mask, and a line
     that says which and why.
 
@@ -309,12 +320,16 @@ def choose_attention(args, models, rows, dtype, ranks):
     """
     line = "attention: padded rows"
     if args.attention != "padded":
-        reason = reason_to_pad(args, models, rows, dtype, ranks)
+        reason = "rows with images are not packed"
+        if not processor:
+            reason = reason_to_pad(args, models, rows, dtype, ranks)
         if reason is None:
             return "packed", True, "attention: packed rows"
         if args.attention == "packed":
             raise UserError(f"--attention packed: {reason}")
         line += f"; {reason}"
+    if processor:  # some models compute the positions of images from the mask
+        return "padded", True, line
     reasons = [try_rows(can_drop_mask, module, dtype, ranks) for module in models]
     masked = any(reasons)
     if not masked:
@@ -714,6 +729,7 @@ class Run(NamedTuple):
     home: pathlib.Path | None  # of the embedded world
     source: str  # of the model
     tokenizer: Any
+    preprocessor: Any  # the processor of images with its tokenizer, or the tokenizer: to save
     model: torch.nn.Module  # the policy without DDP's wrapper: to evaluate and to save
     policy: torch.nn.Module  # the same in DDP's wrapper, if there is one: to train
     reference: Callable | None
@@ -768,6 +784,40 @@ def tokenizer_digest(tokenizer) -> str:
     return json_digest({"words": words, "special": special, "chat": tokenizer.chat_template})
 
 
+def processor_opener(args, source, tokenizer, model):
+    """-> a function that loads the processor of the images, when it is first called; None for a
+    model that sees no images."""
+    if family_of(model.config) != "vision":
+        if args.train_vision:
+            raise UserError(f"--train_vision: {args.model} sees no images; leave the flag out")
+        return None
+    keeps_template = bool(args.chat_template or args.adapter)
+    return functools.cache(
+        functools.partial(load_processor, source, tokenizer, args.revision, keeps_template))
+
+
+def settle_images(args, open_processor, model, reference, parts):
+    """-> the processor of the images of the rows, or None if no row has any. `parts` are the
+    training rows and those of all evaluation sets."""
+    if not with_images(*parts):
+        if args.train_vision:
+            raise UserError(f"--train_vision: no row of --dataset {args.dataset} has an image; "
+                            "leave the flag out")
+        return None
+    processor = open_processor()
+    check_vocabulary(f"--model {args.model}", model.model, processor.tokenizer)
+    if isinstance(reference, FastLogps):
+        kind, other = model.model.config.model_type, reference.model.config.model_type
+        if other != kind:
+            raise UserError(f"--ref_model {args.ref_model}: is a {other} model, and the rows have "
+                            f"images for a {kind} model; pass a reference of this kind")
+    without = sum(data.count_without_images(rows) for rows in parts)
+    if args.parallel == "fsdp" and without:
+        raise UserError(f"--parallel fsdp: {without} rows have no image, and all ranks must run "
+                        "the vision tower in the same forwards; use ddp")
+    return processor
+
+
 def load_models(args, home, newest, ranks):
     """-> source, tokenizer, policy, reference, dtype. Policy and reference are loaded by the same
     function, in the same dtype."""
@@ -793,17 +843,36 @@ def load_models(args, home, newest, ranks):
     return source, tokenizer, model, reference, dtype
 
 
-def settle_attention(args, model, reference, rows, dtype, ranks):
+def trial_of_image(rows, processor, ranks):
+    """-> find_fault on the shortest row with an image: some models read the tokens behind an image
+    in both directions."""
+    keys = rows["image_keys"] if with_images(rows) else []
+    seeing = [i for i, row_keys in enumerate(keys) if row_keys]
+    if not seeing:  # only held-out rows have images
+        return find_fault
+    row = rows[[min(seeing, key=rows["prompt_length"].__getitem__)]]
+    row["answer_ids"] = [row["answer_ids"][0][:1]]
+    batch = collate(row, processor.tokenizer, ranks.device, RowFormat(processor=processor))
+    inputs = {name: value for name, value in batch["inputs"].items()
+              if name not in ("labels", "targets")}
+    return functools.partial(find_fault, inputs=inputs, start=len(row["prompt_ids"][0]))
+
+
+def settle_attention(args, model, reference, rows, dtype, ranks, processor=None):
     """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
     names = [f"--model {args.model}"]
     if reference is not None and args.ref_model:  # any other reference is the same model
         names.append(f"--ref_model {args.ref_model}")
+    trials = [find_fault]
+    if processor:
+        trials.append(trial_of_image(rows, processor, ranks))
     for name, module in zip(names, modules):
-        reason = try_rows(find_fault, module, dtype, ranks)
-        if reason is not None:
-            raise UserError(f"{name}: {reason}")
-    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks)
+        for trial in trials:
+            reason = try_rows(trial, module, dtype, ranks)
+            if reason is not None:
+                raise UserError(f"{name}: {reason}")
+    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks, processor)
     if ranks.rank == 0:
         print(line)
     if args.compile:  # policy and reference, so that they round alike
@@ -878,10 +947,24 @@ def count_steps(args, rows, ranks):
     return steps, warmup
 
 
+def hash_rows(args, rows, held_out):
+    """-> hashes of the training rows and the held-out rows.
+
+    With --eval_dataset the held-out rows are from another file, which the error about them names.
+    """
+    rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
+    if not args.eval_dataset:
+        rows_digest += f"+{held_out_digest}"
+    return {"rows": rows_digest, "held_out": held_out_digest}
+
+
 def make_sampler(args, task, model, reference, splits, tokenizer, home, ranks):
     """-> a samples.Sampler, or None without --sample_every."""
     if not args.sample_prompts:
         return None
+    if task.row_format.processor:
+        raise UserError("--sample_every: prompts with images are not answered during a run; leave "
+                        "the flag out")
     from samples import Sampler  # other runs do not read the file
     return Sampler(args, task, model, reference, splits, tokenizer, home is not None, ranks)
 
@@ -895,22 +978,17 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     if saved and ranks.rank == 0:
         print_changed_flags(args, saved["flags"])
     source, tokenizer, model, reference, dtype = load_models(args, home, newest, ranks)
-    weights = fingerprint(model, reference, dtype, ranks)
-    settings, tokenizer_hash = settings_digest(model, reference), tokenizer_digest(tokenizer)
 
     family = family_of(model.model.config)
-    rows, held_out = load_rows(args, loss, tokenizer, home, family, ranks)
-    # Hashes of all that the run reads besides its checkpoint. With --eval_dataset the held-out rows
-    # are from another file, which the error about them names.
-    rows_digest, held_out_digest = data.digest(rows), digest_of_sets(held_out)
-    if not args.eval_dataset:
-        rows_digest += f"+{held_out_digest}"
-    fixed = {
-        "tokenizer": tokenizer_hash,
-        "weights": weights,
-        "settings": settings,
-        "rows": rows_digest,
-        "held_out": held_out_digest,
+    open_processor = processor_opener(args, source, tokenizer, model.model)
+    rows, held_out = load_rows(
+        args, loss, tokenizer, home, family, ranks, open_processor)
+    parts = [rows, *held_out.values()]
+    processor = settle_images(args, open_processor, model, reference, parts)
+    fixed = hash_rows(args, rows, held_out) | {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "weights": fingerprint(model, reference, dtype, ranks),
+        "settings": settings_digest(model, reference, processor),
         "world": world.enumeration_digest(home) if home else None,
     }
     steps, warmup = count_steps(args, len(rows), ranks)
@@ -918,6 +996,8 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     # Optimizer and schedule, from the start or from the checkpoint. Before any forward, since
     # under FSDP a forward may leave gathered weights in place of the shards that are to be trained.
     optimizer = make_optimizer(model, args, ranks.device)
+    if args.train_vision:
+        start_moments(optimizer)
     scheduler = make_schedule(optimizer, args, warmup, steps)
     start, state, best = 0, start_state(loss), Best()
     if saved:
@@ -930,9 +1010,9 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     keep, plan = plan_checkpoints(args, folder, size, start, steps, ranks)
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
-    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks)
+    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks, processor)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
-                     masked, most_answers(rows, *held_out.values()), family)
+                     masked, most_answers(*parts), family, processor)
     task = settle_router_loss(args, with_spread(task), model, ranks)
     sampler = make_sampler(args, task, model, reference, (rows, held_out), tokenizer, home, ranks)
     if args.ref == "cache" and not args.dry_run:
@@ -946,9 +1026,10 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     }
     introduce(args, task, model, reference, (rows, held_out), steps, folder, plan, ranks)
     tokens, first_lengths = data.column(rows, "tokens"), data.column(rows, "first_length")
-    return Run(folder, home, source, tokenizer, model, wrap(model, ranks), reference, rows, tokens,
-               first_lengths, held_out, task, optimizer, scheduler, newest, start, steps, best,
-               state, fixed, flags, keep, sampler)
+    policy = wrap(model, ranks, args.train_vision)
+    return Run(folder, home, source, tokenizer, processor or tokenizer, model, policy, reference,
+               rows, tokens, first_lengths, held_out, task, optimizer, scheduler, newest, start,
+               steps, best, state, fixed, flags, keep, sampler)
 
 
 def check_first_rows(args, run, ranks) -> str:
@@ -1050,7 +1131,7 @@ def save_best(run, ranks):
         if ranks.rank == 0:
             temporary = stack.enter_context(written_aside(run.folder / BEST))
             temporary.mkdir()
-        save(run.model.model, run.tokenizer, temporary, run.source, ranks, **record(run))
+        save(run.model.model, run.preprocessor, temporary, run.source, ranks, **record(run))
         if ranks.rank == 0:
             list_best(temporary)
             remove_best(run.folder)
@@ -1060,7 +1141,7 @@ def save_best(run, ranks):
 def write_checkpoint(args, run, number, loss_state, best, ranks):
     """Save everything that the next step depends on."""
     def save_model_in(folder):
-        save(run.model.model, run.tokenizer, folder, run.source, ranks)
+        save(run.model.model, run.preprocessor, folder, run.source, ranks)
         if best.step and ranks.rank == 0:
             copy_best(run.folder, folder)
 
@@ -1190,7 +1271,7 @@ def save_final(run, best, splits, ranks) -> str:
         if ranks.rank == 0:
             adopt_best(run.folder, run.flags, best)
     else:
-        save(run.model.model, run.tokenizer, run.folder, run.source, ranks, **record(run))
+        save(run.model.model, run.preprocessor, run.folder, run.source, ranks, **record(run))
     if ranks.rank == 0:  # a kill may have come before this
         delete_old_checkpoints(run.folder, run.keep)
         document_run(run.folder)

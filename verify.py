@@ -88,17 +88,22 @@ def verify(module, compare: Callable) -> str | None:
     return reasons[0] if reasons else None
 
 
-def find_fault(module) -> str | None:
+def find_fault(module, inputs: dict | None = None, start: int = 4) -> str | None:
     """None if the model of a logps.FastLogps can be trained: its logits depend on no later token,
     and a training forward gives the same logits each time. Else a sentence.
 
-    One forward of a short row shows both. The gradient of the first logits with respect to the
+    inputs      of a row, such as one with an image, in place of a short row of random ids
+    start       the first token that the logits before it must not depend on
+
+    One forward of a row shows both. The gradient of the first logits with respect to the
     embeddings of later tokens is zero in a causal model, in every dtype; in a bidirectional model
     with random weights it is a thousandth of that with respect to earlier ones. A forward that
     leaves the state of every generator of random numbers as it was has no noise.
     """
     model = module.model
-    ids = torch.tensor(trial_rows(model)[2][:8], device=model.device)[None]  # (1, 8)
+    if inputs is None:
+        ids = torch.tensor(trial_rows(model)[2][:8], device=model.device)[None]  # (1, 8)
+        inputs = module.trial_inputs(ids)
     leaves = []
 
     def record(embedding, inputs, output):
@@ -109,17 +114,18 @@ def find_fault(module) -> str | None:
     before = generator_states(model.device)
     try:
         with torch.enable_grad():
-            logits = module(**module.trial_inputs(ids))  # (1, 8, V)
+            logits = module(**inputs)  # (1, T, V)
     finally:
         hook.remove()
     drew_numbers = generator_states(model.device) != before
-    first = logits[:, :4].float().square().sum()
-    gradient, = torch.autograd.grad(first, leaves[-1])  # (1, 8, H)
-    earlier, later = gradient[0].float().norm(dim=-1).split(4)
+    first = logits[:, max(0, start - 4):start].float().square().sum()
+    gradient, = torch.autograd.grad(first, leaves[-1])  # (1, T, H)
+    norms = gradient[0].float().norm(dim=-1)
+    earlier, later = norms[:start], norms[start:]
     if later.norm() > 1e-5 * earlier.norm():
         return ("its logits at a token depend on later tokens, so it is no causal language model "
                 "(but a bidirectional one, such as BERT?); pass a causal one")
-    return find_noise(module, ids) if drew_numbers else None
+    return find_noise(module, inputs) if drew_numbers else None
 
 
 def generator_states(device: torch.device) -> list:
@@ -131,7 +137,7 @@ def generator_states(device: torch.device) -> list:
             str(np.random.get_state())]
 
 
-def find_noise(module, ids: torch.Tensor) -> str | None:
+def find_noise(module, inputs: dict) -> str | None:
     """None if a training forward of this row always gives the same logits, else a sentence that
     names the module with the noise.
 
@@ -142,9 +148,9 @@ def find_noise(module, ids: torch.Tensor) -> str | None:
     model = module.model
     # Only the generator of the CPU is restored: every step seeds all of them.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits, checksums = seeded_forward(module, ids, 0)  # (1, WIDTH, V)
-        again, _ = seeded_forward(module, ids, 0)
-        others = [seeded_forward(module, ids, seed) for seed in range(1, 5)]
+        logits, checksums = seeded_forward(module, inputs, 0)  # (1, T, V)
+        again, _ = seeded_forward(module, inputs, 0)
+        others = [seeded_forward(module, inputs, seed) for seed in range(1, 5)]
     rounding = relative_distance(again, logits)
     bound = max(MARGIN * rounding, 2 * torch.finfo(autocast_dtype(logits)).eps)
     for other_logits, other_checksums in others:
@@ -159,7 +165,7 @@ def find_noise(module, ids: torch.Tensor) -> str | None:
     return None
 
 
-def seeded_forward(module, ids, seed: int) -> tuple[torch.Tensor, dict]:
+def seeded_forward(module, inputs, seed: int) -> tuple[torch.Tensor, dict]:
     """Run a forward from this seed -> the logits, and {name of a module: a sum over its output} in
     the order in which the modules end."""
     sums, hooks = {}, []
@@ -176,7 +182,7 @@ def seeded_forward(module, ids, seed: int) -> tuple[torch.Tensor, dict]:
         hooks.append(part.register_forward_hook(record(name)))
     torch.manual_seed(seed)
     try:
-        logits = module(**module.trial_inputs(ids))
+        logits = module(**inputs)
     finally:
         for hook in hooks:
             hook.remove()

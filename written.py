@@ -27,7 +27,7 @@ def content_text(message: dict) -> str:
         return ""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] for part in content)
+    return "".join(part.get("text", "") for part in content)  # an image has none
 
 
 def reasoning_text(message: dict) -> str:
@@ -134,13 +134,25 @@ def list_parts(message):
     parts = []
     if any(message.get(key) for key in REASONING_KEYS):
         parts.append(("reasoning", [written_forms(reasoning_text(message))]))
-    parts.append(("text", [written_forms(content_text(message))]))
+    parts.append(("text", list(map(written_forms, texts_between_images(message)))))
     for function in called_functions(message):
         pieces = [written_forms(function["name"])]
         for value in list_values(parse_arguments(function)):
             pieces.append(written_forms(value))
         parts.append(("tool calls", pieces))
     return parts
+
+
+def texts_between_images(message):
+    """List the texts of a message that the template writes without a gap."""
+    texts = [""]
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [{"text": content_text(message)}]:
+        if "text" in part:
+            texts[-1] += part["text"]
+        else:
+            texts.append("")
+    return texts
 
 
 def find_pieces(pieces, text, position):

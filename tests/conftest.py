@@ -130,9 +130,10 @@ def pairs(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def no_curves(request):
     """Without matplotlib, a run writes no curves, which would take longer than a tiny run itself.
-    Tests of curves have matplotlib."""
+    Tests of curves and pictures have matplotlib."""
+    drawing = ("test_plots", "test_card", "test_figures", "test_real_model")
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ not in ("test_plots", "test_card", "test_real_model"):
+        if request.module.__name__ not in drawing:
             forked.hide_matplotlib(patch.setitem)
         yield
 

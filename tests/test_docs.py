@@ -91,6 +91,11 @@ def test_the_readme_lists_every_loss_once():
     assert sorted(names) == sorted(real)
 
 
+def test_the_page_of_the_code_lists_every_file_of_the_root_once():
+    listed = re.findall(r"(?m)^\| `(\w+\.py)` \|", TEXTS["docs/code.md"])
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
 def test_every_flag_that_a_page_names_is_a_flag_of_a_script():
     flags = set(FOREIGN_FLAGS)
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:

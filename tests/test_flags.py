@@ -58,6 +58,7 @@ CHANGES = {
     "rslora": (LORA, True),
     "dora": (LORA, True),
     "quantize": (LORA, "nf4"),
+    "train_vision": ({}, True),
     "gradient_checkpointing": ({}, True),
     "router_aux_loss_coef": ({}, 0.1),
     "ref": ({}, "cache"),
@@ -131,6 +132,7 @@ REFUSED = {
     "ignore_columns": "no row has an unread column",
     "router_aux_loss_coef": "is a dense model",
     "push_to_hub": "there is no network, or HF_HUB_OFFLINE is set",
+    "train_vision": "sees no images",
 }
 if importlib.util.find_spec("tensorboard") is None:
     REFUSED["report_to"] = "pip install tensorboard"
@@ -585,8 +587,8 @@ def test_help_shows_the_defaults_of_real_runs_and_those_in_the_world_as_such(arg
 
 def test_the_defaults_that_help_shows_are_those_that_a_run_gets(capsys):
     """Of every loss, for each flag with `(default VALUE)` or `(default VALUE; in the world VALUE)`.
-    The default of sync_ref_alpha and f_alpha is read with another flag only."""
-    elsewhere = {"loss", "sync_ref_alpha", "f_alpha"}
+    The defaults of these flags are read with another flag only."""
+    elsewhere = {"loss", "sync_ref_alpha", "f_alpha", "sample_prompts", "sample_tokens"}
     for loss in LOSSES:
         shown = help_of(["--loss", loss], capsys)
         real = vars(train.parse_args(["--loss", loss, "--model", "m", "--dataset", "d"])[0])

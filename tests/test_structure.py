@@ -31,14 +31,17 @@ ALLOWED_IMPORTS = {
     "fields": {"conversations", "errors", "registry", "sources", "unread"},
     "selection": {"errors", "registry"},
     "formats": {"conversations", "errors", "fields", "registry", "selection"},
+    "images": {"errors"},
+    "vision": {"errors", "images"},
     "layouts": {
-        "conversations", "errors", "fields", "formats", "registry", "selection", "sources",
-        "unread",
+        "conversations", "errors", "fields", "formats", "images", "registry", "selection",
+        "sources", "unread",
     },
     "shorten": set(),
     "data": {
-        "conversations", "errors", "fields", "formats", "layouts", "loading", "losses", "ranges",
-        "registry", "selection", "shorten", "sources", "templates", "unread", "written",
+        "conversations", "errors", "fields", "formats", "images", "layouts", "loading", "losses",
+        "ranges", "registry", "selection", "shorten", "sources", "templates", "unread", "vision",
+        "written",
     },
     "answers": {"data", "dpo", "losses"},
     "encoder_decoder": {"data", "dpo", "errors", "families", "logps", "packing"},
@@ -71,7 +74,7 @@ ALLOWED_IMPORTS = {
     },
     "batches": {
         "answers", "data", "dpo", "encoder_decoder", "experts", "losses", "packing", "parallel",
-        "variants",
+        "variants", "vision",
     },
     "log": {
         "batches", "checkpoint", "errors", "files", "logps", "lora", "losses", "optimizers",
@@ -79,7 +82,7 @@ ALLOWED_IMPORTS = {
     },
     "reference": {
         "answers", "batches", "checkpoint", "data", "dpo", "encoder_decoder", "errors", "files",
-        "loading", "log", "logps", "lora", "losses", "model", "parallel",
+        "loading", "log", "logps", "lora", "losses", "model", "parallel", "vision",
     },
 }
 ALLOWED_IMPORTS["rehearsal"] = {
@@ -108,6 +111,15 @@ ALLOWED_IMPORTS["real_runs"] = {
 ALLOWED_IMPORTS["real_model"] = {"errors", "files", "real_runs", "model", "plots", "ranges"}
 ALLOWED_IMPORTS["bench"] = {
     "checkpoint", "data", "errors", "loading", "model", "parallel", "ranges", "registry", "train",
+}
+
+ALLOWED_IMPORTS |= {
+    "tree": {"world"},
+    "grounds": {"dpo", "losses", "model", "optimizers", "tree", "world"},
+    "experiments": {"grounds", "losses", "tree", "world"},
+    "results": {"errors", "files", "losses"},
+    "pictures": {"errors", "experiments", "losses", "plots", "registry", "world"},
+    "figures": {"errors", "experiments", "files", "log", "pictures", "results"},
 }
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}

@@ -764,7 +764,7 @@ def test_a_complete_run_resumes_to_nothing_and_is_not_overwritten(fit, capsys):
 def test_a_resumed_run_may_not_change_a_flag_that_changes_its_results(fit):
     out, _ = fit(max_steps=4, save_every=2)
     unfinished(out)
-    for flag in ("--beta=0.2", "--loss=ipo", "--lr=0.5", "--max_steps=9"):
+    for flag in ("--beta=0.2", "--loss=ipo", "--lr=0.5", "--seed=9"):
         name = flag.split("=")[0]
         with pytest.raises(ValueError, match=f"{name} .* may not change"):
             resume(out, flag)
