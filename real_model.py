@@ -31,7 +31,7 @@ from real_runs import (
     METRICS,
     NEW_TOKENS,
     ROOT,
-    Experiment,
+    RealRun,
     compare_trainers,
     read_comparison,
     run_experiments,
@@ -61,7 +61,7 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 class Learned(NamedTuple):
     """What held-out pairs show about a run, and the flags and the time of the run."""
-    experiment: Experiment
+    experiment: RealRun
     flags: dict  # all of train.py
     pairs: int
     right: int  # pairs whose chosen answer has the higher log-ratio
@@ -91,7 +91,7 @@ def count_per_token(path: pathlib.Path) -> int:
     return int((averages[:, 0] > averages[:, 1]).sum())
 
 
-def learned(args: Namespace, experiment: Experiment) -> Learned | None:
+def learned(args: Namespace, experiment: RealRun) -> Learned | None:
     """Compare the held-out log-probs of a run with those before. None if it has not ended."""
     name = experiment.name
     scores = args.out / f"{name}-scores.jsonl"
@@ -388,7 +388,7 @@ def count_parameters(args: Namespace) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def write_page(args: Namespace) -> None:
+def write_real_page(args: Namespace) -> None:
     """Write the page of the runs that have ended, and the picture next to it."""
     results = [learned(args, experiment) for experiment in EXPERIMENTS]
     results = [result for result in results if result is not None]
@@ -443,7 +443,7 @@ def main(argv: list[str]) -> None:
         run_experiments(args)
         if args.compare:
             compare_trainers(args)
-    write_page(args)
+    write_real_page(args)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ LABELS = {"unpair": True, "batch_size": 8, "micro_batch_size": 8}
 LORA = {"lora_rank": 16}
 
 
-class Experiment(NamedTuple):
+class RealRun(NamedTuple):
     """A run of train.py. Flags that are not here are the defaults, --lr and --beta too."""
     name: str  # of its folder
     rows: str  # a key of FILES
@@ -79,17 +79,21 @@ class Experiment(NamedTuple):
 
 TUNED = {"lora_rank": 16, "lr": "5e-4"}
 EXPERIMENTS = (
-    Experiment("sigmoid", "instructions", "sigmoid", TUNED),
-    Experiment("sigmoid-default", "instructions", "sigmoid"),
-    Experiment("sft", "instructions", "sft"),
-    Experiment("ipo", "instructions", "ipo", TUNED),
-    Experiment("simpo", "instructions", "simpo", TUNED),
-    Experiment("orpo", "instructions", "orpo", TUNED),
-    Experiment("kto", "instructions", "kto", TUNED),
-    Experiment("sigmoid-full", "instructions", "sigmoid", {}),
-    Experiment("hh-sigmoid", "hh", "sigmoid", TUNED),
-    Experiment("hh-sft", "hh", "sft"),
-    Experiment("hh-kto", "hh", "kto", TUNED),
+    RealRun("sigmoid", "instructions", "sigmoid", TUNED),
+    RealRun("sigmoid-default", "instructions", "sigmoid"),
+    RealRun("sft", "instructions", "sft"),
+    RealRun("ipo", "instructions", "ipo", TUNED),
+    RealRun("simpo", "instructions", "simpo", TUNED),
+    RealRun("orpo", "instructions", "orpo", TUNED),
+    RealRun("kto", "instructions", "kto", TUNED),
+    RealRun("sigmoid-full", "instructions", "sigmoid", {"lr": "2e-5"}),
+    RealRun("hh-sigmoid", "hh", "sigmoid", TUNED),
+    RealRun("hh-sft", "hh", "sft"),
+    RealRun("hh-kto", "hh", "kto", TUNED),
+    RealRun("simpo-default", "instructions", "simpo"),
+    RealRun("orpo-default", "instructions", "orpo"),
+    RealRun("ipo-default", "instructions", "ipo"),
+    RealRun("kto-default", "instructions", "kto"),
 )
 COMPARED = ("sft", "sigmoid", "ipo", "simpo", "orpo", "kto")  # losses, with another trainer
 COMPARED_FLAGS = {"batch_size": 2, "micro_batch_size": 2, "max_length": 256, "eval_share": 0,
@@ -221,7 +225,7 @@ def describe_machine() -> dict:
             "versions": ", ".join(versions)}
 
 
-def train_words(args: Namespace, experiment: Experiment) -> list[str]:
+def train_words(args: Namespace, experiment: RealRun) -> list[str]:
     flags = {"loss": experiment.loss, "model": args.model,
              "dataset": args.out / experiment.rows / "train.jsonl"}
     flags |= experiment.all_flags()

@@ -17,13 +17,13 @@ import model as models
 import real_model
 import real_runs
 from real_model import wilson
-from real_runs import Experiment, Rows
+from real_runs import RealRun, Rows
 
 TEMPLATE = ("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
             "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
 RUNS = (
-    Experiment("tuned", "instructions", "sigmoid", {"lora_rank": 4, "lr": "1e-2"}),
-    Experiment("labels", "instructions", "kto", {"lora_rank": 4}),
+    RealRun("tuned", "instructions", "sigmoid", {"lora_rank": 4, "lr": "1e-2"}),
+    RealRun("labels", "instructions", "kto", {"lora_rank": 4}),
 )
 REWARDS = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/accuracies"}
 LOGPS = {"logps/chosen", "logps/rejected"}
@@ -191,7 +191,7 @@ def test_a_run_by_another_command_is_refused_and_named(made, monkeypatch):
 
 
 def test_a_run_that_has_not_ended_is_named_on_the_page(made, monkeypatch, tmp_path):
-    more = (*RUNS, Experiment("later", "instructions", "ipo"))
+    more = (*RUNS, RealRun("later", "instructions", "ipo"))
     monkeypatch.setattr(real_model, "EXPERIMENTS", more)
     real_model.main([f"--model={made.home / 'tiny'}", f"--data={made.home / 'data'}",
                      f"--out={made.out}", f"--page={tmp_path / 'page.md'}", "--only_page"])
@@ -204,7 +204,7 @@ def test_a_command_that_fails_is_one_line_with_its_last_output(made, monkeypatch
         log.write_text("starting\nerror: --lr: is wrong\n")
         return 2
     monkeypatch.setattr(real_runs, "run_process", fail)
-    monkeypatch.setattr(real_runs, "EXPERIMENTS", (Experiment("new", "instructions", "ipo"),))
+    monkeypatch.setattr(real_runs, "EXPERIMENTS", (RealRun("new", "instructions", "ipo"),))
     with pytest.raises(errors.UserError, match=r"new-train: ended with status 2 \(error: --lr"):
         made.make()
     assert not pathlib.Path(made.out / "new-train.json").exists()
