@@ -477,6 +477,20 @@ def test_policy_and_reference_answer_and_score_the_rows(finished, ten_rows, tmp_
     assert scored["rewards"][0] == pytest.approx(line["chosen"]["reward"], abs=1e-4)
 
 
+def test_with_gradient_checkpointing_the_policy_still_equals_its_reference_in_bfloat16(tokenizers):
+    """The bias of T5's cross-attention must not select another kernel than in the reference."""
+    logits = []
+    for checkpointed in (False, True):
+        model = make_s2s_model("T5", tokenizers["T5"]).to(torch.bfloat16)
+        turn_off_noise(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = torch.arange(1, 33).view(2, 16)
+        with torch.no_grad():
+            logits.append(model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits)
+    assert torch.equal(*logits)
+
+
 def test_the_cached_reference_and_the_one_in_memory_train_the_same_model(
         fit, folders, ten_rows, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
