@@ -2,6 +2,7 @@
 
     python figures.py                 # all pictures: about 15 minutes on one CPU core
     python figures.py frontier noise  # these two
+    python figures.py book            # docs/losses.html, as python book.py
 
 A run takes one to seven seconds. Finished runs are kept in figures/NAME.jsonl, so an interrupted
 command continues, and drawing alone takes seconds. After a change of the code of a run, the run is
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import tqdm
 
+import book
 import pictures
 import results
 from experiments import EXPERIMENTS, Experiment, short_numbers
@@ -24,6 +26,7 @@ from files import written_aside
 from log import bar_interval
 
 PAGE = pathlib.Path(__file__).parent / "docs" / "figures.md"
+BOOK = "book"
 NO_RUNS = Experiment(lambda: [], lambda settings: {})
 
 
@@ -230,13 +233,23 @@ Unless EOS is mentioned, answers are exactly three words and their EOS is not sc
 
 def main(argv):
     parser = Parser(description="Make the pictures of README and docs from runs in the world")
-    every = list(CATALOG)
+    every = [*CATALOG, BOOK]
     parser.add_argument("names", nargs="*", metavar="NAME", default=every,
                         help=f"{', '.join(every)}; default: all")
-    names = parser.parse_args(argv).names
-    unknown = [name for name in names if name not in CATALOG]
+    asked = parser.parse_args(argv).names
+    unknown = [name for name in asked if name not in every]
     if unknown:
-        raise UserError(f"{unknown[0]}: is no picture; there are {', '.join(CATALOG)}")
+        raise UserError(f"{unknown[0]}: is no picture; there are {', '.join(every)}")
+    if BOOK in asked:
+        book.write_book()
+        print(f"wrote {book.PAGE}")
+    names = [name for name in asked if name != BOOK]
+    if names:
+        make_figures(names)
+
+
+def make_figures(names: list[str]) -> None:
+    """Make the missing runs of these pictures, the pictures, and the page."""
     torch.set_num_threads(1)  # faster than two for models this small
     folder = results.FOLDER
     folder.mkdir(exist_ok=True)
