@@ -81,8 +81,8 @@ def score_rows(opened: Opened, rows: Dataset) -> Scores:
     if args.reference_free or not needs_reference(loss):
         reference = None
     processor = opened.open_processor() if with_images(rows) else None
-    attention, masked = settle_attention(args, opened.policy, reference, rows, opened.dtype, ALONE,
-                                         processor)
+    attention, masked = settle_attention(args, opened.policy, reference, [rows], opened.dtype,
+                                         ALONE, processor)
     task = make_task(loss, opened.hyper, read_variants(args), opened.dtype, ALONE.device,
                      attention == "packed", masked, most_answers(rows), opened.family, processor)
 

@@ -173,10 +173,15 @@ def moved_into(folder: str | pathlib.Path, last: str | None = None) -> Iterator[
 @contextlib.contextmanager
 def written_aside(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a temporary path for a file or a folder, then rename it to `path`. An existing file is
-    replaced."""
+    replaced. An error without a file name, as of a full disk, gets that of `path`."""
     path = pathlib.Path(path)
-    with moved_into(path.parent) as aside:
-        yield aside / path.name
+    try:
+        with moved_into(path.parent) as aside:
+            yield aside / path.name
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ In every file, bad input raises a UserError with one line for the user; `run` pr
 exits with status 2. `explain` lists the other errors that are no bugs, such as a full disk. Every
 remaining exception is a bug and shows its traceback.
 """
-from errors import UserError, arguments, is_out_of_memory, report  # first, see errors.py
+from errors import UserError, arguments, is_out_of_memory, reading, report  # first, see errors.py
 import contextlib
 import functools
 import json
@@ -843,36 +843,53 @@ def load_models(args, home, newest, ranks):
     return source, tokenizer, model, reference, dtype
 
 
-def trial_of_image(rows, processor, ranks):
-    """-> find_fault on the shortest row with an image: some models read the tokens behind an image
-    in both directions."""
-    keys = rows["image_keys"] if with_images(rows) else []
-    seeing = [i for i, row_keys in enumerate(keys) if row_keys]
-    if not seeing:  # only held-out rows have images
+def trial_of_image(parts, processor, ranks):
+    """-> find_image_fault on the shortest row with an image, in the first part that has one."""
+    for rows in parts:
+        keys = rows["image_keys"] if with_images(rows) else []
+        seeing = [i for i, row_keys in enumerate(keys) if row_keys]
+        if seeing:
+            break
+    if not seeing:  # the images of all rows are empty lists
         return find_fault
     row = rows[[min(seeing, key=rows["prompt_length"].__getitem__)]]
     row["answer_ids"] = [row["answer_ids"][0][:1]]
     batch = collate(row, processor.tokenizer, ranks.device, RowFormat(processor=processor))
     inputs = {name: value for name, value in batch["inputs"].items()
               if name not in ("labels", "targets")}
-    return functools.partial(find_fault, inputs=inputs, start=len(row["prompt_ids"][0]))
+    return functools.partial(find_image_fault, inputs=inputs, start=len(row["prompt_ids"][0]),
+                             where=row["id"][0])
 
 
-def settle_attention(args, model, reference, rows, dtype, ranks, processor=None):
-    """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask."""
+def find_image_fault(module, inputs, start, where):
+    """-> find_fault on a row with an image, or why the model cannot read it: the files of the
+    processor may be those of another model. Some models read the tokens behind an image in both
+    directions."""
+    try:
+        with reading(f"{where}: the model cannot read its image as the processor of --model "
+                     "gives it"), torch.no_grad():
+            module(**inputs)
+    except UserError as error:
+        return str(error)
+    return find_fault(module, inputs, start)
+
+
+def settle_attention(args, model, reference, parts, dtype, ranks, processor=None):
+    """choose_attention, and then --compile -> "packed" or "padded", whether rows need a mask.
+    `parts` are the rows to choose it for, and those of all evaluation sets."""
     modules = [module for module in (model, reference) if isinstance(module, FastLogps)]
     names = [f"--model {args.model}"]
     if reference is not None and args.ref_model:  # any other reference is the same model
         names.append(f"--ref_model {args.ref_model}")
     trials = [find_fault]
     if processor:
-        trials.append(trial_of_image(rows, processor, ranks))
+        trials.append(trial_of_image(parts, processor, ranks))
     for name, module in zip(names, modules):
         for trial in trials:
             reason = try_rows(trial, module, dtype, ranks)
             if reason is not None:
                 raise UserError(f"{name}: {reason}")
-    attention, masked, line = choose_attention(args, modules, rows, dtype, ranks, processor)
+    attention, masked, line = choose_attention(args, modules, parts[0], dtype, ranks, processor)
     if ranks.rank == 0:
         print(line)
     if args.compile:  # policy and reference, so that they round alike
@@ -1010,7 +1027,7 @@ def prepare(args, loss, hyper, home, folder, ranks, trained=None) -> Run:
     keep, plan = plan_checkpoints(args, folder, size, start, steps, ranks)
 
     # How rows are laid out, and the reference's log-probs if they are computed once.
-    attention, masked = settle_attention(args, model, reference, rows, dtype, ranks, processor)
+    attention, masked = settle_attention(args, model, reference, parts, dtype, ranks, processor)
     task = make_task(loss, hyper, read_variants(args), dtype, ranks.device, attention == "packed",
                      masked, most_answers(*parts), family, processor)
     task = settle_router_loss(args, with_spread(task), model, ranks)

@@ -31,6 +31,7 @@ from conftest import (
 import bench
 import checkpoint
 import errors
+import files
 import parallel
 import streams
 import train
@@ -334,6 +335,14 @@ def test_two_runs_that_make_the_world_at_once_both_get_it(tmp_path, monkeypatch)
     home = world.make(None, ALONE.device)
     assert len(makers) == 2 and (home / "reference").exists()
     assert [path.name for path in home.parent.iterdir()] == [home.name]
+
+
+def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path):
+    path = tmp_path / "page.html"
+    with pytest.raises(OSError, match="No space left on device: '.*page.html'"):
+        with files.written_aside(path):
+            raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_while_the_world_is_made_is_raised(tmp_path, monkeypatch):

@@ -138,10 +138,28 @@ def test_logits_that_read_later_tokens_behind_an_image_are_a_fault(tmp_path):
     vlm, processor = model_and_processor("gemma3")
     rows, _ = load_rows(processor, write_jsonl(tmp_path / "rows.jsonl",
                                                image_rows(tmp_path / "images", 2)))
-    trial = train.trial_of_image(rows, processor, ALONE)
+    trial = train.trial_of_image([rows], processor, ALONE)
     assert trial(FastLogps(vlm)) is None
     trial.keywords["inputs"]["token_type_ids"].fill_(1)  # the answer as a part of the image
     assert "depend on later tokens" in trial(FastLogps(vlm))
+
+
+@pytest.mark.parametrize("flag", ["model", "ref_model", "eval_dataset"])
+def test_a_processor_of_another_model_is_one_line_before_the_first_step(home, run, tmp_path, flag):
+    config, processor = MAKERS["llava"]()
+    config.vision_config.image_size = 42
+    other = AutoModelForImageTextToText.from_config(config)
+    model.save_model(other, processor, tmp_path / "other")
+    flags = {"model": tmp_path / "other"}
+    if flag == "ref_model":
+        flags = {"ref_model": tmp_path / "other"}
+    if flag == "eval_dataset":  # no training row has an image
+        flags["dataset"] = write_jsonl(tmp_path / "text.jsonl", make_rows(10))
+        flags |= {"eval_dataset": home / "rows.jsonl", "eval_share": None}
+    name = "ref_model" if flag == "ref_model" else "model"
+    with pytest.raises(UserError, match=rf"--{name} .*other: .*rows.jsonl, row \d+: the model "
+                                        "cannot read its image.*28.*42"):
+        run(dry_run=True, **flags)
 
 
 def test_another_image_changes_the_log_probs_of_its_row_alone(tmp_path):
