@@ -509,9 +509,6 @@ def write_book(path: str | pathlib.Path = PAGE) -> None:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
-make = write_book  # figures.py calls the `make` of each of its figures
-
-
 def main():
     """Run the command `python book.py`."""
     run_script(write_page)

@@ -160,7 +160,11 @@ def may_change(name: str, value: Any, before: Any) -> bool:
     """Return whether a resumed run may have this value of a flag in place of the one before."""
     if name in FREE_ON_RESUME:
         return True
-    if name in LENGTH and value is not None and before is not None:
+    given = [each for each in (value, before) if each is not None]
+    # The values may come from an edited file.
+    if name not in LENGTH or not all(type(each) in (int, float) for each in given):
+        return False
+    if len(given) == 2:
         return value >= before
     # The other one of the two flags is given: see train.check_length.
     return name in ("epochs", "max_steps")
@@ -169,6 +173,11 @@ def may_change(name: str, value: Any, before: Any) -> bool:
 def is_longer(flags: dict, saved: dict) -> bool:
     """Return whether these flags make a run longer."""
     return any(flags[name] != saved[name] for name in LENGTH)
+
+
+def has_length(flags: dict) -> bool:
+    """Return whether these flags say when the run ends."""
+    return flags.get("epochs") is not None or flags.get("max_steps") is not None
 
 
 def check_agreement(saved: dict) -> None:
@@ -180,7 +189,10 @@ def check_agreement(saved: dict) -> None:
     for path, flags in saved.items():
         for name in sorted(first.keys() | flags.keys()):
             values = [json.dumps(some.get(name, "no value")) for some in (first, flags)]
-            if name in first and name in flags and may_change(name, first[name], flags[name]):
+            in_both = name in first and name in flags
+            # An edited file may have lost the length of the run.
+            keeps_length = has_length(first) or not has_length(flags)
+            if in_both and keeps_length and may_change(name, first[name], flags[name]):
                 continue
             if values[0] != values[1]:
                 raise UserError(

@@ -335,8 +335,8 @@ NOISE_BETAS = {
     "sigmoid": (0.25, 0.5, 1.0, 2.0),
     "ipo": (0.25, 0.5, 1.0),
     "hinge": (0.25, 0.5, 1.0, 2.0),
-    "cdpo": (0.125, 0.25, 0.5),
-    "robust": (1.0, 2.0, 4.0),
+    "cdpo": (0.0625, 0.125, 0.25, 0.5),
+    "robust": (0.25, 1.0, 4.0, 16.0),
 }
 
 
@@ -432,7 +432,8 @@ def run_start(settings, steps=120):
 FEW = 16  # answers of the pairs that are not drawn from the reference
 
 def plan_misspecified():
-    return grid(pairs=["reference", "few answers"], seed=SEEDS)
+    plan = [{"pairs": "reference", "seed": 0}]  # nothing is drawn
+    return plan + grid(pairs=["few answers"], seed=SEEDS)
 
 
 def run_misspecified(settings):

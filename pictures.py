@@ -488,8 +488,8 @@ def draw_overfitting(rows):
     for number, loss in enumerate(("sigmoid", "ipo")):
         group = with_settings(rows, loss=loss, beta=0.25)
         look = line(number + 2)
-        end = draw_band(panels[2], group, TRUTH, look)
-        write(panels[2], 150, end - 0.1, f"{loss} β 0.25", look["color"], ha="right")
+        draw_band(panels[2], group, TRUTH, look)
+        write(panels[2], 0, 1.4 - 0.15 * number, f"{loss} β 0.25", look["color"])
     name_axes(panels[2], "true reward", "step", REWARD_AXIS)
     return figure
 

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     differences,
     make_rows,
+    marked_slow,
     read_metrics,
     resume,
     tiny_model,
@@ -224,7 +225,7 @@ def test_weights_with_a_loss_that_compares_the_pairs_of_a_step_are_one_error(fit
 # --- Lists of different lengths -------------------------------------------------------------------
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
-@pytest.mark.parametrize("loss", LISTS)
+@pytest.mark.parametrize("loss", marked_slow(LISTS, LISTS[1:]))
 def test_the_gradient_of_lists_of_different_lengths_is_the_mean_of_those_of_the_lists_alone(
         fit, other, tmp_path, loss, attention):
     rows, flags = listed(), {"loss": loss, "ref_model": other, "max_steps": 1, "beta": 0.5}

@@ -7,6 +7,7 @@ import link_lines
 import pytest
 from conftest import ROOT, make_rows, tiny_model, write_jsonl
 
+import train
 from losses import LOSSES, hyperparameters
 from model import save_model
 
@@ -154,3 +155,12 @@ def test_every_script_that_a_page_runs_exists(page):
     for words in commands(page):
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).exists(), words
+
+
+@pytest.mark.parametrize("page", list(TEXTS))
+def test_the_flags_of_every_training_command_of_a_page_go_together(page):
+    """Commands that continue or evaluate a run need its folder; test_longer.py and test_trained.py
+    run such commands."""
+    for words in commands(page):
+        if "train.py" in words and not {"--resume", "--eval_only", "..."}.intersection(words):
+            train.parse_args(words[words.index("train.py") + 1:])

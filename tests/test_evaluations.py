@@ -140,7 +140,7 @@ def test_the_best_step_of_the_test_above_is_neither_the_first_nor_the_last(fit):
 
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "lr": 2.0}, {"early_stop": 2},
                                   {"loss": "bco_pair"}], ids=str)
-@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("left", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_a_killed_run_ends_like_a_whole_one_from_each_of_its_checkpoints(
         fit, monkeypatch, more, left):
     given = RISING | {"keep_best": "eval/loss", "keep_checkpoints": 9} | more

@@ -487,6 +487,7 @@ def test_if_one_process_is_killed_the_others_report_it_and_end_within_a_minute(
     assert newest
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_was_stopped_resumes_with_another_number_of_processes(
         fit, folder, pairs, tmp_path):
     """Two processes and FSDP first, then one. The learning rate and float64 make any difference

@@ -266,3 +266,12 @@ def test_every_loss_of_pairs_has_a_finite_curve():
     for name in pictures.losses_of_margin():
         for numbers in pictures.loss_of_margin(name, torch.tensor([-3.0, 0.0, 3.0])):
             assert all(math.isfinite(number) for number in numbers), name
+
+
+def test_the_page_of_the_losses_is_made_by_figures_py_too(monkeypatch):
+    written = []
+    monkeypatch.setattr(figures.book, "write_book", lambda: written.append("page"))
+    monkeypatch.setattr(figures, "make_figures", written.append)
+    figures.main(["book"])
+    figures.main(["book", "start"])
+    assert written == ["page", "page", ["start"]]

@@ -335,6 +335,7 @@ def on_one_of_two_ranks(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_with_ddp_and_fsdp2_have_the_losses_and_gradients_of_one_process(tmp_path):
     torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / str(rank)) for rank in range(2)]

@@ -27,7 +27,8 @@ from errors import UserError
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 2, "save_every": 4, "eval_every": 2}
 
 
-@pytest.fixture(scope="module", params=[None, 2], ids=["model", "adapter"])
+@pytest.fixture(scope="module", params=[
+    pytest.param(None, id="model"), pytest.param(2, id="adapter", marks=pytest.mark.slow)])
 def runs(request, folder, pairs, tmp_path_factory):
     """A folder with a finished run of 6 steps, which has a checkpoint of step 6, and one of 10."""
     home = tmp_path_factory.mktemp("runs")

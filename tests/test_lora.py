@@ -206,6 +206,7 @@ def test_a_bfloat16_dora_run_of_a_model_with_biases_starts_at_a_margin_of_exactl
     assert metrics[1]["rewards/margins"] != 0
 
 
+@pytest.mark.slow
 def test_a_bfloat16_dora_run_under_fsdp_starts_at_a_margin_of_exactly_0(biased, pairs, tmp_path):
     flags = TINY_RUN | {
         "model": biased, "dataset": pairs, "output_dir": tmp_path / "out", "micro_batch_size": 4,
@@ -835,6 +836,7 @@ def test_after_adapter_sft_the_reference_is_that_adapter_and_the_base_raises_an_
             fit(adapter=sft, ref=wrong, max_steps=3, out=wrong)
 
 
+@pytest.mark.slow
 def test_after_300_steps_from_an_sft_adapter_the_reference_is_still_the_sft_model(
         fit, folder, pairs, tokenizer):
     """The metrics contain log π and the reward β (log π − log π_ref), so log π_ref is

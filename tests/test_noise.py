@@ -217,8 +217,10 @@ def test_an_adapter_only_where_text_does_not_go_is_refused(fit, vision):
 
 
 @pytest.mark.parametrize("flags", [
-    {}, {"lora_rank": 2}, {"parallel": "fsdp"}, {"parallel": "fsdp", "lora_rank": 2},
-    {"parallel": "fsdp", "dtype": "bfloat16"},
+    {}, pytest.param({"lora_rank": 2}, marks=pytest.mark.slow),
+    pytest.param({"parallel": "fsdp"}, marks=pytest.mark.slow),
+    {"parallel": "fsdp", "lora_rank": 2},
+    pytest.param({"parallel": "fsdp", "dtype": "bfloat16"}, marks=pytest.mark.slow),
 ])
 def test_two_processes_train_a_model_with_a_vision_tower_as_one_does(
         fit, vision, pairs, tmp_path, flags):

@@ -119,7 +119,7 @@ ALLOWED_IMPORTS |= {
     "experiments": {"grounds", "losses", "tree", "world"},
     "results": {"errors", "files", "losses"},
     "pictures": {"errors", "experiments", "losses", "plots", "registry", "world"},
-    "figures": {"errors", "experiments", "files", "log", "pictures", "results"},
+    "figures": {"book", "errors", "experiments", "files", "log", "pictures", "results"},
 }
 
 OTHER_TRAINERS = {"trl", "peft", "bitsandbytes", "accelerate", "deepspeed"}

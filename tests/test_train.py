@@ -126,6 +126,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_pairs(fit, gradient_desc
         assert torch.allclose(saved[name], expected, atol=1e-7), name
 
 
+@pytest.mark.slow
 def test_two_processes_end_like_one_at_the_same_global_batch(fit, folder, pairs, tmp_path):
     """Nothing divides evenly: the last window is short, and micro-batches have 2 of 7 pairs."""
     flags = {"batch_size": 7, "micro_batch_size": 2, "dtype": "float64", "epochs": 3}
@@ -715,7 +716,7 @@ def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(
     check_resumed(out, uninterrupted)
 
 
-@pytest.mark.parametrize("torchrun", [0, 2])
+@pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_a_checkpoint_and_prints_how_to_resume(
         tmp_path, long_run, uninterrupted, torchrun):
     out = tmp_path / "stopped"
