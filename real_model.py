@@ -167,7 +167,7 @@ def default_lines(results: list[Learned]) -> list[str]:
         low, high = result.interval()
         kind = "LoRA" if "lora_rank" in result.experiment.flags else "full"
         margin = result.changes[0] - result.changes[1]
-        lines.append(f"- `{result.experiment.loss}`, {kind}, lr {short(result.flags['lr'])}: "
+        lines.append(f"- `{result.experiment.name}`, {kind}, lr {short(result.flags['lr'])}: "
                      f"{verdict(result)} ({result.right} of {result.pairs} pairs right, "
                      f"{low:.2f} to {high:.2f}; margin {signed(margin)} nats; log-prob of chosen "
                      f"{signed(result.changes[0])} nats)")

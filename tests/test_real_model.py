@@ -134,8 +134,8 @@ def test_the_row_of_a_run_has_the_share_and_the_changes_of_its_held_out_log_prob
 def test_the_page_names_the_default_learning_rate_that_train_py_used(made):
     flags = json.loads((made.out / "labels" / "run.json").read_text())["flags"]
     page = (made.home / "page.md").read_text()
-    assert flags["lr"] == 5e-6 and "`kto`, LoRA, lr 5e-6: " in page
-    assert "`sigmoid`, LoRA" not in page  # its learning rate is not the default
+    assert flags["lr"] == 5e-6 and "`labels`, LoRA, lr 5e-6: " in page
+    assert page.count(", LoRA, lr ") == 1  # the learning rates of the others are no defaults
 
 
 def test_a_second_call_runs_nothing_and_writes_the_same_page(made, monkeypatch):
