@@ -186,7 +186,7 @@ class Task(NamedTuple):
 
 def make_task(loss: Callable, hyper: dict, variants: Variants, dtype: str, device: torch.device,
               packed: bool = False, masked: bool = True, most_answers: int = 0,
-               family: str = "decoder", processor: Any = None) -> Task:
+              family: str = "decoder", processor: Any = None) -> Task:
     """The Task of a loss with its variants. family, processor: see RowFormat."""
     options = {"reference_free": variants.reference_free}
     loss_and_metrics = preference_loss

@@ -371,6 +371,14 @@ def tensor_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
+def count_checkpoints(args: Any, start: int, steps: int) -> int:
+    """Return how many checkpoints --save_every and --save_last write after the step `start`."""
+    count = int(args.save_last)
+    if args.save_every:
+        count += max(0, (steps - 1) // args.save_every - start // args.save_every)
+    return count
+
+
 def plan_checkpoints(args: Any, folder: pathlib.Path | None, size: int, start: int, steps: int,
                      ranks: Ranks) -> tuple[int, str]:
     """Check that the disk has room for the checkpoints of a run -> how many to keep, and a line.
@@ -385,13 +393,10 @@ def plan_checkpoints(args: Any, folder: pathlib.Path | None, size: int, start: i
     due before the end, the returned line only mentions the lack of room.
     """
     keep = args.keep_checkpoints or (1 if size > LARGE else 2)
-    due, occasions = 0, []
-    if args.save_every:
-        due = max(0, (steps - 1) // args.save_every - start // args.save_every)
-    if due:
+    due, occasions = count_checkpoints(args, start, steps), []
+    if due > args.save_last:
         occasions.append(f"every {args.save_every} steps")
     if args.save_last:
-        due += 1
         occasions.append("after the last step")
     others = f"{', '.join(occasions)} and " if occasions else ""
     text = f"a checkpoint has {readable(size)}; written {others}when interrupted"
@@ -540,8 +545,9 @@ def copy_logs(folder: pathlib.Path, checkpoint: pathlib.Path):
     """Copy metrics.jsonl, and the run's samples.jsonl if there is one, into a checkpoint. The user
     may have deleted them."""
     (checkpoint / METRICS_FILE).touch()
+    written = read_list(folder) or ()
     for name in (METRICS_FILE, SAMPLES_FILE):
-        if name in (read_list(folder) or ()) and (folder / name).exists():
+        if name in written and (folder / name).exists():
             shutil.copyfile(folder / name, checkpoint / name)
 
 

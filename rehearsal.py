@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 import data
-from checkpoint import readable
+from checkpoint import count_checkpoints, readable
 from log import memory_parts
 from losses import kind_of
 from optimizers import MOMENTS
@@ -135,11 +135,8 @@ def describe_size(args: Namespace, run: Any, checkpoint: int, model: int,
         text += (f"; {readable(measured.peak)} at most were in use on the GPU in these steps, and "
                  f"{readable(peak)} are with the optimizer's state")
     disk = f"disk         {readable(model)} for the model"
-    written = int(args.save_last)
-    if args.save_every:
-        written += (run.steps - 1) // args.save_every
     # A new checkpoint is written before an old one is deleted.
-    most = min(run.keep + 1, written)
+    most = min(run.keep + 1, count_checkpoints(args, 0, run.steps))
     if most:
         disk += f", {readable(most * checkpoint)} for at most {most} checkpoints at a time"
     else:

@@ -30,7 +30,7 @@ from losses import LOSSES, find, hyperparameters
 from parallel import Ranks
 from reference import check_reference, load_reference
 from samples import measure_answers
-from saved import Saved, find_saved
+from saved import MOVED_REFERENCE, Saved, find_saved
 from train import load_policy, processor_opener
 
 ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -91,7 +91,7 @@ def open_run(name: str, base: str | None = None, ref_model: str | None = None,
     if args.ref_model:
         notes.append(check_reference(args, reference.model, tokenizer))
     if args.sync_ref_every and reference is not None:
-        notes.append("the reference of this run moved; here it is the one that it started from")
+        notes.append(MOVED_REFERENCE)
     return Opened(
         policy=policy,
         reference=reference,

@@ -30,6 +30,9 @@ from files import read_run_file
 from lora import read_adapter
 from plots import read_metrics
 
+# With --sync_ref_every a run does not save its reference.
+MOVED_REFERENCE = "the reference of this run moved; here it is the one that it started from"
+
 
 class Saved(NamedTuple):
     """Where the parts of a run are."""

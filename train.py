@@ -164,7 +164,7 @@ from rehearsal import (
     report_plan,
     time_steps,
 )
-from saved import find_saved, trained_state
+from saved import MOVED_REFERENCE, find_saved, trained_state
 from sources import evaluation_sets
 from streams import output_is_closed, script_signals_and_streams
 from verify import can_drop_mask, can_pack, find_fault
@@ -811,8 +811,10 @@ def settle_images(args, open_processor, model, reference, parts):
         if other != kind:
             raise UserError(f"--ref_model {args.ref_model}: is a {other} model, and the rows have "
                             f"images for a {kind} model; pass a reference of this kind")
+    if args.parallel != "fsdp":
+        return processor
     without = sum(data.count_without_images(rows) for rows in parts)
-    if args.parallel == "fsdp" and without:
+    if without:
         raise UserError(f"--parallel fsdp: {without} rows have no image, and all ranks must run "
                         "the vision tower in the same forwards; use ddp")
     return processor
@@ -1084,7 +1086,7 @@ def steps_left(args, run):
 
 def check_metric(args, run, ranks):
     """Raise a UserError if evaluations have no such metric as --keep_best, before the first step:
-    on one row of each evaluation set, and the whole world."""
+    on two rows of each evaluation set, and the whole world."""
     held_out = {split: rows.select(range(min(2, len(rows))))
                 for split, rows in run.held_out.items()}
     splits = all_evaluations(args, run._replace(held_out=held_out), run.state, ranks)
@@ -1355,7 +1357,7 @@ def evaluate_trained(args, loss, hyper, name, ranks):
         if saved.note:
             print(saved.note)
         if saved.flags.get("sync_ref_every"):
-            print("the reference of this run moved; here it is the one that it started from")
+            print(MOVED_REFERENCE)
         print(metric_lines(splits))
         if folder:
             rows = [{"step": step, "split": split, **splits[split]} for split in splits]

@@ -242,9 +242,18 @@ def unfinished(out):
 
 # --- Comparing runs -------------------------------------------------------------------------------
 
-def read_metrics(path):
-    lines = (pathlib.Path(path) / "metrics.jsonl").read_text().splitlines()
+def read_lines(path):
+    """Read the objects of a file of JSON lines."""
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def read_metrics(folder):
+    return read_lines(pathlib.Path(folder) / "metrics.jsonl")
+
+
+def read_samples(folder):
+    return read_lines(pathlib.Path(folder) / "samples.jsonl")
 
 
 def weights(path):

@@ -8,7 +8,15 @@ import types
 import forked
 import pytest
 import torch
-from conftest import ROOT, differences, read_metrics, resume, unfinished, write_jsonl
+from conftest import (
+    ROOT,
+    differences,
+    read_metrics,
+    read_samples,
+    resume,
+    unfinished,
+    write_jsonl,
+)
 
 import checkpoint
 import files
@@ -386,10 +394,6 @@ def test_an_answer_is_shown_as_it_is_and_not_as_markdown():
     row = {"id": "a", "prompt": "one\n\n# two", "policy": {"text": "```\n", "reward": 1.5}}
     assert trackers.as_markdown(row) == (
         'prompt a:\n\n    one\n    \n    # two\n\npolicy: `{"reward": 1.5}`\n\n    ```\n')
-
-
-def read_samples(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_may_report_to_nothing(fit, wandb):

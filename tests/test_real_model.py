@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import forked
 import numpy as np
 import pytest
-from conftest import make_rows, make_tokenizer, tiny_model, write_jsonl
+from conftest import make_rows, make_tokenizer, read_lines, tiny_model, write_jsonl
 
 import errors
 import model as models
@@ -88,10 +88,6 @@ def made(tmp_path_factory):
         yield SimpleNamespace(home=home, out=home / "out", make=make, patch=patch)
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("right, count", [(0, 8), (3, 8), (8, 8), (70, 128)])
 def test_wilsons_interval_ends_where_the_share_is_z_standard_deviations_away(right, count):
     z, share = 1.959964, right / count
@@ -117,8 +113,8 @@ def test_a_run_has_learned_if_its_interval_is_above_one_half_and_its_margin_grew
 
 @pytest.mark.parametrize("name", ["tuned", "labels"])
 def test_the_row_of_a_run_has_the_share_and_the_changes_of_its_held_out_log_probs(made, name):
-    before = lines_of(made.out / "instructions" / "before.jsonl")
-    after = lines_of(made.out / f"{name}-scores.jsonl")
+    before = read_lines(made.out / "instructions" / "before.jsonl")
+    after = read_lines(made.out / f"{name}-scores.jsonl")
     ratios = np.array([line["policy_logps"] for line in after])
     ratios = ratios - np.array([line["policy_logps"] for line in before])
     right = (ratios[:, 0] > ratios[:, 1]).mean()
@@ -155,8 +151,8 @@ def test_the_page_has_the_largest_difference_from_the_other_trainer(made):
 
 
 def test_the_other_trainer_gets_the_token_ids_of_the_first_rows_in_their_order(made):
-    rows = lines_of(made.out / "compare" / "kto-rows.jsonl")
-    pairs = lines_of(made.out / "instructions" / "train.jsonl")
+    rows = read_lines(made.out / "compare" / "kto-rows.jsonl")
+    pairs = read_lines(made.out / "instructions" / "train.jsonl")
     assert len(rows) == 4  # 2 steps of 2 answers
     for number, row in enumerate(rows):
         pair, side = pairs[number // 2], ("chosen", "rejected")[number % 2]
@@ -169,7 +165,7 @@ def test_the_other_trainer_gets_the_token_ids_of_the_first_rows_in_their_order(m
 def test_training_and_held_out_rows_share_no_prompt(made):
     prompts = {}
     for part in ("train", "held_out"):
-        rows = lines_of(made.out / "instructions" / f"{part}.jsonl")
+        rows = read_lines(made.out / "instructions" / f"{part}.jsonl")
         prompts[part] = {row["prompt"][0]["content"] for row in rows}
     assert len(prompts["train"]) == 24 and len(prompts["held_out"]) == 16
     assert not prompts["train"] & prompts["held_out"]

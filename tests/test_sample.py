@@ -17,6 +17,7 @@ from conftest import (
     ROOT,
     make_rows,
     make_tokenizer,
+    read_lines,
     tiny_model,
     unfinished,
     write_jsonl,
@@ -37,10 +38,6 @@ CHAT = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}
 def ask(*arguments):
     """Run sample.py in this process."""
     sample.main([str(argument) for argument in arguments])
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture

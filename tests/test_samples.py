@@ -13,6 +13,7 @@ from conftest import (
     differences,
     make_rows,
     read_metrics,
+    read_samples,
     resume,
     to_arguments,
     unfinished,
@@ -29,11 +30,6 @@ from errors import UserError
 
 STEPS = {"max_steps": 6, "save_every": 2, "eval_every": 3, "eval_share": 0.3}
 SAMPLED = {"sample_every": 2, "sample_tokens": 5}
-
-
-def read_samples(folder):
-    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def texts(rows, side):

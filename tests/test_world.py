@@ -9,14 +9,17 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import command, differences, read_metrics, run_training, to_arguments
+from conftest import (
+    command,
+    differences,
+    read_lines,
+    read_metrics,
+    run_training,
+    to_arguments,
+)
 
 import world
 from losses import LOSSES
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
